@@ -1,0 +1,1023 @@
+"""
+prepare.py: everything that stays fixed, so that two scores can be compared. Nobody edits it during research.
+
+    uv run prepare.py               climbmix, for a real GPU           uv run prepare.py --data DIR   your own text
+    uv run prepare.py --demo        offline, for any machine           uv run prepare.py --runs       the ledger as a table
+
+Notable, in the order of the rooms:
+- one manifest says what was prepared; with this file's source it makes the fingerprint: same fingerprint, comparable scores
+- downloads resume, retry and are checked; every finished piece is renamed into place, so killing it loses nothing
+- byte-pair tokenizer (rustbpe trains, tiktoken encodes); every document is encoded once, into flat uint16 files
+- best-fit packing over a memory map: no padding, every row starts with BOS, rows do not depend on the batch size
+- the clock, the watchdog and the ledger belong to this file, not to the code under test
+- bits per byte from the model's logits, after a check that no position sees a later token
+
+`train.py` imports MAX_SEQ_LEN, TIME_BUDGET (both from the manifest), Tokenizer, make_dataloader, evaluate_bpb and clock.
+Importing this file starts nothing.
+"""
+from __future__ import annotations
+
+import os, signal, sys
+if __name__ == "__main__":  # Ctrl-C at any moment: one line and out; an unfinished piece never carries its final name
+    signal.signal(signal.SIGINT, lambda *_: (os.write(2, b"\nFAIL: interrupted; what was finished is kept: "
+                                                         b"run the same command again\n"), os._exit(130)))
+import argparse, base64, contextlib, ctypes, email.utils, functools, hashlib, itertools, json, math, platform, queue, random
+import re, shutil, subprocess, sysconfig, threading, time, uuid, weakref
+from bisect import bisect_right
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import numpy as np
+
+# ---------------------------------------------------------------------------------------------------------- constants
+
+FORMAT = 1  # of the cache; raised when files written before can no longer be read
+PRESETS = {  # what is fixed for each corpus; the command line overrides, the manifest remembers
+    "climbmix": dict(seq_len=2048, vocab_size=8192, eval_tokens=40 * 524_288, time_budget=300),
+    "text": dict(seq_len=2048, vocab_size=8192, eval_tokens=40 * 524_288, time_budget=300),
+    "demo": dict(seq_len=256, vocab_size=2048, eval_tokens=262_144, time_budget=300),
+}
+HELD_OUT_SHARE = 0.05  # of the documents, for validation and again for test, where no file is named for it
+
+HUB_PATH = "/datasets/karpathy/climbmix-400b-shuffle/resolve/main/"
+VAL_SHARD, TEST_SHARD = 6542, 6541  # pinned; training shards count up from 0 and end before these
+PARALLEL_DOWNLOADS = 4  # one connection rarely fills a line; many only annoy the server
+CONNECT_TIMEOUT, READ_TIMEOUT = 10, 30  # seconds; READ is the longest silence, not the whole transfer
+MAX_TRIES = 8  # in a row without one new byte: with the back-off about four minutes of dead network
+MAX_CORRUPT = 3  # complete downloads of one file whose bytes were wrong
+BACKOFF, MAX_WAIT, MAX_RETRY_AFTER = 1.0, 60.0, 300.0  # seconds: first pause (then doubled), longest, longest a server may ask
+
+SPECIAL_TOKENS = ("<|reserved_0|>", "<|reserved_1|>", "<|reserved_2|>", "<|reserved_3|>")  # the last four ids; the first is BOS
+# GPT-4's split pattern, but digits in groups of one or two: a small vocabulary has no room for all three-digit numbers
+SPLIT_PATTERN = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*"
+                 r"|\s*[\r\n]|\s+(?!\S)|\s+")
+TOKENIZER_CHARS, TOKENIZER_DOC_CHARS = 1_000_000_000, 10_000  # the tokenizer sees so much training text, so much of a document
+PASSAGE_CHARS_PER_TOKEN = 3  # plain text is cut into passages of about one row before any tokenizer exists: a cautious guess
+BUNDLE_FILES = 500  # plain text files encoded together: the unit of restarting
+MIXED_PASSAGES = 50_000  # plain text is mixed within so many passages, which bounds the memory
+
+BATCH_DOCS, POOL_DOCS = 128, 1000  # packing (part of the metric): batches of 128 documents, a pool of 1,000
+POSITION_BITS = 40  # of a pool key
+
+_now = time.monotonic  # bound here: whatever is done to the time module later, the clock keeps its own
+_imported_at = _now()
+
+# --------------------------------------------------------------------------- the cache, its manifest, its fingerprint
+
+class Stop(SystemExit):
+    """A failure a person or an agent can act on: uncaught, Python prints its one line on stderr and exits with 1."""
+    def __init__(self, message: str):
+        super().__init__("FAIL: " + " ".join(str(message).split()))
+
+def cache_dir() -> Path:
+    return Path(os.environ.get("AUTORESEARCH_CACHE") or "~/.cache/autoresearch").expanduser()
+
+def write_atomically(path: Path, data: bytes):
+    """All of the bytes under `path` or nothing, also after a power cut."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+def sha256_of(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+def canonical(value) -> bytes:
+    return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
+
+def signed(record: dict) -> bytes:
+    """One JSON line with a checksum of itself: finds damage and edits by hand; it is no secret."""
+    return json.dumps({**record, "checksum": hashlib.sha256(canonical(record)).hexdigest()[:16]}).encode() + b"\n"
+
+def parse_signed(line: bytes) -> dict:
+    """The record that `signed` wrote. Raises ValueError on anything else."""
+    try:
+        record = json.loads(line)
+        if record.pop("checksum") != hashlib.sha256(canonical(record)).hexdigest()[:16]:
+            raise ValueError("its checksum does not match")
+        return record
+    except (AttributeError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"not a record ({type(error).__name__})") from None
+
+@functools.lru_cache
+def _read_manifest(path: Path) -> dict:
+    again = "run the same `uv run prepare.py ...` again with --force"
+    try:
+        record = parse_signed(path.read_bytes())
+    except FileNotFoundError:
+        raise Stop(f"nothing is prepared in {path.parent}: run `uv run prepare.py` (a GPU), `uv run prepare.py --data DIR` "
+                   "(your text) or `uv run prepare.py --demo` (any machine, offline); a half-done one goes on") from None
+    except (ValueError, OSError) as error:
+        raise Stop(f"{path} is damaged ({error}): {again}") from None
+    if record.get("format") != FORMAT:
+        raise Stop(f"{path} has format {record.get('format')}, this prepare.py reads {FORMAT}: {again}")
+    return record
+
+def manifest() -> dict:
+    """What is prepared. Raises Stop, with the command to type, where nothing is, or where it is damaged."""
+    return _read_manifest(cache_dir() / "manifest.json")
+
+def set_dir() -> Path:
+    return cache_dir() / Path(manifest()["key"]).name
+
+def fingerprint() -> str:
+    """12 hex digits of the manifest and this file's source."""
+    source = Path(__file__).read_bytes().replace(b"\r\n", b"\n")
+    return hashlib.sha256(canonical(manifest()) + source).hexdigest()[:12]
+
+def __getattr__(name: str):  # `from prepare import MAX_SEQ_LEN` reads the manifest, and only then
+    if name in ("MAX_SEQ_LEN", "TIME_BUDGET"):
+        return manifest()["seq_len" if name == "MAX_SEQ_LEN" else "time_budget"]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+def _environment(name: str, default: str, pattern: str) -> str:
+    value = os.environ.get(name) or default
+    if not re.fullmatch(pattern, value):
+        raise Stop(f"{name}={value}: it must match {pattern}")
+    return value
+
+def seed() -> int:
+    """42, or $AUTORESEARCH_SEED: to measure the noise floor, not something to tune."""
+    return int(_environment("AUTORESEARCH_SEED", "42", r"\d{1,9}"))
+
+def split_name() -> str:
+    """The split that is scored: val, or test with $AUTORESEARCH_SPLIT=test: once, at the very end, by the human."""
+    return _environment("AUTORESEARCH_SPLIT", "val", "val|test")
+
+# ------------------------------------------------------------------------------------------ documents: own text, demo
+
+@dataclass
+class Source:
+    """One parquet or jsonl file, or a bundle of plain text files: encoded as a unit, restarted as a unit."""
+    name: str
+    paths: list[Path]
+    split: str | None  # None: each document goes by the sha256 of its text
+
+    def describe(self) -> dict:
+        digests = [sha256_of(path) for path in self.paths]
+        whole = digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+        return {"name": self.name, "files": len(digests), "size": sum(p.stat().st_size for p in self.paths), "sha256": whole}
+
+def text_sources(directory: Path) -> list[Source]:
+    """Every *.parquet, *.jsonl, *.txt and *.md below `directory`; files named val* and test* are those splits."""
+    if not directory.is_dir():
+        raise Stop(f"--data {directory}: there is no such directory")
+    found = [Path(root) / name for root, _, names in os.walk(directory) for name in names]
+    found = sorted(p for p in found if p.suffix in (".parquet", ".jsonl", ".txt", ".md") and p.is_file())
+    split_of = lambda path: next((split for split in ("val", "test") if path.name.startswith(split)), None)
+    rest = None if {None, "val", "test"} - {*map(split_of, found)} else "train"  # both are named: the rest need not be hashed
+    return _bundled(directory, [(path, split_of(path) or rest) for path in found])
+
+def demo_sources() -> list[Source]:
+    """The running Python's own standard library: about 30 MB of text that every machine has."""
+    def is_text(path):  # a few of its test files are broken on purpose
+        with contextlib.suppress(UnicodeDecodeError):
+            return bool(path.read_text("utf-8"))
+    directory = Path(sysconfig.get_paths()["stdlib"])
+    found = [p for p in directory.rglob("*.py") if not {"site-packages", "dist-packages"} & {*p.parts} and is_text(p)]
+    return _bundled(directory, [(path, None) for path in sorted(found)])
+
+def _bundled(directory: Path, found: list[tuple[Path, str | None]]) -> list[Source]:
+    name = lambda path: path.relative_to(directory).as_posix()
+    sources = [Source(name(path), [path], split) for path, split in found if path.suffix in READERS]
+    for split in dict.fromkeys(split for _, split in found):
+        paths = [path for path, s in found if s == split and path.suffix not in READERS]
+        paths.sort(key=lambda path: hashlib.sha256(name(path).encode()).digest())  # every bundle a fair sample
+        sources += [Source(name(some[0]), some, split) for some in
+                    (paths[i : i + BUNDLE_FILES] for i in range(0, len(paths), BUNDLE_FILES))]
+    return sources
+
+def documents(source: Source, passage_chars: int, named=frozenset(), held_out=frozenset()):
+    """Yields (split, group, text) in file order; a group is a parquet row group, or else the whole source.
+
+    named: splits that have files of their own; held_out: sha256 of those files' documents, which training leaves out.
+    Raises Stop, naming file and place, on anything that is not text.
+    """
+    def pieces():
+        for path in source.paths:
+            if path.suffix in READERS:
+                for group, text in READERS[path.suffix](path):
+                    yield group, hashlib.sha256(text.encode()).digest(), text
+            else:  # the file is the document: it goes to one split as a whole and is then cut
+                digest = bytes.fromhex(sha256_of(path))
+                yield from ((0, digest, text) for text in _passages(path, passage_chars))
+    found = pieces()
+    if source.paths[0].suffix not in READERS:  # neighbours in a file are alike: they are mixed, a window at a time
+        windows = iter(lambda found=found: list(itertools.islice(found, MIXED_PASSAGES)), [])
+        found = (piece for window in windows for piece in sorted(window, key=lambda p: hashlib.sha256(p[2].encode()).digest()))
+    for group, digest, text in found:
+        share = int.from_bytes(digest[:8], "big") / 2**64
+        drawn = "val" if share < HELD_OUT_SHARE else "test" if share < 2 * HELD_OUT_SHARE else "train"
+        split = source.split or ("train" if drawn in named else drawn)
+        if text and not (split == "train" and digest in held_out):
+            yield split, group, text
+
+def _parquet_documents(path: Path):
+    import pyarrow as pa, pyarrow.parquet as pq
+    try:
+        file = pq.ParquetFile(path)
+        if "text" not in (names := file.schema_arrow.names):
+            raise Stop(f"{path} has no column `text`, only: {', '.join(names)[:200]}")
+        for group in range(file.num_row_groups):
+            for rows in file.iter_batches(row_groups=[group], columns=["text"], batch_size=1024):
+                yield from ((group, text) for text in rows.column(0).cast(pa.string()).to_pylist() if text)
+    except (pa.ArrowException, OSError, UnicodeError) as error:
+        raise Stop(f"{path} is not readable as parquet ({str(error)[:200]}): replace it or remove it") from None
+
+def _jsonl_documents(path: Path):
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                if line.strip():  # a lone surrogate, which JSON can carry and UTF-8 cannot, becomes U+FFFD
+                    yield 0, json.loads(line)["text"].encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+                raise Stop(f"{path}, line {number}: not a JSON object with a string `text` ({type(error).__name__})") from None
+
+def _passages(path: Path, size: int):
+    """Cuts a text file at blank lines into passages of at most `size` characters, so that packing loses little.
+
+    A paragraph longer than half of that is cut at a line's end, and a longer line within itself.
+    """
+    held, length, blank = [], 0, 0  # lines not yet given out, their characters, how many of them the last blank line ends
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            for line in file:
+                for line in (line[i : i + size] for i in range(0, len(line), size)):
+                    if length + len(line) > size:
+                        cut = blank if sum(map(len, held[:blank])) >= size // 2 else len(held)
+                        yield "".join(held[:cut])
+                        held, blank = held[cut:], 0
+                        length = sum(map(len, held))
+                    held.append(line)
+                    length += len(line)
+                    blank = blank if line.strip() else len(held)
+        yield "".join(held)
+    except UnicodeDecodeError as error:
+        raise Stop(f"{path} is not UTF-8 ({error.reason}): convert it (iconv -f LATIN1 -t UTF-8) or remove it") from None
+
+READERS = {".parquet": _parquet_documents, ".jsonl": _jsonl_documents}  # anything else is plain text
+
+# -------------------------------------------------------------------------------------------------- documents: climbmix
+
+class Retry(Exception):
+    """This download may go better next time. wait: seconds the server asked for; corrupt: the bytes at hand are wrong."""
+    def __init__(self, reason: str, wait: float | None = None, corrupt: bool = False):
+        super().__init__(reason)
+        self.wait, self.corrupt = wait, corrupt
+
+def climbmix_sources(num_shards: int) -> list[Source]:
+    """The shards in order, validation and test last, downloading what is missing (num_shards < 0: all)."""
+    numbers = range(TEST_SHARD if num_shards < 0 else min(num_shards, TEST_SHARD))
+    splits = {**{n: "train" for n in numbers}, VAL_SHARD: "val", TEST_SHARD: "test"}
+    (directory := cache_dir() / "shards").mkdir(exist_ok=True)
+    sources = [Source(name := f"shard_{n:05d}.parquet", [directory / name], split) for n, split in splits.items()]
+    in_parallel(download, [source.paths[0] for source in sources], PARALLEL_DOWNLOADS, "downloaded")
+    return sources
+
+def download(final: Path, progress: Progress):
+    """One shard: resumed, retried, size and sha256 checked, opened as parquet, and only then renamed into place.
+
+    Raises Stop, naming the file, after the last try; what has arrived stays in NAME.part for the next run.
+    """
+    if final.exists() and not _parquet_problem(final):
+        return
+    part, tries, corrupt = final.with_name(final.name + ".part"), 0, 0
+    while True:
+        part.touch()
+        before = part.stat().st_size
+        try:
+            digest = _fetch(final.name, part, before, progress)
+            if digest and sha256_of(part) != digest:
+                raise Retry("its sha256 is wrong", corrupt=True)
+            if problem := _parquet_problem(part):
+                raise Retry(f"it is no parquet file ({problem})", corrupt=True)
+            break
+        except Retry as failure:
+            if failure.corrupt:
+                part.write_bytes(b"")
+            corrupt += failure.corrupt
+            tries = 0 if part.stat().st_size > before else tries + 1  # a line that drops but moves on is not a failure
+            if tries >= MAX_TRIES or corrupt >= MAX_CORRUPT:
+                raise Stop(f"{final.name}: {failure}; what has arrived is kept: run the same command again") from None
+            pause = failure.wait if failure.wait is not None else min(BACKOFF * 2**tries, MAX_WAIT) * random.uniform(0.5, 1)
+            progress.say(f"{final.name}: {failure}; trying again in {pause:.0f} s\n")
+            time.sleep(pause)
+    with open(part, "rb+") as file:
+        os.fsync(file.fileno())
+    os.replace(part, final)
+
+def _parquet_problem(path: Path) -> str | None:
+    import pyarrow as pa, pyarrow.parquet as pq
+    try:
+        return None if "text" in pq.ParquetFile(path).schema_arrow.names else "no column `text`"
+    except (pa.ArrowException, OSError) as error:
+        return str(error)[:100]
+
+def _fetch(name: str, part: Path, have: int, progress: Progress) -> str | None:
+    """Appends to `part` the bytes after `have`; returns the sha256 that the server gave for the whole file, if it did."""
+    import requests
+    url = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/") + HUB_PATH + name
+    host = urlsplit(url).netloc.rpartition("@")[2]
+    headers = {"Accept-Encoding": "identity", **({"Range": f"bytes={have}-"} if have else {})}
+    if token := os.environ.get("HF_TOKEN"):  # requests drops this header where a redirect leaves the host
+        headers["Authorization"] = f"Bearer {token}"
+    try:
+        with requests.get(url, headers=headers, stream=True, timeout=(CONNECT_TIMEOUT, READ_TIMEOUT)) as reply:
+            status = reply.status_code
+            linked = (r.headers.get("X-Linked-ETag", "").removeprefix("W/").strip('"') for r in [*reply.history, reply])
+            digest = next((etag for etag in linked if re.fullmatch("[0-9a-f]{64}", etag)), None)
+            place = re.fullmatch(r"bytes (?:(\d+)-\d+|\*)/(\d+|\*)", reply.headers.get("Content-Range", ""))
+            if status == 416 and place and place[2] == str(have):
+                return digest  # complete already: only the rename was missing
+            if status == 416 or status == 206 and not (place and place[1] == str(have)):
+                raise Retry(f"{host} does not go on at byte {have:,}", corrupt=True)
+            if status in (408, 429) or status >= 500:
+                raise Retry(f"{host} answered {status}", wait=_retry_after(reply.headers.get("Retry-After", "")))
+            if status not in (200, 206):
+                raise Stop(f"{name}: {host} answered {status}" + " (check HF_TOKEN)" * (status in (401, 403)))
+            length = reply.headers.get("Content-Length", "")
+            total = int(length) + have * (status == 206) if length.isdigit() else None
+            with open(part, "ab" if status == 206 else "wb") as file:
+                for block in reply.iter_content(1 << 18):
+                    file.write(block)
+                    progress.add(len(block))
+    except requests.RequestException as error:  # its text may hold a signed address: only its kind is shown
+        raise Retry(f"{type(error).__name__} at {host}") from None
+    if total is not None and part.stat().st_size != total:
+        raise Retry(f"{part.stat().st_size:,} of {total:,} bytes arrived", corrupt=part.stat().st_size > total)
+    return digest
+
+def _retry_after(value: str) -> float | None:
+    with contextlib.suppress(ValueError, TypeError):  # a number of seconds, or a date
+        seconds = int(value) if value.isdigit() else email.utils.parsedate_to_datetime(value).timestamp() - time.time()
+        return min(max(seconds, 0), MAX_RETRY_AFTER)
+
+class Progress:
+    """Files, MB, rate, time left: one line rewritten on a terminal, one line a file otherwise. Threads share it."""
+    def __init__(self, verb: str, files: int):
+        self.verb, self.files, self.done, self.bytes, self.began, self.drawn = verb, files, 0, 0, _now(), _now()
+        self.lock, self.terminal = threading.Lock(), sys.stderr.isatty()
+
+    def say(self, line: str):
+        print(("\r\033[K" if self.terminal else "") + line, end="", file=sys.stderr, flush=True)
+
+    def add(self, count: int):
+        with self.lock:
+            self.bytes += count
+            if self.terminal and _now() - self.drawn > 0.2:
+                self.drawn, seconds = _now(), _now() - self.began
+                left = f", about {seconds / self.done * (self.files - self.done):.0f} s left" if self.done else ""
+                self.say(f"{self.verb} {self.done}/{self.files}, {self.bytes / 1e6:,.0f} MB at {self.bytes / 1e6 / seconds:.1f} MB/s{left}")
+
+    def file_done(self, name: str):
+        with self.lock:
+            self.done += 1
+            if not self.terminal or self.done == self.files:
+                self.say(f"{self.verb} {name} ({self.done}/{self.files}, {_now() - self.began:.1f} s)\n")
+
+def in_parallel(function, items: list, workers: int, verb: str) -> list:
+    """[function(item, progress), ...] by threads, in order. Raises the first failure; what is finished stays finished."""
+    progress = Progress(verb, len(items))
+    def one(item):
+        result = function(item, progress)
+        progress.file_done(getattr(item, "name", str(item)))
+        return result
+    with ThreadPoolExecutor(workers) as pool:
+        futures = [pool.submit(one, item) for item in items]
+        failed = [f.exception() for f in wait(futures, return_when=FIRST_EXCEPTION).done if f.exception()]
+        if failed:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise failed[0]
+    return [future.result() for future in futures]
+
+
+# ------------------------------------------------------------------------------------------------------------ tokenizer
+
+class Tokenizer:
+    """Byte-pair encoding, stored as data: a `base64 rank` line for each token (tiktoken's format), nothing that can run.
+
+    token_bytes: int64 (vocabulary size,), how many bytes a token stands for; 0 for the special ones.
+    """
+    def __init__(self, ranks: list[bytes]):
+        import tiktoken
+        self.ranks, ids = ranks, {token: rank for rank, token in enumerate(ranks)}
+        specials = {name: len(ranks) + i for i, name in enumerate(SPECIAL_TOKENS)}
+        self.encoding = tiktoken.Encoding("autoresearch", pat_str=SPLIT_PATTERN, mergeable_ranks=ids, special_tokens=specials)
+        self.token_bytes = np.array([len(token) for token in ranks] + [0] * len(specials), dtype=np.int64)
+
+    @classmethod
+    def train(cls, texts, vocab_size: int) -> Tokenizer:
+        """Trains on an iterable of strings. vocab_size counts the special tokens; very little text gives fewer."""
+        import rustbpe
+        trainer = rustbpe.Tokenizer()
+        trainer.train_from_iterator(texts, vocab_size - len(SPECIAL_TOKENS), pattern=SPLIT_PATTERN)
+        return cls([bytes(token) for token, _ in sorted(trainer.get_mergeable_ranks(), key=lambda pair: pair[1])])
+
+    def to_bytes(self) -> bytes:
+        return b"".join(base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(self.ranks))
+
+    @classmethod
+    def from_directory(cls, directory: str | Path | None = None) -> Tokenizer:
+        """The prepared tokenizer, checked against the manifest, or the one in `directory`. Raises Stop on damage."""
+        path = Path(directory or set_dir()) / "tokenizer.tiktoken"
+        try:
+            raw = path.read_bytes()
+            if directory is None and hashlib.sha256(raw).hexdigest() != manifest()["tokenizer_sha256"]:
+                raise ValueError("not the one that was prepared")
+            lines = [line.split(b" ") for line in raw.splitlines()]
+            ranks = [base64.b64decode(token, validate=True) for token, _ in lines]
+            if [int(rank) for _, rank in lines] != [*range(len(ranks))] or not {bytes([b]) for b in range(256)} <= {*ranks}:
+                raise ValueError("ranks out of order or single bytes missing")
+            if len({*ranks}) != len(ranks) or b"" in ranks:
+                raise ValueError("doubled or empty tokens")
+            return cls(ranks)
+        except (OSError, ValueError) as error:
+            raise Stop(f"{path} is damaged or missing ({error}): run the same `uv run prepare.py ...` with --force") from None
+
+    def encode(self, text: str | list[str], prepend: int | str | None = None) -> list:
+        """Ids of a text, or a list of them for a list of texts; special tokens spelled in a text are plain text there.
+
+        prepend: an id or a special token's name to stand in front. A lone surrogate is encoded as U+FFFD.
+        """
+        if not isinstance(text, str):
+            return [self.encode(one, prepend) for one in text]
+        front = self.encoding.encode_single_token(prepend) if isinstance(prepend, str) else prepend
+        return ([] if front is None else [front]) + self.encoding.encode_ordinary(text)
+
+    def decode(self, ids: list[int]) -> str:
+        return self.encoding.decode(ids)
+
+    def get_vocab_size(self) -> int:
+        return len(self.token_bytes)
+
+    def get_bos_token_id(self) -> int:
+        return len(self.ranks)
+
+# ------------------------------------------------------------------------------------------------ token cache, packing
+
+SPLITS = ("train", "val", "test")
+
+def encode_source(source: Source, progress: Progress, tokenizer: Tokenizer, path: Path, texts) -> dict:
+    """Writes a source's tokens and then, as the sign that they are whole, their index; returns its manifest entry.
+
+    PATH.bin: uint16, all documents one after another, each with BOS in front.
+    PATH.idx: int32 (documents, 3): place of its split in SPLITS, its row group, its tokens.
+    """
+    data, index_path = path.with_suffix(".bin"), path.with_suffix(".idx")
+    if not index_path.exists():
+        bos, index = np.array([tokenizer.get_bos_token_id()], dtype=np.uint16), []
+        with open(data, "wb") as file:
+            for split, group, text in texts(source):
+                ids = tokenizer.encoding.encode_to_numpy(text, disallowed_special=()).astype(np.uint16)
+                file.write(np.concatenate([bos, ids]).data)
+                index.append((SPLITS.index(split), group, 1 + len(ids)))
+                progress.add(len(text))
+            file.flush()
+            os.fsync(file.fileno())
+        write_atomically(index_path, np.array(index, dtype=np.int32).reshape(-1, 3).tobytes())
+    index = np.fromfile(index_path, dtype=np.int32).reshape(-1, 3)
+    counts = {split: index[index[:, 0] == i, 2] for i, split in enumerate(SPLITS)}
+    return {"name": path.name, "sha256": sha256_of(data), "index_sha256": sha256_of(index_path),
+            "documents": {split: len(of) for split, of in counts.items()},
+            "tokens": {split: int(of.sum()) for split, of in counts.items()}}
+
+def open_tokens(directory: Path, entry: dict, verify: bool) -> tuple[np.ndarray, np.ndarray]:
+    """(uint16 tokens as a memory map, int32 index) of a manifest entry; see encode_source. Raises Stop on damage.
+
+    The index and the size are always checked, the tokens' sha256 with `verify`: for the scored splits.
+    """
+    path = directory / (Path(entry["name"]).name + ".bin")
+    try:
+        raw = path.with_suffix(".idx").read_bytes()
+        if hashlib.sha256(raw).hexdigest() != entry["index_sha256"] or path.stat().st_size != 2 * sum(entry["tokens"].values()):
+            raise ValueError("not what was written")
+        tokens = np.asarray(np.memmap(path, dtype=np.uint16, mode="r"))  # a plain view: slicing np.memmap itself is slow
+        if verify and hashlib.sha256(tokens).hexdigest() != entry["sha256"]:
+            raise ValueError("not the tokens that were written")
+    except (OSError, ValueError) as error:
+        raise Stop(f"{path} is damaged or missing ({error}): run the same `uv run prepare.py ...` with --force") from None
+    return tokens, np.frombuffer(raw, dtype=np.int32).reshape(-1, 3).astype(np.int64)
+
+class Packer:
+    """Best-fit packing of documents into rows. It is part of the metric, so the rule is exact.
+
+    Whole batches of documents are added until the pool holds POOL_DOCS. Then the longest document that fits the space left
+    goes in, the earliest added on a tie; if none fits, the shortest (earliest on a tie) is cut to fill the row, its rest
+    dropped. The pool is a sorted list of integers, length << POSITION_BITS | (MASK - position): each choice is a bisection.
+    """
+    MASK = (1 << POSITION_BITS) - 1
+
+    def __init__(self, directory: Path, entries: list[dict], split: str, row_length: int, repeat: bool):
+        self.row_length, self.epoch, self.added = row_length, 1, 0
+        self.pool, self.where = [], {}  # where: position -> (tokens, index of the first)
+        self.batches = self._batches(directory, [e for e in entries if e["documents"][split]], split, repeat)
+
+    def _batches(self, directory, entries, split, repeat):
+        """Yields (epoch, tokens, firsts, lengths) of up to BATCH_DOCS documents that do not cross a row group."""
+        for epoch in itertools.count(1) if repeat and entries else [1]:
+            for entry in entries:
+                tokens, index = open_tokens(directory, entry, verify=split != "train")
+                firsts, mine = np.cumsum(index[:, 2]) - index[:, 2], index[:, 0] == SPLITS.index(split)
+                firsts, (_, groups, lengths) = firsts[mine], index[mine].T
+                ends = [*(np.flatnonzero(np.diff(groups)) + 1).tolist(), len(groups)]
+                for begin, end in zip([0, *ends], ends):
+                    for i in range(begin, end, BATCH_DOCS):
+                        some = slice(i, min(i + BATCH_DOCS, end))
+                        yield epoch, tokens, firsts[some].tolist(), lengths[some].tolist()
+
+    def _fill_pool(self):
+        while len(self.pool) < POOL_DOCS and (batch := next(self.batches, None)):
+            self.epoch, tokens, firsts, lengths = batch
+            for first, length in zip(firsts, lengths):
+                self.where[self.added] = tokens, first
+                self.pool.append(length << POSITION_BITS | (self.MASK - self.added))
+                self.added += 1
+            self.pool.sort()
+
+    def fill(self, rows: np.ndarray) -> int:
+        """Writes rows, uint16 (n, row_length); returns how many: fewer than n only at the end of a single pass."""
+        pool, where, mask = self.pool, self.where, self.MASK
+        for number, row in enumerate(rows):
+            filled = 0
+            while filled < self.row_length:
+                if len(pool) < POOL_DOCS:
+                    self._fill_pool()
+                    if not pool:
+                        return number
+                space = self.row_length - filled
+                best = bisect_right(pool, space << POSITION_BITS | mask) or bisect_right(pool, pool[0] | mask)
+                key = pool.pop(best - 1)
+                tokens, first = where.pop(mask - (key & mask))
+                length = min(key >> POSITION_BITS, space)
+                row[filled : filled + length] = tokens[first : first + length]
+                filled += length
+        return len(rows)
+
+
+# ----------------------------------------------------------------------------------------------------------- dataloader
+
+def training_device():
+    """CUDA (torch calls ROCm so too), Apple's MPS, or the CPU."""
+    import torch
+    return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+
+def device_name(device) -> str:
+    import torch
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    with contextlib.suppress(OSError, TypeError):
+        return re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())[1].strip()
+    return platform.processor() or platform.machine()
+
+def make_dataloader(tokenizer: Tokenizer, B: int, T: int, split: str, device=None) -> DataLoader:
+    """Yields (inputs, targets, epoch), int64 of shape (B, T) on `device` (default: training_device()).
+
+    `train` goes on for ever, and its first batch starts the clock; `val` and `test` are one pass, whose last batch may
+    have fewer rows. Targets are the inputs shifted by one; every row starts with BOS. Raises Stop on a damaged cache.
+    """
+    prepared, training = manifest(), split == "train"
+    if split not in SPLITS or tokenizer.get_vocab_size() != prepared["vocab_size"]:
+        raise ValueError(f"split {split!r}, vocabulary {tokenizer.get_vocab_size()}: the prepared set has {SPLITS} "
+                         f"and {prepared['vocab_size']}")
+    device = device or training_device()
+    packer = Packer(set_dir(), prepared["tokens"], split, T + 1, repeat=training)
+    loader = DataLoader(pack_batches(packer, B, T, prepared["vocab_size"], device.type == "cuda"), device, training)
+    if training:
+        clock._expect(loader)
+    return loader
+
+def pack_batches(packer: Packer, B: int, T: int, vocab_size: int, pinned: bool):
+    """Yields (int64 (2, rows, T): inputs and targets, epoch), fresh memory each time."""
+    import torch
+    rows = np.empty((B, T + 1), dtype=np.uint16)
+    while count := packer.fill(rows):
+        if rows[:count].max() >= vocab_size:
+            raise Stop("the token cache holds ids beyond the vocabulary: run the same `uv run prepare.py ...` with --force")
+        batch = torch.empty((2, count, T), dtype=torch.int64, pin_memory=pinned)
+        view = batch.numpy()
+        view[0], view[1] = rows[:count, :-1], rows[:count, 1:]
+        yield batch, packer.epoch
+
+class DataLoader:
+    """What make_dataloader returns: a thread packs the next batch while the current one trains; its exceptions come here."""
+    def __init__(self, batches, device, training: bool):
+        self.batches, self.device, self.training = batches, device, training
+        self.thread = ThreadPoolExecutor(1, thread_name_prefix="packer")  # ends with this object, at exit after one batch
+        self.ahead = self.thread.submit(next, batches, None)
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        if (item := self.ahead.result()) is None:
+            raise StopIteration
+        self.ahead = self.thread.submit(next, self.batches, None)
+        batch, epoch = item
+        if self.training:
+            clock._hand_out(batch[0].numel(), self.device)
+        # From pinned memory the copy is asynchronous, and torch's host allocator gives that memory out again only when
+        # the copies that read it are done: nothing is overwritten while anything can still read it.
+        inputs, targets = batch.to(self.device, non_blocking=True)
+        return inputs, targets, epoch
+
+
+# -------------------------------------------------------------------------------------------- clock, watchdog, ledger
+
+class Clock:
+    """The run's time. It starts when the first training batch is handed out and ends when the score is asked for."""
+    def __init__(self):
+        self.run, self.began, self.ended, self.tokens, self.guards = None, None, None, 0, 0
+
+    @property
+    def elapsed(self) -> float:
+        """Training seconds so far."""
+        return 0.0 if self.began is None else (self.ended or _now()) - self.began
+
+    @property
+    def progress(self) -> float:
+        """Share of the budget that is spent, 0 to 1."""
+        return min(self.elapsed / manifest()["time_budget"], 1.0)
+
+    @property
+    def expired(self) -> bool:
+        return self.progress >= 1.0
+
+    def _expect(self, loader: DataLoader):
+        """A training loader exists: notes what is about to run and sets the watchdog, which ends with the last loader."""
+        self.run = self.run or _describe_run(loader.device)
+        self.guards += 1
+        if self.guards == 1:
+            budget = manifest()["time_budget"]
+            self.disarm = _arm_watchdog(max(2 * budget, budget + 300) - (_now() - _imported_at))
+        def gone():
+            self.guards -= 1
+            if not self.guards:
+                self.disarm()
+        weakref.finalize(loader, gone).atexit = False  # still set while the process shuts down
+
+    def _hand_out(self, tokens: int, device):
+        self.tokens += tokens
+        if self.began is None:
+            self.run["startup_seconds"] = round(_now() - _imported_at, 1)
+            _append_to_ledger({"event": "start", **self.run})
+            self.began = _now()
+
+    def _score_asked(self, device):
+        if self.ended:
+            fail("this run has been scored already: one score for one training")
+        if self.began is not None:
+            if device.type == "cuda":  # queued work is training too
+                import torch
+                torch.cuda.synchronize()
+            self.ended = _now()
+            budget = manifest()["time_budget"]
+            if self.elapsed > budget + max(0.05 * budget, 5):
+                fail(f"trained {self.elapsed:.0f} s on a {budget} s budget: stop before the step that would not fit")
+
+clock = Clock()
+
+def fail(message: str):
+    """Ends the run without a score: into the ledger, then as Stop."""
+    _end_run(failure=message)
+    raise Stop(message)
+
+def _end_run(**result):
+    if clock.run and not clock.run.pop("over", False):
+        _append_to_ledger({"event": "end", **clock.run, "training_seconds": round(clock.elapsed, 1), "tokens": clock.tokens,
+                           "time": _utc(), **result})
+        clock.run["over"] = True
+
+def _utc() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds").replace("+00:00", "Z")
+
+def _describe_run(device) -> dict:
+    """What the ledger says of a run; git's part is null where there is no git."""
+    here = Path(__file__).resolve().parent
+    script = Path(getattr(sys.modules["__main__"], "__file__", None) or here / "train.py").resolve()
+    def git(*words):
+        with contextlib.suppress(OSError, subprocess.SubprocessError):
+            done = subprocess.run(["git", "-C", str(script.parent), *words], capture_output=True, text=True, timeout=10)
+            return done.stdout.strip() if done.returncode == 0 else None
+    changed = git("status", "--porcelain", "--", script.name)
+    return {"run": uuid.uuid4().hex[:12], "time": _utc(), "repo": git("rev-parse", "--show-toplevel"), "pid": os.getpid(),
+            "branch": git("rev-parse", "--abbrev-ref", "HEAD"), "commit": git("rev-parse", "HEAD"), "script": script.name,
+            "changed": None if changed is None else bool(changed),  # does the script differ from that commit?
+            "train_sha256": sha256_of(script) if script.exists() else None, "fingerprint": fingerprint(), "seed": seed(),
+            "device": device_name(device), "split": split_name()}
+
+def _append_to_ledger(record: dict):
+    path = cache_dir() / "autoresearch.jsonl"
+    try:
+        file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            size = os.fstat(file).st_size  # after a torn line a new one begins
+            torn = size and os.pread(file, 1, size - 1) != b"\n"
+            line = b"\n" * bool(torn) + signed(record)
+            if os.write(file, line) != len(line):
+                raise OSError(None, "only a part was written: is the disk full?")
+            os.fsync(file)
+        finally:
+            os.close(file)
+    except OSError as error:
+        print(f"warning: the ledger {path} cannot be written ({error.strerror}); the run goes on", file=sys.stderr, flush=True)
+
+def read_ledger() -> tuple[list[dict], int]:
+    """(the ledger's records, oldest first; how many lines were damaged and skipped)."""
+    try:
+        lines = [line for line in (cache_dir() / "autoresearch.jsonl").read_bytes().split(b"\n") if line]
+    except OSError:
+        return [], 0
+    records = []
+    for line in lines:
+        with contextlib.suppress(ValueError):
+            records.append(parse_signed(line))
+    return records, len(lines) - len(records)
+
+def show_runs():
+    """The ledger as a table, newest last; a start without an end has crashed, or is running."""
+    records, damaged = read_ledger()
+    runs = {record["run"]: record for record in records}  # the end replaces the start
+    print(f"{'time':20}  {'commit':8}  {'split':5}  {'score':>8}  {'seconds':>7}  {'seed':>4}  status")
+    for r in runs.values():
+        score = f"{r['score']:.6f}" if r.get("score") is not None else "-"
+        with contextlib.suppress(OSError):
+            os.kill(r["pid"], 0)
+            r.setdefault("failure", "running") if r["event"] == "start" else None
+        status = r.get("failure") or ("scored" if r["event"] == "end" else "crashed")
+        print(f"{r['time']:20}  {(r['commit'] or '-')[:7] + '*' * bool(r['changed']):8}  {r['split']:5}  {score:>8}  "
+              f"{r.get('training_seconds', '-'):>7}  {r['seed']:>4}  {status}")
+    print(f"{len(runs)} runs" + f", {damaged} damaged lines skipped" * bool(damaged) + "; * has uncommitted changes")
+
+def _arm_watchdog(seconds: float):
+    """Ends this process `seconds` from now with exit code 124, whatever hangs. Returns a function that calls it off.
+
+    A thread does it, children included. Where native code holds the GIL no Python thread runs: two seconds later two
+    timers of libc do it, whose callbacks are puts and _exit themselves (timer_create with SIGEV_THREAD; Linux only).
+    """
+    line = b"FAIL: timeout: the process was still running after %d s; train.py must stop by `clock` and then score" % seconds
+    def expire():
+        _end_run(failure="timeout")
+        os.write(1, line + b"\n")
+        with contextlib.suppress(OSError):
+            for child in Path(f"/proc/{os.getpid()}/task").glob("*/children"):
+                for pid in child.read_text().split():
+                    os.kill(int(pid), signal.SIGKILL)
+        os._exit(124)
+    thread = threading.Timer(seconds, expire)
+    thread.daemon = True
+    thread.start()
+    if not sys.platform.startswith("linux"):
+        return thread.cancel
+    libc, timers, text = ctypes.CDLL("librt.so.1"), [], ctypes.create_string_buffer(line)
+    libc.setvbuf(ctypes.c_void_p.in_dll(libc, "stdout"), None, 2, 0)  # unbuffered: _exit does not flush
+    for name, argument, delay in (("puts", ctypes.addressof(text), 2), ("_exit", 124, 3)):
+        event = (ctypes.c_uint64 * 8)(argument, 2 << 32, ctypes.cast(getattr(libc, name), ctypes.c_void_p).value)
+        timer, when = ctypes.c_void_p(), (ctypes.c_long * 4)(0, 0, int(seconds) + delay, 0)  # struct sigevent, itimerspec
+        if libc.timer_create(1, event, ctypes.byref(timer)) == 0:  # 1: CLOCK_MONOTONIC
+            libc.timer_settime(timer, 0, when, None)
+            timers.append(timer)
+    return lambda _keep=text: (thread.cancel(), [libc.timer_delete(timer) for timer in timers])
+
+# ----------------------------------------------------------------------------------------------------------- evaluation
+
+LOSS_PIECE_BYTES = 1 << 25  # of float32 logits at a time on a GPU; a CPU takes pieces that stay in its cache
+LEAK_SHARE = 0.015  # of the evaluation's batches may go into the leak check (but at least LEAK_POSITIONS are probed)
+LEAK_POSITIONS = 8
+# A probe's logits may differ from the scored ones by rounding only: root mean square and largest difference over the
+# vocabulary, in units of the logits' spread at that position. See tests/test_leaks.py for what falls on either side.
+LEAK_RMS, LEAK_MAX = 2e-3, 0.1
+
+def evaluate_bpb(model, tokenizer: Tokenizer, batch_size: int) -> float:
+    """Bits per byte of `model` on the scored split: cross-entropy in nats / (ln 2 x bytes), both summed in float64.
+
+    model(inputs), int64 (batch_size, T), returns logits (batch_size, T, vocabulary size). It never sees the targets, the
+    loss is computed here in float32, and targets of no bytes (special tokens) count in neither sum. The rows are the first
+    evaluation tokens / T of the split's packing, each once, whatever batch_size is. Ends the clock; writes the ledger.
+    Raises Stop for a run over its budget, a model that sees the future (see _leak_check), that is random, or whose logits
+    are not finite or of the wrong shape.
+    """
+    import torch
+    device = next(model.parameters()).device
+    clock._score_asked(device)
+    rows = manifest()["eval_rows"][split := split_name()]
+    if not rows:
+        fail(f"the {split} split is too small for one row of {manifest()['seq_len'] + 1} tokens")
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            score = _score(model, tokenizer, min(batch_size, rows), rows, split, device)
+    finally:
+        model.train(training)
+    _end_run(score=score)
+    return score
+
+def _score(model, tokenizer, batch_size, rows, split, device) -> float:
+    import torch
+    T, V = manifest()["seq_len"], tokenizer.get_vocab_size()
+    token_bytes = torch.from_numpy(tokenizer.token_bytes).to(device)
+    nats, count = torch.zeros((), dtype=torch.float64, device=device), torch.zeros((), dtype=torch.int64, device=device)
+    piece = max(1, (LOSS_PIECE_BYTES if device.type == "cuda" else 1 << 20) // (4 * V))
+
+    def forward(inputs):
+        logits = model(inputs)
+        if not isinstance(logits, torch.Tensor) or logits.shape != (*inputs.shape, V):
+            fail(f"model(inputs) returned {tuple(getattr(logits, 'shape', [type(logits).__name__]))}, "
+                 f"not logits of shape (batch, sequence, vocabulary) = {(*inputs.shape, V)}")
+        return logits
+
+    first = None
+    for inputs, targets, _ in make_dataloader(tokenizer, batch_size, T, split, device):
+        inputs, targets = inputs[:rows], targets[:rows]
+        rows -= len(inputs)
+        whole = inputs if len(inputs) == batch_size else torch.cat([inputs, first[0][len(inputs):]])  # one shape: one graph
+        logits = forward(whole)
+        if first is None:
+            first = inputs, logits.clone()
+            _leak_check(forward, *first, max(1, math.ceil(manifest()["eval_rows"][split] / batch_size * LEAK_SHARE) - 2))
+        flat, targets = logits[: len(inputs)].flatten(0, 1), targets.flatten()
+        for i in range(0, len(flat), piece):
+            here = flat[i : i + piece].float()
+            losses = torch.nn.functional.cross_entropy(here, targets[i : i + piece], reduction="none")
+            losses = losses + 0 * here.sum(-1)  # an infinite logit makes the sum not finite, also where no target is
+            counted = token_bytes[targets[i : i + piece]]
+            nats += torch.where(counted > 0, losses, 0 * losses).double().sum()
+            count += counted.sum()
+        if not rows:
+            break
+    model.train()  # and the other mode, where honest dropout is the same twice: the generator starts from one seed
+    def seeded(inputs):
+        torch.manual_seed(0)
+        return forward(inputs)
+    _leak_check(seeded, first[0], seeded(first[0]).clone(), 1)
+    bits = (nats / math.log(2) / count).item()
+    if not math.isfinite(bits):
+        fail("the model's logits are not finite, or no target has a byte: no score")
+    return bits
+
+def _leak_check(forward, inputs, logits, rounds: int):
+    """Raises Stop where the logits up to a position change when later tokens or other rows do.
+
+    Each round changes every row of the batch after a position of its own and compares the rows' logits up to there with
+    `logits`, those of the unchanged batch. Half of the rows get random tokens, half one token repeated, which moves averages
+    most. Positions: the first and last few, and pairs of neighbours at random, of which one at least lies inside any block.
+    Cost: a forward pass of one batch a round; with the batches that the evaluation uses, under 2% of it.
+    It cannot catch: a leak at single positions that no round happens to probe, one below LEAK_RMS of the logits' spread,
+    a model that recognises the probe, or that knows the validation text by heart.
+    """
+    import torch
+    (B, T), V = inputs.shape, logits.shape[-1]
+    draw = random.SystemRandom()  # not the seed's: what cannot be foreseen cannot be fitted
+    rounds = max(rounds, math.ceil(LEAK_POSITIONS / B))
+    positions = [0, max(T - 2, 0), 1, max(T - 3, 0)]
+    while len(positions) < rounds * B:
+        p = draw.randrange(T)
+        positions += [p, p + 1]
+    stride = max(1, V // 512)  # the spread is read from a part of the vocabulary
+    for turn in range(rounds):
+        probed, ends = inputs.clone(), [min(p, max(T - 2, 0)) for p in positions[turn * B : (turn + 1) * B]]
+        for row, p in zip(range(B), ends):
+            shift = torch.randint(1, V, (T - p - 1,)).to(inputs.device)
+            later = (inputs[row, p + 1 :] + shift) % V
+            probed[row, p + 1 :] = later if (row + turn) % 2 or p + 1 == T else later[0]
+        changed = forward(probed)
+        for row, p in zip(range(B), ends):
+            before, after = logits[row, : p + 1].float(), changed[row, : p + 1].float()
+            centre = before[:, ::stride] - before[:, ::stride].median(-1, keepdim=True).values
+            spread = centre.abs().median(-1).values + 1e-6
+            difference = (after - before).abs()
+            worst = torch.maximum(difference.square().mean(-1).sqrt() / LEAK_RMS, difference.amax(-1) / LEAK_MAX) / spread
+            if not worst.isfinite().all():
+                fail("the model's logits are not finite: no score")
+            if worst.amax() > 1:
+                again = forward(inputs)
+                if (again - logits).abs().amax() > 0.1 * difference.amax():
+                    fail("the model gives other logits for the same input: is dropout on in eval mode?")
+                fail(f"the model sees the future (position {int(worst.argmax())}): its logits there change with later tokens "
+                     "or with other rows of the batch. Every position may only read itself and earlier ones of its own row")
+
+# --------------------------------------------------------------------------------------------------------- command line
+
+@contextlib.contextmanager
+def locked(cache: Path):
+    """Holds the cache for one prepare.py at a time. Raises Stop, saying who holds it."""
+    import fcntl
+    cache.mkdir(parents=True, exist_ok=True)
+    with open(cache / "lock", "a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise Stop(f"another prepare.py (process {file.read().strip() or '?'}) is working in {cache}: wait until it is done, "
+                       "or set AUTORESEARCH_CACHE to another directory") from None
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
+
+def prepare(corpus: str, data: Path | None, num_shards: int, settings: dict, force: bool):
+    """Fills the cache: sources, tokenizer, tokens, and last the manifest. Finished pieces of an earlier try are kept."""
+    began, cache, path = _now(), cache_dir(), cache_dir() / "manifest.json"
+    request = {"corpus": corpus, **settings, **({"num_shards": num_shards} if corpus == "climbmix" else {})}
+    old = manifest() if path.exists() and not force else None
+    different = Stop(f"{cache} holds another prepared set: set AUTORESEARCH_CACHE to another directory to keep both, "
+                     "or replace it with --force")
+    if old and old["request"] != request:
+        raise different
+    sources = climbmix_sources(num_shards) if corpus == "climbmix" else text_sources(data) if data else demo_sources()
+    if not sources:
+        raise Stop(f"no *.parquet, *.jsonl, *.txt or *.md below {data}")
+    described = {"format": FORMAT, "corpus": corpus, "request": request, "files": [source.describe() for source in sources]}
+    key = hashlib.sha256(canonical(described)).hexdigest()[:12]
+    if old and old["key"] != key:
+        raise different
+    if old:
+        return print(f"already prepared in {cache}: {corpus}, fingerprint {fingerprint()}; nothing to do")
+    path.unlink(missing_ok=True)
+    for entry in cache.iterdir():  # other sets, and with --force this one: they are rebuilt from the sources
+        if re.fullmatch("[0-9a-f]{12}", entry.name) and (force or entry.name != key):
+            shutil.rmtree(entry)
+    (directory := cache / key).mkdir(exist_ok=True)
+
+    passage_chars = settings["seq_len"] * PASSAGE_CHARS_PER_TOKEN
+    named = frozenset(source.split for source in sources) - {None, "train"}
+    held_out = frozenset(hashlib.sha256(text.encode()).digest() for source in sources if corpus == "text" and source.split in named
+                         for _, _, text in documents(source, sys.maxsize))
+    texts = lambda source: documents(source, passage_chars, named, held_out)
+    tokenizer_path = directory / "tokenizer.tiktoken"
+    if not tokenizer_path.exists():
+        def training_text(left=TOKENIZER_CHARS):
+            for text in (text for source in sources if source.split not in named for split, _, text in texts(source) if split == "train"):
+                yield text[:TOKENIZER_DOC_CHARS][:left]
+                if (left := left - min(len(text), TOKENIZER_DOC_CHARS)) <= 0:
+                    return
+        step = _now()
+        with ThreadPoolExecutor(1) as pool:  # so that Ctrl-C is heard meanwhile
+            tokenizer = pool.submit(Tokenizer.train, training_text(), settings["vocab_size"]).result()
+        write_atomically(tokenizer_path, tokenizer.to_bytes())
+        print(f"trained a tokenizer of {tokenizer.get_vocab_size()} tokens in {_now() - step:.1f} s", file=sys.stderr)
+    tokenizer = Tokenizer.from_directory(directory)
+    number = {id(source): directory / f"{i:05d}" for i, source in enumerate(sources)}
+    entries = in_parallel(lambda source, progress: encode_source(source, progress, tokenizer, number[id(source)], texts),
+                          sources, os.cpu_count() or 1, "encoded")
+    row, totals = settings["seq_len"] + 1, {split: sum(e["tokens"][split] for e in entries) for split in SPLITS}
+    eval_rows = {}
+    for split in ("val", "test"):
+        wanted = max(1, settings["eval_tokens"] // settings["seq_len"])
+        eval_rows[split] = Packer(directory, entries, split, row, repeat=False).fill(np.empty((wanted, row), dtype=np.uint16))
+    for split, rows in {"train": totals["train"], "val": eval_rows["val"]}.items():
+        if not rows:
+            raise Stop(f"the {split} split has {totals[split]:,} tokens and one row needs {row:,}: {row - totals[split]:,} are missing. "
+                       "Add text, or lower --seq-len")
+    described.update(settings, key=key, vocab_size=tokenizer.get_vocab_size(), eval_rows=eval_rows, tokens=entries,
+                     tokenizer_sha256=sha256_of(tokenizer_path))
+    write_atomically(path, signed(described))
+    print(f"prepared {corpus} in {cache} in {_now() - began:.1f} s: {totals['train']:,} training tokens, {eval_rows['val']} rows of "
+          f"{row - 1} to score, fingerprint {fingerprint()}\nnext: uv run train.py")
+
+def main(argv: list[str] | None = None):
+    parser = argparse.ArgumentParser(prog="prepare.py", description="Prepares a corpus for train.py, or shows the ledger.")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--demo", action="store_true", help="Python's own standard library: offline, no GPU needed")
+    which.add_argument("--data", type=Path, metavar="DIR", help="your own *.parquet (text), *.jsonl (text), *.txt, *.md")
+    which.add_argument("--num-shards", type=int, default=10, metavar="N", help="climbmix training shards (default 10; -1: all 6,541)")
+    which.add_argument("--runs", action="store_true", help="show the ledger as a table")
+    for name, low, high in (("seq-len", 16, 1 << 20), ("vocab-size", 260, 1 << 16), ("eval-tokens", 1, 1 << 40), ("time-budget", 1, 1 << 20)):
+        parser.add_argument(f"--{name}", type=int, metavar="N", help=f"{low} to {high}; the default is the corpus's")
+        parser.set_defaults(**{f"{name}_range".replace("-", "_"): (low, high)})
+    parser.add_argument("--force", action="store_true", help="replace what the cache holds (downloads and the ledger are kept)")
+    args = parser.parse_args(argv)
+    if args.runs:
+        return show_runs()
+    corpus = "demo" if args.demo else "text" if args.data else "climbmix"
+    settings = {name: default if getattr(args, name) is None else getattr(args, name) for name, default in PRESETS[corpus].items()}
+    for name, value in settings.items():
+        low, high = getattr(args, f"{name}_range")
+        if not low <= value <= high:
+            raise Stop(f"--{name.replace('_', '-')} {value}: it must be from {low} to {high}")
+    if args.num_shards == 0 or args.num_shards < -1:
+        raise Stop(f"--num-shards {args.num_shards}: it must be at least 1, or -1 for all")
+    try:
+        with locked(cache_dir()):
+            prepare(corpus, args.data, args.num_shards, settings, args.force)
+    except OSError as error:
+        where = error.filename or cache_dir()
+        raise Stop(f"{where}: {error.strerror or error}; what was finished is kept. Free some space or set AUTORESEARCH_CACHE, "
+                   "then run the same command again") from None
+
+if __name__ == "__main__":
+    try:
+        main()
+    except Stop as stop:  # at once: threads still at work write only what the next run can use
+        print(stop, file=sys.stderr, flush=True)
+        os._exit(1)
+
