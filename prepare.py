@@ -55,7 +55,7 @@ SPECIAL_TOKENS = ("<|reserved_0|>", "<|reserved_1|>", "<|reserved_2|>", "<|reser
 SPLIT_PATTERN = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*"
                  r"|\s*[\r\n]|\s+(?!\S)|\s+")
 TOKENIZER_CHARS, TOKENIZER_DOC_CHARS = 1_000_000_000, 10_000  # the tokenizer sees so much training text, so much of a document
-PASSAGE_CHARS_PER_TOKEN = 3  # plain text is cut into passages of about one row before any tokenizer exists: a cautious guess
+PASSAGE_SLACK = 0.05  # plain text is cut into passages just over a row; so much further to find a blank line to cut at
 BUNDLE_FILES = 500  # plain text files encoded together: the unit of restarting
 MIXED_PASSAGES = 50_000  # plain text is mixed within so many passages, which bounds the memory
 
@@ -196,10 +196,10 @@ def _bundled(directory: Path, found: list[tuple[Path, str | None]]) -> list[Sour
                     (paths[i : i + BUNDLE_FILES] for i in range(0, len(paths), BUNDLE_FILES))]
     return sources
 
-def documents(source: Source, passage_chars: int, named=frozenset(), held_out=frozenset()):
+def documents(source: Source, size: int, measure=len, named=frozenset(), held_out=frozenset()):
     """Yields (split, group, text) in file order; a group is a parquet row group, or else the whole source.
 
-    named: splits that have files of their own; held_out: sha256 of those files' documents, which training leaves out.
+    size, measure: of the passages that plain text is cut into, see _passages; named: splits that have files of their own; held_out: sha256 of those files' documents, which training leaves out.
     Raises Stop, naming file and place, on anything that is not text.
     """
     def pieces():
@@ -209,7 +209,7 @@ def documents(source: Source, passage_chars: int, named=frozenset(), held_out=fr
                     yield group, hashlib.sha256(text.encode()).digest(), text
             else:  # the file is the document: it goes to one split as a whole and is then cut
                 digest = bytes.fromhex(sha256_of(path))
-                yield from ((0, digest, text) for text in _passages(path, passage_chars))
+                yield from ((0, digest, text) for text in _passages(path, size, measure))
     found = pieces()
     if source.paths[0].suffix not in READERS:  # neighbours in a file are alike: they are mixed, a window at a time
         windows = iter(lambda found=found: list(itertools.islice(found, MIXED_PASSAGES)), [])
@@ -242,24 +242,20 @@ def _jsonl_documents(path: Path):
             except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
                 raise Stop(f"{path}, line {number}: not a JSON object with a string `text` ({type(error).__name__})") from None
 
-def _passages(path: Path, size: int):
-    """Cuts a text file at blank lines into passages of at most `size` characters, so that packing loses little.
+def _passages(path: Path, size: int, measure):
+    """Cuts a text file at line ends into passages of just over `size`, so that packed rows are full and lose little.
 
-    A paragraph longer than half of that is cut at a line's end, and a longer line within itself.
+    measure(line) says how much a line adds. A blank line no further than PASSAGE_SLACK on is preferred as the end.
     """
-    held, length, blank = [], 0, 0  # lines not yet given out, their characters, how many of them the last blank line ends
+    held, total = [], 0
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
-            for line in file:
-                for line in (line[i : i + size] for i in range(0, len(line), size)):
-                    if length + len(line) > size:
-                        cut = blank if sum(map(len, held[:blank])) >= size // 2 else len(held)
-                        yield "".join(held[:cut])
-                        held, blank = held[cut:], 0
-                        length = sum(map(len, held))
-                    held.append(line)
-                    length += len(line)
-                    blank = blank if line.strip() else len(held)
+            for line in (line[i : i + size] for line in file for i in range(0, len(line), size)):
+                held.append(line)
+                total += measure(line)
+                if total >= size and (not line.strip() or total >= size * (1 + PASSAGE_SLACK)):
+                    yield "".join(held)
+                    held, total = [], 0
         yield "".join(held)
     except UnicodeDecodeError as error:
         raise Stop(f"{path} is not UTF-8 ({error.reason}): convert it (iconv -f LATIN1 -t UTF-8) or remove it") from None
@@ -948,11 +944,10 @@ def prepare(corpus: str, data: Path | None, num_shards: int, settings: dict, for
             shutil.rmtree(entry)
     (directory := cache / key).mkdir(exist_ok=True)
 
-    passage_chars = settings["seq_len"] * PASSAGE_CHARS_PER_TOKEN
     named = frozenset(source.split for source in sources) - {None, "train"}
     held_out = frozenset(hashlib.sha256(text.encode()).digest() for source in sources if corpus == "text" and source.split in named
                          for _, _, text in documents(source, sys.maxsize))
-    texts = lambda source: documents(source, passage_chars, named, held_out)
+    texts = lambda source, size=TOKENIZER_DOC_CHARS, measure=len: documents(source, size, measure, named, held_out)
     tokenizer_path = directory / "tokenizer.tiktoken"
     if not tokenizer_path.exists():
         def training_text(left=TOKENIZER_CHARS):
@@ -966,10 +961,12 @@ def prepare(corpus: str, data: Path | None, num_shards: int, settings: dict, for
         write_atomically(tokenizer_path, tokenizer.to_bytes())
         print(f"trained a tokenizer of {tokenizer.get_vocab_size()} tokens in {_now() - step:.1f} s", file=sys.stderr)
     tokenizer = Tokenizer.from_directory(directory)
+    row = settings["seq_len"] + 1
+    token_texts = lambda source: texts(source, math.ceil(1.02 * row), lambda line: len(tokenizer.encoding.encode_ordinary(line)))
     number = {id(source): directory / f"{i:05d}" for i, source in enumerate(sources)}
-    entries = in_parallel(lambda source, progress: encode_source(source, progress, tokenizer, number[id(source)], texts),
+    entries = in_parallel(lambda source, progress: encode_source(source, progress, tokenizer, number[id(source)], token_texts),
                           sources, os.cpu_count() or 1, "encoded")
-    row, totals = settings["seq_len"] + 1, {split: sum(e["tokens"][split] for e in entries) for split in SPLITS}
+    totals = {split: sum(e["tokens"][split] for e in entries) for split in SPLITS}
     eval_rows = {}
     for split in ("val", "test"):
         wanted = max(1, settings["eval_tokens"] // settings["seq_len"])

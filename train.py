@@ -534,6 +534,8 @@ def use_one_heap():
 
 def main():
     from prepare import MAX_SEQ_LEN, TIME_BUDGET
+    laps = [("imports", _started, time.perf_counter())]
+    lap = lambda name: laps.append((name, laps[-1][2], time.perf_counter()))
     device, split = training_device(), split_name()
     if device.type == "cpu":
         use_one_heap()
@@ -557,11 +559,15 @@ def main():
           f"{hp.TOKENS_PER_STEP} tokens a step, fingerprint {fingerprint()}", flush=True)
     if not peak:
         print("mfu_percent will be 0: the peak of this device is not in PEAK_TFLOPS", flush=True)
+    lap("model")
     device_batch = warm_up(model, compiled, optimizer, rows, device_batch, eval_batch)
+    lap("compiling and warm-up")
     loader = make_dataloader(tokenizer, device_batch, MAX_SEQ_LEN, "train", device)
     gc.collect()
     gc.freeze()
     gc.disable()  # nothing below makes cycles, and a collection stalls a step
+    lap("loader")
+    print("start-up: " + ", ".join(f"{name} {end - begin:.1f} s" for name, begin, end in laps), flush=True)
 
     reporter, step, smooth, curve, unread = Reporter(hp.TOKENS_PER_STEP), 0, 0.0, [], None
     def read(loss):  # of the step before: waiting for the current one would leave a GPU idle
@@ -589,8 +595,9 @@ def main():
     read(unread)
     curve.append(smooth)
     print("\r\033[K" if reporter.terminal else "", end="", flush=True)
-    compiled.eval()
+    began = time.perf_counter()
     bpb = evaluate_bpb(compiled, tokenizer, eval_batch)
+    print(f"scored in {time.perf_counter() - began:.1f} s", flush=True)
 
     if device.type == "cuda":
         peak_mb = torch.cuda.max_memory_allocated() / 2**20
