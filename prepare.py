@@ -343,7 +343,7 @@ def _fetch(name: str, part: Path, have: int, progress: Progress) -> str | None:
             length = reply.headers.get("Content-Length", "")
             total = int(length) + have * (status == 206) if length.isdigit() else None
             with open(part, "ab" if status == 206 else "wb") as file:
-                for block in reply.iter_content(1 << 18):
+                for block in reply.iter_content(1 << 14):  # a block that is not full is lost when the line drops
                     file.write(block)
                     progress.add(len(block))
     except requests.RequestException as error:  # its text may hold a signed address: only its kind is shown
