@@ -21,7 +21,7 @@ import os, signal, sys
 if __name__ == "__main__":  # Ctrl-C at any moment: one line and out; an unfinished piece never carries its final name
     signal.signal(signal.SIGINT, lambda *_: (os.write(2, b"\nFAIL: interrupted; what was finished is kept: "
                                                          b"run the same command again\n"), os._exit(130)))
-import argparse, base64, contextlib, ctypes, email.utils, functools, hashlib, itertools, json, math, platform, queue, random
+import argparse, base64, contextlib, ctypes, functools, hashlib, itertools, json, math, platform, queue, random
 import re, shutil, subprocess, sysconfig, threading, time, uuid, weakref
 from bisect import bisect_right
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
@@ -173,10 +173,10 @@ def text_sources(directory: Path) -> list[Source]:
     if not directory.is_dir():
         raise Stop(f"--data {directory}: there is no such directory")
     found = [Path(root, name) for root, _, names in os.walk(directory) for name in names]
-    found = sorted(p for p in found if p.suffix in (".parquet", ".jsonl", ".txt", ".md") and p.is_file())
-    splits = [named and named[0] for path in found for named in [re.match("val|test", path.name)]]
-    rest = "train" if {"val", "test"} <= {*splits} else None
-    return _bundled(directory, found, [split or rest for split in splits])
+    splits = {path: named and named[0] for path in sorted(found) for named in [re.match("val|test", path.name)]
+              if path.suffix in (".parquet", ".jsonl", ".txt", ".md") and path.is_file()}
+    rest = "train" if {"val", "test"} <= {*splits.values()} else None
+    return _bundled(directory, {path: split or rest for path, split in splits.items()})
 
 def demo_sources() -> list[Source]:
     """The running Python's own standard library: about 30 MB of text that every machine has."""
@@ -185,16 +185,16 @@ def demo_sources() -> list[Source]:
             return bool(path.read_text("utf-8"))
     directory = Path(sysconfig.get_paths()["stdlib"])
     found = sorted(p for p in directory.rglob("*.py") if not {"site-packages", "dist-packages"} & {*p.parts} and is_text(p))
-    return _bundled(directory, found, [None] * len(found))
+    return _bundled(directory, dict.fromkeys(found))
 
-def _bundled(directory: Path, found: list[Path], splits: list[str | None]) -> list[Source]:
-    name = lambda path: path.relative_to(directory).as_posix()
-    sources = [Source(name(path), [path], split) for path, split in zip(found, splits) if path.suffix in READERS]
-    for split in dict.fromkeys(splits):
-        paths = [path for path, of in zip(found, splits) if of == split and path.suffix not in READERS]
-        paths.sort(key=lambda path: hashlib.sha256(os.fsencode(name(path))).digest())  # every bundle a fair sample
+def _bundled(directory: Path, splits: dict[Path, str | None]) -> list[Source]:
+    name = {path: path.relative_to(directory).as_posix() for path in splits}
+    sources = [Source(name[path], [path], split) for path, split in splits.items() if path.suffix in READERS]
+    for split in dict.fromkeys(splits.values()):
+        paths = [path for path in splits if splits[path] == split and path.suffix not in READERS]
+        paths.sort(key=lambda path: hashlib.sha256(os.fsencode(name[path])).digest())  # every bundle a fair sample
         bundles = [paths[i : i + BUNDLE_FILES] for i in range(0, len(paths), BUNDLE_FILES)]
-        sources += [Source(name(bundle[0]), bundle, split) for bundle in bundles]
+        sources += [Source(name[bundle[0]], bundle, split) for bundle in bundles]
     return sources
 
 def read(source: Source, size: int = TOKENIZER_DOC_CHARS, measure=len):
@@ -336,7 +336,8 @@ def _fetch(name: str, part: Path, have: int, progress: Progress) -> str | None:
             if status == 416 or status == 206 and not (place and place[1] == str(have)):
                 raise Retry(f"{host} does not go on at byte {have:,}", discard=True)
             if status in (408, 429) or status >= 500:
-                raise Retry(f"{host} answered {status}", wait=_retry_after(reply.headers.get("Retry-After", "")))
+                asked = reply.headers.get("Retry-After", "")
+                raise Retry(f"{host} answered {status}", wait=min(int(asked), MAX_RETRY_AFTER) if asked.isdigit() else None)
             if status not in (200, 206):
                 raise Stop(f"{name}: {host} answered {status}" + " (check HF_TOKEN)" * (status in (401, 403)))
             length = reply.headers.get("Content-Length", "")
@@ -353,11 +354,6 @@ def _fetch(name: str, part: Path, have: int, progress: Progress) -> str | None:
         raise Retry(f"{part.stat().st_size:,} of {total:,} bytes arrived", discard=part.stat().st_size > total)
     return digest
 
-def _retry_after(value: str) -> float | None:
-    with contextlib.suppress(ValueError, TypeError):  # a number of seconds, or a date
-        seconds = int(value) if value.isdigit() else email.utils.parsedate_to_datetime(value).timestamp() - time.time()
-        return min(max(seconds, 0), MAX_RETRY_AFTER)
-
 class Progress:
     """Files, MB, rate, time left: one line rewritten on a terminal, one line a file otherwise. Threads share it."""
     def __init__(self, verb: str, files: int):
@@ -367,26 +363,22 @@ class Progress:
     def say(self, line: str):
         print(("\r\033[K" if self.terminal else "") + line, end="", file=sys.stderr, flush=True)
 
-    def add(self, count: int):
+    def add(self, count: int = 0, finished: str | None = None):
         with self.lock:
-            self.bytes += count
-            if self.terminal and _now() - self.drawn > 0.2:
-                self.drawn, seconds = _now(), _now() - self.began
-                left = f", about {seconds / self.done * (self.files - self.done):.0f} s left" if self.done else ""
-                self.say(f"{self.verb} {self.done}/{self.files}, {self.bytes / 1e6:,.0f} MB at {self.bytes / 1e6 / seconds:.1f} MB/s{left}")
-
-    def file_done(self, name: str):
-        with self.lock:
-            self.done += 1
-            if not self.terminal or self.done == self.files:
-                self.say(f"{self.verb} {name} ({self.done}/{self.files}, {_now() - self.began:.1f} s)\n")
+            self.bytes, self.done = self.bytes + count, self.done + (finished is not None)
+            megabytes, seconds = self.bytes / 1e6, max(_now() - self.began, 1e-3)
+            if finished and not (self.terminal and self.done < self.files):
+                self.say(f"{self.verb} {finished} ({self.done}/{self.files}, {seconds:.1f} s)\n")
+            elif self.terminal and _now() - self.drawn > 0.2:
+                self.drawn, left = _now(), f", about {seconds / self.done * (self.files - self.done):.0f} s left" if self.done else ""
+                self.say(f"{self.verb} {self.done}/{self.files}, {megabytes:,.0f} MB at {megabytes / seconds:.1f} MB/s{left}")
 
 def in_parallel(function, items: list, workers: int, verb: str) -> list:
     """[function(item, progress), ...] by threads. A failure is raised at once: what is finished stays finished."""
     progress, pool = Progress(verb, len(items)), ThreadPoolExecutor(workers)
     def one(item):
         result = function(item, progress)
-        progress.file_done(item.name)
+        progress.add(finished=item.name)
         return result
     futures = [pool.submit(one, item) for item in items]
     done = wait(futures, return_when=FIRST_EXCEPTION).done
@@ -430,10 +422,8 @@ class Tokenizer:
                 raise ValueError("not the one that was prepared")
             lines = [line.split(b" ") for line in raw.splitlines()]
             ranks = [base64.b64decode(token, validate=True) for token, _ in lines]
-            if [int(rank) for _, rank in lines] != [*range(len(ranks))]:
-                raise ValueError("its ranks are out of order")
-            if not {bytes([b]) for b in range(256)} <= {*ranks} or len({*ranks}) != len(ranks) or b"" in ranks:
-                raise ValueError("its tokens are not distinct, or lack a single byte")
+            if [int(rank) for _, rank in lines] != [*range(len({*ranks} - {b""}))] or not {bytes([b]) for b in range(256)} <= {*ranks}:
+                raise ValueError("tokens doubled, empty or out of order, or single bytes missing")
             return cls(ranks)
         except (OSError, ValueError) as error:
             raise Stop(f"{path} is damaged or missing ({error}): run the same `uv run prepare.py ...` with --force") from None
@@ -466,8 +456,9 @@ class Tokenizer:
 SPLITS = ("train", "val", "test")
 
 def encode_source(texts, progress: Progress, tokenizer: Tokenizer, path: Path) -> dict:
-    """Writes the tokens of a source's (split, group, text) and then, as the sign that they are whole, their index; returns its manifest entry.
+    """Writes a source's tokens and then, as the sign that they are whole, their index; returns its manifest entry.
 
+    texts: its (split, group, text).
     PATH.bin: uint16, all documents one after another, each with BOS in front.
     PATH.idx: int32 (documents, 3): place of its split in SPLITS, its row group, its tokens.
     """
@@ -484,10 +475,8 @@ def encode_source(texts, progress: Progress, tokenizer: Tokenizer, path: Path) -
             os.fsync(file.fileno())
         write_atomically(index_path, np.array(index, dtype=np.int32).reshape(-1, 3).tobytes())
     index = np.fromfile(index_path, dtype=np.int32).reshape(-1, 3)
-    counts = {split: index[index[:, 0] == i, 2] for i, split in enumerate(SPLITS)}
-    return {"name": path.name, "sha256": sha256_of(data), "index_sha256": sha256_of(index_path),
-            "documents": {split: len(of) for split, of in counts.items()},
-            "tokens": {split: int(of.sum()) for split, of in counts.items()}}
+    tokens = {split: int(index[index[:, 0] == i, 2].sum()) for i, split in enumerate(SPLITS)}
+    return {"name": path.name, "sha256": sha256_of(data), "index_sha256": sha256_of(index_path), "tokens": tokens}
 
 def open_tokens(directory: Path, entry: dict, verify: bool) -> tuple[np.ndarray, np.ndarray]:
     """(uint16 tokens as a memory map, int32 index) of a manifest entry; see encode_source. Raises Stop on damage.
@@ -518,7 +507,7 @@ class Packer:
     def __init__(self, directory: Path, entries: list[dict], split: str, row_length: int, repeat: bool):
         self.row_length, self.epoch, self.added = row_length, 1, 0
         self.pool, self.where = [], {}  # where: position -> (tokens, index of the first)
-        self.batches = self._batches(directory, [e for e in entries if e["documents"][split]], split, repeat)
+        self.batches = self._batches(directory, [e for e in entries if e["tokens"][split]], split, repeat)
 
     def _batches(self, directory, entries, split, repeat):
         """Yields (epoch, tokens, firsts, lengths) of up to BATCH_DOCS documents that do not cross a row group."""
@@ -536,10 +525,9 @@ class Packer:
     def _fill_pool(self):
         while len(self.pool) < POOL_DOCS and (batch := next(self.batches, None)):
             self.epoch, tokens, firsts, lengths = batch
-            for first, length in zip(firsts, lengths):
+            for self.added, (first, length) in enumerate(zip(firsts, lengths), self.added + 1):
                 self.where[self.added] = tokens, first
                 self.pool.append(length << POSITION_BITS | (self.MASK - self.added))
-                self.added += 1
             self.pool.sort()
 
     def fill(self, rows: np.ndarray) -> int:
@@ -560,7 +548,6 @@ class Packer:
                 row[filled : filled + length] = tokens[first : first + length]
                 filled += length
         return len(rows)
-
 
 # ----------------------------------------------------------------------------------------------------------- dataloader
 
@@ -627,7 +614,6 @@ class DataLoader:
         # the copies that read it are done: nothing is overwritten while anything can still read it.
         inputs, targets = batch.to(self.device, non_blocking=True)
         return inputs, targets, epoch
-
 
 # -------------------------------------------------------------------------------------------- clock, watchdog, ledger
 
@@ -906,22 +892,21 @@ def _leak_check(forward, inputs, logits, rounds: int):
 
 # --------------------------------------------------------------------------------------------------------- command line
 
-@contextlib.contextmanager
-def locked(cache: Path):
-    """Holds the cache for one prepare.py at a time. Raises Stop, saying who holds it."""
+def lock(cache: Path):
+    """Holds the cache for one prepare.py at a time, until the returned file is closed. Raises Stop, saying who holds it."""
     import fcntl
     cache.mkdir(parents=True, exist_ok=True)
-    with open(cache / "lock", "a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            raise Stop(f"another prepare.py (process {file.read().strip() or '?'}) is working in {cache}: wait until it is done, "
-                       "or set AUTORESEARCH_CACHE to another directory") from None
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
-        yield
+    file = open(cache / "lock", "a+")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        raise Stop(f"another prepare.py (process {file.read().strip() or '?'}) is working in {cache}: wait until it is done, "
+                   "or set AUTORESEARCH_CACHE to another directory") from None
+    file.truncate(0)
+    file.write(str(os.getpid()))
+    file.flush()
+    return file
 
 def prepare(corpus: str, data: Path | None, num_shards: int, settings: dict, force: bool):
     """Fills the cache: sources, tokenizer, tokens, and last the manifest. Finished pieces of an earlier try are kept."""
@@ -954,10 +939,11 @@ def prepare(corpus: str, data: Path | None, num_shards: int, settings: dict, for
         def training_text(left=TOKENIZER_CHARS):
             for source in sources:
                 for split, _, text in documents(source, held_out=held_out) if source.split in (None, "train") else ():
-                    text = text[: min(TOKENIZER_DOC_CHARS, left)]
-                    if split == "train" and text:
+                    if left <= 0:
+                        return
+                    if split == "train":
+                        yield (text := text[: min(TOKENIZER_DOC_CHARS, left)])
                         left -= len(text)
-                        yield text
         step = _now()
         with ThreadPoolExecutor(1) as pool:  # so that Ctrl-C is heard meanwhile
             tokenizer = pool.submit(Tokenizer.train, training_text(), settings["vocab_size"]).result()
@@ -1005,7 +991,7 @@ def main(argv: list[str] | None = None):
     if args.num_shards == 0 or args.num_shards < -1:
         raise Stop(f"--num-shards {args.num_shards}: it must be at least 1, or -1 for all")
     try:
-        with locked(cache_dir()):
+        with lock(cache_dir()):
             prepare(corpus, args.data, args.num_shards, settings, args.force)
     except OSError as error:
         where = error.filename or cache_dir()

@@ -269,7 +269,7 @@ def start(data, cache) -> subprocess.Popen:
     env = {**os.environ, "AUTORESEARCH_CACHE": str(cache)}
     process = subprocess.Popen([sys.executable, "prepare.py", "--data", data, *map(str, LARGER)], cwd=ROOT, env=env,
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    wait_for(process, lambda: (cache / "lock").exists())
+    wait_for(process, lambda: (cache / "lock").exists() and (cache / "lock").read_text() == str(process.pid))
     return process
 
 
@@ -316,7 +316,6 @@ def test_ctrl_c_at_random_moments(larger, tmp_path):
 def test_a_second_one_at_the_same_time(larger, tmp_path):
     data, undisturbed = larger
     process = start(data, tmp_path / "cache")
-    wait_for(process, lambda: (tmp_path / "cache" / "lock").read_text())
     process.send_signal(signal.SIGSTOP)  # so that it holds the lock for as long as it takes
     second = prepare(data, tmp_path / "cache", small=LARGER)
     process.send_signal(signal.SIGCONT)
