@@ -21,7 +21,7 @@ import os, signal, sys
 if __name__ == "__main__":  # Ctrl-C at any moment: one line and out; an unfinished piece never carries its final name
     signal.signal(signal.SIGINT, lambda *_: (os.write(2, b"\nFAIL: interrupted; what was finished is kept: "
                                                          b"run the same command again\n"), os._exit(130)))
-import argparse, base64, contextlib, ctypes, functools, hashlib, itertools, json, math, platform, queue, random
+import argparse, base64, contextlib, ctypes, functools, hashlib, itertools, json, math, platform, random
 import re, shutil, subprocess, sysconfig, threading, time, uuid, weakref
 from bisect import bisect_right
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
@@ -341,6 +341,7 @@ def _fetch(name: str, part: Path, have: int, progress: Progress) -> str | None:
             if status not in (200, 206):
                 raise Stop(f"{name}: {host} answered {status}" + " (check HF_TOKEN)" * (status in (401, 403)))
             length = reply.headers.get("Content-Length", "")
+            total = int(length) + have * (status == 206) if length.isdigit() else None
             with open(part, "ab" if status == 206 else "wb") as file:
                 for block in reply.iter_content(1 << 14):  # a block that is not full is lost when the line drops
                     file.write(block)
@@ -349,9 +350,8 @@ def _fetch(name: str, part: Path, have: int, progress: Progress) -> str | None:
         raise Stop(f"{name}: HF_ENDPOINT or HF_TOKEN cannot be used ({type(error).__name__})") from None
     except requests.RequestException as error:
         raise Retry(f"{type(error).__name__} at {host}") from None
-    total = int(length) + have * (status == 206) if length.isdigit() else None
-    if total is not None and part.stat().st_size != total:
-        raise Retry(f"{part.stat().st_size:,} of {total:,} bytes arrived", discard=part.stat().st_size > total)
+    if total is not None and (size := part.stat().st_size) != total:
+        raise Retry(f"{size:,} of {total:,} bytes arrived", discard=size > total)
     return digest
 
 class Progress:
