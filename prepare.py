@@ -21,7 +21,7 @@ import os, signal, sys
 if __name__ == "__main__":  # Ctrl-C at any moment: one line and out; an unfinished piece never carries its final name
     signal.signal(signal.SIGINT, lambda *_: (os.write(2, b"\nFAIL: interrupted; what was finished is kept: "
                                                          b"run the same command again\n"), os._exit(130)))
-import argparse, base64, contextlib, ctypes, email.utils, functools, hashlib, itertools, json, math, platform, queue, random
+import argparse, base64, contextlib, ctypes, functools, hashlib, itertools, json, math, platform, random
 import re, shutil, subprocess, sysconfig, threading, time, uuid, weakref
 from bisect import bisect_right
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
@@ -40,6 +40,7 @@ PRESETS = {  # what is fixed for each corpus; the command line overrides, the ma
     "text": dict(seq_len=2048, vocab_size=8192, eval_tokens=40 * 524_288, time_budget=300),
     "demo": dict(seq_len=256, vocab_size=2048, eval_tokens=262_144, time_budget=300),
 }
+LIMITS = dict(seq_len=(16, 1 << 20), vocab_size=(260, 1 << 16), eval_tokens=(1, 1 << 40), time_budget=(1, 1 << 20))
 HELD_OUT_SHARE = 0.05  # of the documents, for validation and again for test, where no file is named for it
 
 HUB_PATH = "/datasets/karpathy/climbmix-400b-shuffle/resolve/main/"
@@ -47,7 +48,6 @@ VAL_SHARD, TEST_SHARD = 6542, 6541  # pinned; training shards count up from 0 an
 PARALLEL_DOWNLOADS = 4  # one connection rarely fills a line; many only annoy the server
 CONNECT_TIMEOUT, READ_TIMEOUT = 10, 30  # seconds; READ is the longest silence, not the whole transfer
 MAX_TRIES = 8  # in a row without one new byte: with the back-off about four minutes of dead network
-MAX_CORRUPT = 3  # complete downloads of one file whose bytes were wrong
 BACKOFF, MAX_WAIT, MAX_RETRY_AFTER = 1.0, 60.0, 300.0  # seconds: first pause (then doubled), longest, longest a server may ask
 
 SPECIAL_TOKENS = ("<|reserved_0|>", "<|reserved_1|>", "<|reserved_2|>", "<|reserved_3|>")  # the last four ids; the first is BOS
@@ -55,6 +55,7 @@ SPECIAL_TOKENS = ("<|reserved_0|>", "<|reserved_1|>", "<|reserved_2|>", "<|reser
 SPLIT_PATTERN = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*"
                  r"|\s*[\r\n]|\s+(?!\S)|\s+")
 TOKENIZER_CHARS, TOKENIZER_DOC_CHARS = 1_000_000_000, 10_000  # the tokenizer sees so much training text, so much of a document
+ENCODE_CHARS = 1 << 18  # at a time: the splitter's regular expression overflows its stack on a run of a million blanks
 PASSAGE_SLACK = 0.05  # plain text is cut into passages just over a row; so much further to find a blank line to cut at
 BUNDLE_FILES = 500  # plain text files encoded together: the unit of restarting
 MIXED_PASSAGES = 50_000  # plain text is mixed within so many passages, which bounds the memory
@@ -157,10 +158,10 @@ def split_name() -> str:
 
 @dataclass
 class Source:
-    """One parquet or jsonl file, or a bundle of plain text files: encoded as a unit, restarted as a unit."""
+    """A parquet or jsonl file, or a bundle of plain text files: encoded as a unit, restarted as a unit."""
     name: str
     paths: list[Path]
-    split: str | None  # None: each document goes by the sha256 of its text
+    split: str | None  # None: each document goes by its sha256
 
     def describe(self) -> dict:
         digests = [sha256_of(path) for path in self.paths]
@@ -168,14 +169,14 @@ class Source:
         return {"name": self.name, "files": len(digests), "size": sum(p.stat().st_size for p in self.paths), "sha256": whole}
 
 def text_sources(directory: Path) -> list[Source]:
-    """Every *.parquet, *.jsonl, *.txt and *.md below `directory`; files named val* and test* are those splits."""
+    """Every *.parquet, *.jsonl, *.txt and *.md below `directory`, where links to folders are not followed."""
     if not directory.is_dir():
         raise Stop(f"--data {directory}: there is no such directory")
-    found = [Path(root) / name for root, _, names in os.walk(directory) for name in names]
-    found = sorted(p for p in found if p.suffix in (".parquet", ".jsonl", ".txt", ".md") and p.is_file())
-    split_of = lambda path: next((split for split in ("val", "test") if path.name.startswith(split)), None)
-    rest = None if {None, "val", "test"} - {*map(split_of, found)} else "train"  # both are named: the rest need not be hashed
-    return _bundled(directory, [(path, split_of(path) or rest) for path in found])
+    found = [Path(root, name) for root, _, names in os.walk(directory) for name in names]
+    splits = {path: named and named[0] for path in sorted(found) for named in [re.match("val|test", path.name)]
+              if path.suffix in (".parquet", ".jsonl", ".txt", ".md") and path.is_file()}
+    rest = "train" if {"val", "test"} <= {*splits.values()} else None
+    return _bundled(directory, {path: split or rest for path, split in splits.items()})
 
 def demo_sources() -> list[Source]:
     """The running Python's own standard library: about 30 MB of text that every machine has."""
@@ -183,42 +184,42 @@ def demo_sources() -> list[Source]:
         with contextlib.suppress(UnicodeDecodeError):
             return bool(path.read_text("utf-8"))
     directory = Path(sysconfig.get_paths()["stdlib"])
-    found = [p for p in directory.rglob("*.py") if not {"site-packages", "dist-packages"} & {*p.parts} and is_text(p)]
-    return _bundled(directory, [(path, None) for path in sorted(found)])
+    found = sorted(p for p in directory.rglob("*.py") if not {"site-packages", "dist-packages"} & {*p.parts} and is_text(p))
+    return _bundled(directory, dict.fromkeys(found))
 
-def _bundled(directory: Path, found: list[tuple[Path, str | None]]) -> list[Source]:
-    name = lambda path: path.relative_to(directory).as_posix()
-    sources = [Source(name(path), [path], split) for path, split in found if path.suffix in READERS]
-    for split in dict.fromkeys(split for _, split in found):
-        paths = [path for path, s in found if s == split and path.suffix not in READERS]
-        paths.sort(key=lambda path: hashlib.sha256(name(path).encode()).digest())  # every bundle a fair sample
-        sources += [Source(name(some[0]), some, split) for some in
-                    (paths[i : i + BUNDLE_FILES] for i in range(0, len(paths), BUNDLE_FILES))]
+def _bundled(directory: Path, splits: dict[Path, str | None]) -> list[Source]:
+    name = {path: path.relative_to(directory).as_posix() for path in splits}
+    sources = [Source(name[path], [path], split) for path, split in splits.items() if path.suffix in READERS]
+    for split in dict.fromkeys(splits.values()):
+        paths = [path for path in splits if splits[path] == split and path.suffix not in READERS]
+        paths.sort(key=lambda path: hashlib.sha256(os.fsencode(name[path])).digest())  # every bundle a fair sample
+        bundles = [paths[i : i + BUNDLE_FILES] for i in range(0, len(paths), BUNDLE_FILES)]
+        sources += [Source(name[bundle[0]], bundle, split) for bundle in bundles]
     return sources
 
-def documents(source: Source, size: int, measure=len, named=frozenset(), held_out=frozenset()):
-    """Yields (split, group, text) in file order; a group is a parquet row group, or else the whole source.
+def read(source: Source, size: int = TOKENIZER_DOC_CHARS, measure=len):
+    """Yields (group, sha256 of the document, text) in file order; a group is a parquet row group, or else the whole source.
 
-    size, measure: of the passages that plain text is cut into, see _passages; named: splits that have files of their own; held_out: sha256 of those files' documents, which training leaves out.
+    A plain text file is one document, given out in passages (see _passages); as neighbours are alike, those are mixed.
     Raises Stop, naming file and place, on anything that is not text.
     """
-    def pieces():
-        for path in source.paths:
-            if path.suffix in READERS:
-                for group, text in READERS[path.suffix](path):
-                    yield group, hashlib.sha256(text.encode()).digest(), text
-            else:  # the file is the document: it goes to one split as a whole and is then cut
-                digest = bytes.fromhex(sha256_of(path))
-                yield from ((0, digest, text) for text in _passages(path, size, measure))
-    found = pieces()
-    if source.paths[0].suffix not in READERS:  # neighbours in a file are alike: they are mixed, a window at a time
-        windows = iter(lambda found=found: list(itertools.islice(found, MIXED_PASSAGES)), [])
-        found = (piece for window in windows for piece in sorted(window, key=lambda p: hashlib.sha256(p[2].encode()).digest()))
-    for group, digest, text in found:
+    if reader := READERS.get(source.paths[0].suffix):
+        for group, text in reader(source.paths[0]):
+            yield group, hashlib.sha256(text.encode()).digest(), text
+    else:
+        passages = ((0, digest, text) for path in source.paths for digest in [bytes.fromhex(sha256_of(path))]
+                    for text in _passages(path, size, measure))
+        while window := list(itertools.islice(passages, MIXED_PASSAGES)):
+            yield from sorted(window, key=lambda passage: hashlib.sha256(passage[2].encode()).digest())
+
+def documents(source: Source, size: int = TOKENIZER_DOC_CHARS, measure=len, held_out: dict[bytes, str] = {}):
+    """Yields (split, group, text) as `read` does. held_out: {sha256: split} of the documents in files named for a split."""
+    named = {*held_out.values()}
+    for group, digest, text in read(source, size, measure):
         share = int.from_bytes(digest[:8], "big") / 2**64
         drawn = "val" if share < HELD_OUT_SHARE else "test" if share < 2 * HELD_OUT_SHARE else "train"
         split = source.split or ("train" if drawn in named else drawn)
-        if text and not (split == "train" and digest in held_out):
+        if text and held_out.get(digest, split) == split:  # no document on two sides
             yield split, group, text
 
 def _parquet_documents(path: Path):
@@ -233,12 +234,16 @@ def _parquet_documents(path: Path):
     except (pa.ArrowException, OSError, UnicodeError) as error:
         raise Stop(f"{path} is not readable as parquet ({str(error)[:200]}): replace it or remove it") from None
 
+def well_formed(text: str) -> str:
+    """A lone surrogate, which JSON and Python can carry and UTF-8 cannot, becomes U+FFFD."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
 def _jsonl_documents(path: Path):
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             try:
-                if line.strip():  # a lone surrogate, which JSON can carry and UTF-8 cannot, becomes U+FFFD
-                    yield 0, json.loads(line)["text"].encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+                if line.strip():
+                    yield 0, well_formed(json.loads(line)["text"])
             except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
                 raise Stop(f"{path}, line {number}: not a JSON object with a string `text` ({type(error).__name__})") from None
 
@@ -250,7 +255,7 @@ def _passages(path: Path, size: int, measure):
     held, total = [], 0
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
-            for line in (line[i : i + size] for line in file for i in range(0, len(line), size)):
+            while line := file.readline(size):  # or a piece of a longer one
                 held.append(line)
                 total += measure(line)
                 if total >= size and (not line.strip() or total >= size * (1 + PASSAGE_SLACK)):
@@ -265,10 +270,10 @@ READERS = {".parquet": _parquet_documents, ".jsonl": _jsonl_documents}  # anythi
 # -------------------------------------------------------------------------------------------------- documents: climbmix
 
 class Retry(Exception):
-    """This download may go better next time. wait: seconds the server asked for; corrupt: the bytes at hand are wrong."""
-    def __init__(self, reason: str, wait: float | None = None, corrupt: bool = False):
+    """This download may go better next time. wait: seconds the server asked for; discard: the bytes at hand are wrong."""
+    def __init__(self, reason: str, wait: float | None = None, discard: bool = False):
         super().__init__(reason)
-        self.wait, self.corrupt = wait, corrupt
+        self.wait, self.discard = wait, discard
 
 def climbmix_sources(num_shards: int) -> list[Source]:
     """The shards in order, validation and test last, downloading what is missing (num_shards < 0: all)."""
@@ -276,7 +281,8 @@ def climbmix_sources(num_shards: int) -> list[Source]:
     splits = {**{n: "train" for n in numbers}, VAL_SHARD: "val", TEST_SHARD: "test"}
     (directory := cache_dir() / "shards").mkdir(exist_ok=True)
     sources = [Source(name := f"shard_{n:05d}.parquet", [directory / name], split) for n, split in splits.items()]
-    in_parallel(download, [source.paths[0] for source in sources], PARALLEL_DOWNLOADS, "downloaded")
+    missing = [source.paths[0] for source in sources if not source.paths[0].exists()]
+    in_parallel(download, missing, PARALLEL_DOWNLOADS, "downloaded")
     return sources
 
 def download(final: Path, progress: Progress):
@@ -284,25 +290,25 @@ def download(final: Path, progress: Progress):
 
     Raises Stop, naming the file, after the last try; what has arrived stays in NAME.part for the next run.
     """
-    if final.exists() and not _parquet_problem(final):
-        return
-    part, tries, corrupt = final.with_name(final.name + ".part"), 0, 0
+    part, tries, most = final.with_name(final.name + ".part"), 0, 0
     while True:
         part.touch()
-        before = part.stat().st_size
         try:
-            digest = _fetch(final.name, part, before, progress)
+            digest = _fetch(final.name, part, part.stat().st_size, progress)
             if digest and sha256_of(part) != digest:
-                raise Retry("its sha256 is wrong", corrupt=True)
-            if problem := _parquet_problem(part):
-                raise Retry(f"it is no parquet file ({problem})", corrupt=True)
+                raise Retry("its sha256 is wrong", discard=True)
+            try:
+                next(_parquet_documents(part), None)
+            except Stop as problem:
+                raise Retry(str(problem.code).removeprefix("FAIL: "), discard=True) from None
             break
         except Retry as failure:
-            if failure.corrupt:
+            if failure.discard:
                 part.write_bytes(b"")
-            corrupt += failure.corrupt
-            tries = 0 if part.stat().st_size > before else tries + 1  # a line that drops but moves on is not a failure
-            if tries >= MAX_TRIES or corrupt >= MAX_CORRUPT:
+            arrived = part.stat().st_size
+            tries = 0 if arrived > most else tries + 1  # a line that drops but moves on is not a failure
+            most = max(most, arrived)
+            if tries >= MAX_TRIES:
                 raise Stop(f"{final.name}: {failure}; what has arrived is kept: run the same command again") from None
             pause = failure.wait if failure.wait is not None else min(BACKOFF * 2**tries, MAX_WAIT) * random.uniform(0.5, 1)
             progress.say(f"{final.name}: {failure}; trying again in {pause:.0f} s\n")
@@ -311,22 +317,15 @@ def download(final: Path, progress: Progress):
         os.fsync(file.fileno())
     os.replace(part, final)
 
-def _parquet_problem(path: Path) -> str | None:
-    import pyarrow as pa, pyarrow.parquet as pq
-    try:
-        return None if "text" in pq.ParquetFile(path).schema_arrow.names else "no column `text`"
-    except (pa.ArrowException, OSError) as error:
-        return str(error)[:100]
-
 def _fetch(name: str, part: Path, have: int, progress: Progress) -> str | None:
     """Appends to `part` the bytes after `have`; returns the sha256 that the server gave for the whole file, if it did."""
     import requests
     url = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/") + HUB_PATH + name
-    host = urlsplit(url).netloc.rpartition("@")[2]
     headers = {"Accept-Encoding": "identity", **({"Range": f"bytes={have}-"} if have else {})}
-    if token := os.environ.get("HF_TOKEN"):  # requests drops this header where a redirect leaves the host
+    if token := os.environ.get("HF_TOKEN", "").strip():  # requests drops this header where a redirect leaves the host
         headers["Authorization"] = f"Bearer {token}"
     try:
+        host = urlsplit(url).netloc.rpartition("@")[2]
         with requests.get(url, headers=headers, stream=True, timeout=(CONNECT_TIMEOUT, READ_TIMEOUT)) as reply:
             status = reply.status_code
             linked = (r.headers.get("X-Linked-ETag", "").removeprefix("W/").strip('"') for r in [*reply.history, reply])
@@ -335,27 +334,25 @@ def _fetch(name: str, part: Path, have: int, progress: Progress) -> str | None:
             if status == 416 and place and place[2] == str(have):
                 return digest  # complete already: only the rename was missing
             if status == 416 or status == 206 and not (place and place[1] == str(have)):
-                raise Retry(f"{host} does not go on at byte {have:,}", corrupt=True)
+                raise Retry(f"{host} does not go on at byte {have:,}", discard=True)
             if status in (408, 429) or status >= 500:
-                raise Retry(f"{host} answered {status}", wait=_retry_after(reply.headers.get("Retry-After", "")))
+                asked = reply.headers.get("Retry-After", "")
+                raise Retry(f"{host} answered {status}", wait=min(int(asked), MAX_RETRY_AFTER) if asked.isdigit() else None)
             if status not in (200, 206):
                 raise Stop(f"{name}: {host} answered {status}" + " (check HF_TOKEN)" * (status in (401, 403)))
             length = reply.headers.get("Content-Length", "")
             total = int(length) + have * (status == 206) if length.isdigit() else None
             with open(part, "ab" if status == 206 else "wb") as file:
-                for block in reply.iter_content(1 << 18):
+                for block in reply.iter_content(1 << 14):  # a block that is not full is lost when the line drops
                     file.write(block)
                     progress.add(len(block))
-    except requests.RequestException as error:  # its text may hold a signed address: only its kind is shown
+    except ValueError as error:  # an error's text may hold the token or a signed address: only its kind is shown
+        raise Stop(f"{name}: HF_ENDPOINT or HF_TOKEN cannot be used ({type(error).__name__})") from None
+    except requests.RequestException as error:
         raise Retry(f"{type(error).__name__} at {host}") from None
-    if total is not None and part.stat().st_size != total:
-        raise Retry(f"{part.stat().st_size:,} of {total:,} bytes arrived", corrupt=part.stat().st_size > total)
+    if total is not None and (size := part.stat().st_size) != total:
+        raise Retry(f"{size:,} of {total:,} bytes arrived", discard=size > total)
     return digest
-
-def _retry_after(value: str) -> float | None:
-    with contextlib.suppress(ValueError, TypeError):  # a number of seconds, or a date
-        seconds = int(value) if value.isdigit() else email.utils.parsedate_to_datetime(value).timestamp() - time.time()
-        return min(max(seconds, 0), MAX_RETRY_AFTER)
 
 class Progress:
     """Files, MB, rate, time left: one line rewritten on a terminal, one line a file otherwise. Threads share it."""
@@ -366,35 +363,29 @@ class Progress:
     def say(self, line: str):
         print(("\r\033[K" if self.terminal else "") + line, end="", file=sys.stderr, flush=True)
 
-    def add(self, count: int):
+    def add(self, count: int = 0, finished: str | None = None):
         with self.lock:
-            self.bytes += count
-            if self.terminal and _now() - self.drawn > 0.2:
-                self.drawn, seconds = _now(), _now() - self.began
-                left = f", about {seconds / self.done * (self.files - self.done):.0f} s left" if self.done else ""
-                self.say(f"{self.verb} {self.done}/{self.files}, {self.bytes / 1e6:,.0f} MB at {self.bytes / 1e6 / seconds:.1f} MB/s{left}")
-
-    def file_done(self, name: str):
-        with self.lock:
-            self.done += 1
-            if not self.terminal or self.done == self.files:
-                self.say(f"{self.verb} {name} ({self.done}/{self.files}, {_now() - self.began:.1f} s)\n")
+            self.bytes, self.done = self.bytes + count, self.done + (finished is not None)
+            megabytes, seconds = self.bytes / 1e6, max(_now() - self.began, 1e-3)
+            if finished and not (self.terminal and self.done < self.files):
+                self.say(f"{self.verb} {finished} ({self.done}/{self.files}, {seconds:.1f} s)\n")
+            elif self.terminal and _now() - self.drawn > 0.2:
+                self.drawn, left = _now(), f", about {seconds / self.done * (self.files - self.done):.0f} s left" if self.done else ""
+                self.say(f"{self.verb} {self.done}/{self.files}, {megabytes:,.0f} MB at {megabytes / seconds:.1f} MB/s{left}")
 
 def in_parallel(function, items: list, workers: int, verb: str) -> list:
-    """[function(item, progress), ...] by threads, in order. Raises the first failure; what is finished stays finished."""
-    progress = Progress(verb, len(items))
+    """[function(item, progress), ...] by threads. A failure is raised at once: what is finished stays finished."""
+    progress, pool = Progress(verb, len(items)), ThreadPoolExecutor(workers)
     def one(item):
         result = function(item, progress)
-        progress.file_done(getattr(item, "name", str(item)))
+        progress.add(finished=item.name)
         return result
-    with ThreadPoolExecutor(workers) as pool:
-        futures = [pool.submit(one, item) for item in items]
-        failed = [f.exception() for f in wait(futures, return_when=FIRST_EXCEPTION).done if f.exception()]
-        if failed:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise failed[0]
+    futures = [pool.submit(one, item) for item in items]
+    done = wait(futures, return_when=FIRST_EXCEPTION).done
+    pool.shutdown(wait=False, cancel_futures=True)
+    for future in done:
+        future.result()
     return [future.result() for future in futures]
-
 
 # ------------------------------------------------------------------------------------------------------------ tokenizer
 
@@ -431,10 +422,8 @@ class Tokenizer:
                 raise ValueError("not the one that was prepared")
             lines = [line.split(b" ") for line in raw.splitlines()]
             ranks = [base64.b64decode(token, validate=True) for token, _ in lines]
-            if [int(rank) for _, rank in lines] != [*range(len(ranks))] or not {bytes([b]) for b in range(256)} <= {*ranks}:
-                raise ValueError("ranks out of order or single bytes missing")
-            if len({*ranks}) != len(ranks) or b"" in ranks:
-                raise ValueError("doubled or empty tokens")
+            if [int(rank) for _, rank in lines] != [*range(len({*ranks} - {b""}))] or not {bytes([b]) for b in range(256)} <= {*ranks}:
+                raise ValueError("tokens doubled, empty or out of order, or single bytes missing")
             return cls(ranks)
         except (OSError, ValueError) as error:
             raise Stop(f"{path} is damaged or missing ({error}): run the same `uv run prepare.py ...` with --force") from None
@@ -447,7 +436,11 @@ class Tokenizer:
         if not isinstance(text, str):
             return [self.encode(one, prepend) for one in text]
         front = self.encoding.encode_single_token(prepend) if isinstance(prepend, str) else prepend
-        return ([] if front is None else [front]) + self.encoding.encode_ordinary(text)
+        return ([] if front is None else [front]) + self.encode_array(well_formed(text)).tolist()
+
+    def encode_array(self, text: str) -> np.ndarray:
+        pieces = [text[i : i + ENCODE_CHARS] for i in range(0, len(text), ENCODE_CHARS)] or [""]
+        return np.concatenate([self.encoding.encode_to_numpy(piece, disallowed_special=()) for piece in pieces])
 
     def decode(self, ids: list[int]) -> str:
         return self.encoding.decode(ids)
@@ -462,29 +455,28 @@ class Tokenizer:
 
 SPLITS = ("train", "val", "test")
 
-def encode_source(source: Source, progress: Progress, tokenizer: Tokenizer, path: Path, texts) -> dict:
+def encode_source(texts, progress: Progress, tokenizer: Tokenizer, path: Path) -> dict:
     """Writes a source's tokens and then, as the sign that they are whole, their index; returns its manifest entry.
 
+    texts: its (split, group, text).
     PATH.bin: uint16, all documents one after another, each with BOS in front.
     PATH.idx: int32 (documents, 3): place of its split in SPLITS, its row group, its tokens.
     """
     data, index_path = path.with_suffix(".bin"), path.with_suffix(".idx")
     if not index_path.exists():
-        bos, index = np.array([tokenizer.get_bos_token_id()], dtype=np.uint16), []
+        bos, index = [tokenizer.get_bos_token_id()], []
         with open(data, "wb") as file:
-            for split, group, text in texts(source):
-                ids = tokenizer.encoding.encode_to_numpy(text, disallowed_special=()).astype(np.uint16)
-                file.write(np.concatenate([bos, ids]).data)
-                index.append((SPLITS.index(split), group, 1 + len(ids)))
+            for split, group, text in texts:
+                ids = np.concatenate([bos, tokenizer.encode_array(text)])
+                file.write(ids.astype(np.uint16).data)
+                index.append((SPLITS.index(split), group, len(ids)))
                 progress.add(len(text))
             file.flush()
             os.fsync(file.fileno())
         write_atomically(index_path, np.array(index, dtype=np.int32).reshape(-1, 3).tobytes())
     index = np.fromfile(index_path, dtype=np.int32).reshape(-1, 3)
-    counts = {split: index[index[:, 0] == i, 2] for i, split in enumerate(SPLITS)}
-    return {"name": path.name, "sha256": sha256_of(data), "index_sha256": sha256_of(index_path),
-            "documents": {split: len(of) for split, of in counts.items()},
-            "tokens": {split: int(of.sum()) for split, of in counts.items()}}
+    tokens = {split: int(index[index[:, 0] == i, 2].sum()) for i, split in enumerate(SPLITS)}
+    return {"name": path.name, "sha256": sha256_of(data), "index_sha256": sha256_of(index_path), "tokens": tokens}
 
 def open_tokens(directory: Path, entry: dict, verify: bool) -> tuple[np.ndarray, np.ndarray]:
     """(uint16 tokens as a memory map, int32 index) of a manifest entry; see encode_source. Raises Stop on damage.
@@ -515,7 +507,7 @@ class Packer:
     def __init__(self, directory: Path, entries: list[dict], split: str, row_length: int, repeat: bool):
         self.row_length, self.epoch, self.added = row_length, 1, 0
         self.pool, self.where = [], {}  # where: position -> (tokens, index of the first)
-        self.batches = self._batches(directory, [e for e in entries if e["documents"][split]], split, repeat)
+        self.batches = self._batches(directory, [e for e in entries if e["tokens"][split]], split, repeat)
 
     def _batches(self, directory, entries, split, repeat):
         """Yields (epoch, tokens, firsts, lengths) of up to BATCH_DOCS documents that do not cross a row group."""
@@ -533,10 +525,9 @@ class Packer:
     def _fill_pool(self):
         while len(self.pool) < POOL_DOCS and (batch := next(self.batches, None)):
             self.epoch, tokens, firsts, lengths = batch
-            for first, length in zip(firsts, lengths):
+            for self.added, (first, length) in enumerate(zip(firsts, lengths), self.added + 1):
                 self.where[self.added] = tokens, first
                 self.pool.append(length << POSITION_BITS | (self.MASK - self.added))
-                self.added += 1
             self.pool.sort()
 
     def fill(self, rows: np.ndarray) -> int:
@@ -557,7 +548,6 @@ class Packer:
                 row[filled : filled + length] = tokens[first : first + length]
                 filled += length
         return len(rows)
-
 
 # ----------------------------------------------------------------------------------------------------------- dataloader
 
@@ -624,7 +614,6 @@ class DataLoader:
         # the copies that read it are done: nothing is overwritten while anything can still read it.
         inputs, targets = batch.to(self.device, non_blocking=True)
         return inputs, targets, epoch
-
 
 # -------------------------------------------------------------------------------------------- clock, watchdog, ledger
 
@@ -903,22 +892,21 @@ def _leak_check(forward, inputs, logits, rounds: int):
 
 # --------------------------------------------------------------------------------------------------------- command line
 
-@contextlib.contextmanager
-def locked(cache: Path):
-    """Holds the cache for one prepare.py at a time. Raises Stop, saying who holds it."""
+def lock(cache: Path):
+    """Holds the cache for one prepare.py at a time, until the returned file is closed. Raises Stop, saying who holds it."""
     import fcntl
     cache.mkdir(parents=True, exist_ok=True)
-    with open(cache / "lock", "a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            raise Stop(f"another prepare.py (process {file.read().strip() or '?'}) is working in {cache}: wait until it is done, "
-                       "or set AUTORESEARCH_CACHE to another directory") from None
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
-        yield
+    file = open(cache / "lock", "a+")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        raise Stop(f"another prepare.py (process {file.read().strip() or '?'}) is working in {cache}: wait until it is done, "
+                   "or set AUTORESEARCH_CACHE to another directory") from None
+    file.truncate(0)
+    file.write(str(os.getpid()))
+    file.flush()
+    return file
 
 def prepare(corpus: str, data: Path | None, num_shards: int, settings: dict, force: bool):
     """Fills the cache: sources, tokenizer, tokens, and last the manifest. Finished pieces of an earlier try are kept."""
@@ -944,28 +932,29 @@ def prepare(corpus: str, data: Path | None, num_shards: int, settings: dict, for
             shutil.rmtree(entry)
     (directory := cache / key).mkdir(exist_ok=True)
 
-    named = frozenset(source.split for source in sources) - {None, "train"}
-    held_out = frozenset(hashlib.sha256(text.encode()).digest() for source in sources if corpus == "text" and source.split in named
-                         for _, _, text in documents(source, sys.maxsize))
-    texts = lambda source, size=TOKENIZER_DOC_CHARS, measure=len: documents(source, size, measure, named, held_out)
-    tokenizer_path = directory / "tokenizer.tiktoken"
+    held_out = {digest: source.split for source in sources if corpus == "text" and source.split in ("test", "val")
+                for _, digest, _ in read(source)}
+    tokenizer_path, row = directory / "tokenizer.tiktoken", settings["seq_len"] + 1
     if not tokenizer_path.exists():
         def training_text(left=TOKENIZER_CHARS):
-            for text in (text for source in sources if source.split not in named for split, _, text in texts(source) if split == "train"):
-                yield text[:TOKENIZER_DOC_CHARS][:left]
-                if (left := left - min(len(text), TOKENIZER_DOC_CHARS)) <= 0:
-                    return
+            for source in sources:
+                for split, _, text in documents(source, held_out=held_out) if source.split in (None, "train") else ():
+                    if left <= 0:
+                        return
+                    if split == "train":
+                        yield (text := text[: min(TOKENIZER_DOC_CHARS, left)])
+                        left -= len(text)
         step = _now()
         with ThreadPoolExecutor(1) as pool:  # so that Ctrl-C is heard meanwhile
             tokenizer = pool.submit(Tokenizer.train, training_text(), settings["vocab_size"]).result()
         write_atomically(tokenizer_path, tokenizer.to_bytes())
         print(f"trained a tokenizer of {tokenizer.get_vocab_size()} tokens in {_now() - step:.1f} s", file=sys.stderr)
     tokenizer = Tokenizer.from_directory(directory)
-    row = settings["seq_len"] + 1
-    token_texts = lambda source: texts(source, math.ceil(1.02 * row), lambda line: len(tokenizer.encoding.encode_ordinary(line)))
-    number = {id(source): directory / f"{i:05d}" for i, source in enumerate(sources)}
-    entries = in_parallel(lambda source, progress: encode_source(source, progress, tokenizer, number[id(source)], token_texts),
-                          sources, os.cpu_count() or 1, "encoded")
+    def encode(source, progress, number={source.name: i for i, source in enumerate(sources)}):
+        tokens_of = lambda line: len(tokenizer.encoding.encode_ordinary(line))
+        texts = documents(source, math.ceil(1.02 * row), tokens_of, held_out)
+        return encode_source(texts, progress, tokenizer, directory / f"{number[source.name]:05d}")
+    entries = in_parallel(encode, sources, os.cpu_count() or 1, "encoded")
     totals = {split: sum(e["tokens"][split] for e in entries) for split in SPLITS}
     eval_rows = {}
     for split in ("val", "test"):
@@ -988,23 +977,21 @@ def main(argv: list[str] | None = None):
     which.add_argument("--data", type=Path, metavar="DIR", help="your own *.parquet (text), *.jsonl (text), *.txt, *.md")
     which.add_argument("--num-shards", type=int, default=10, metavar="N", help="climbmix training shards (default 10; -1: all 6,541)")
     which.add_argument("--runs", action="store_true", help="show the ledger as a table")
-    for name, low, high in (("seq-len", 16, 1 << 20), ("vocab-size", 260, 1 << 16), ("eval-tokens", 1, 1 << 40), ("time-budget", 1, 1 << 20)):
-        parser.add_argument(f"--{name}", type=int, metavar="N", help=f"{low} to {high}; the default is the corpus's")
-        parser.set_defaults(**{f"{name}_range".replace("-", "_"): (low, high)})
+    for name, (low, high) in LIMITS.items():
+        parser.add_argument("--" + name.replace("_", "-"), type=int, metavar="N", help=f"{low} to {high}; the default is the corpus's")
     parser.add_argument("--force", action="store_true", help="replace what the cache holds (downloads and the ledger are kept)")
     args = parser.parse_args(argv)
     if args.runs:
         return show_runs()
     corpus = "demo" if args.demo else "text" if args.data else "climbmix"
     settings = {name: default if getattr(args, name) is None else getattr(args, name) for name, default in PRESETS[corpus].items()}
-    for name, value in settings.items():
-        low, high = getattr(args, f"{name}_range")
-        if not low <= value <= high:
-            raise Stop(f"--{name.replace('_', '-')} {value}: it must be from {low} to {high}")
+    for name, (low, high) in LIMITS.items():
+        if not low <= settings[name] <= high:
+            raise Stop(f"--{name.replace('_', '-')} {settings[name]}: it must be from {low} to {high}")
     if args.num_shards == 0 or args.num_shards < -1:
         raise Stop(f"--num-shards {args.num_shards}: it must be at least 1, or -1 for all")
     try:
-        with locked(cache_dir()):
+        with lock(cache_dir()):
             prepare(corpus, args.data, args.num_shards, settings, args.force)
     except OSError as error:
         where = error.filename or cache_dir()

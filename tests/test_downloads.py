@@ -1,0 +1,360 @@
+"""Downloads against a real HTTP server on loopback that misbehaves on command."""
+import hashlib
+import io
+import json
+import multiprocessing
+import os
+import random
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from conftest import ROOT, WORDS
+
+import prepare
+
+TOKEN = "hf_verysecret"
+CONSTANTS = dict(TEST_SHARD=3, VAL_SHARD=4, BACKOFF=0.01, MAX_WAIT=0.05, CONNECT_TIMEOUT=2, READ_TIMEOUT=0.4, MAX_TRIES=4)
+NAMES = [f"shard_{number:05d}.parquet" for number in range(5)]
+
+
+def shard(number: int, documents: int = 400) -> bytes:
+    draw = random.Random(number)
+    texts = [f"{number}-{i} " + " ".join(draw.choices(WORDS, k=draw.randrange(5, 80))) for i in range(documents)]
+    pq.write_table(pa.table({"text": texts}), buffer := io.BytesIO(), row_group_size=150, compression="none")
+    return buffer.getvalue()
+
+
+FILES = {name: shard(number) for number, name in enumerate(NAMES)}
+
+
+class Handler(BaseHTTPRequestHandler):
+    """Serves FILES with ranges and X-Linked-ETag, unless `server.hub.misbehave(self, nth request of the file)` answers."""
+
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self):
+        hub = self.server.hub
+        self.name = self.path.rpartition("/")[2]
+        self.body, self.start = FILES.get(self.name), 0
+        with hub.lock:
+            nth = sum(name == self.name for _, name, _, _ in hub.requests)
+            hub.requests.append((self.server.server_port, self.name, self.headers.get("Range"), self.headers.get("Authorization")))
+        hub.asked.set()
+        try:
+            if not hub.misbehave(self, nth):
+                self.honest()
+        except OSError:  # the client has gone
+            self.close_connection = True
+
+    def honest(self, **how):
+        if self.body is None:
+            return self.reply(404, b"")
+        if wanted := self.headers.get("Range"):
+            self.start = int(wanted.removeprefix("bytes=").removesuffix("-"))
+            if self.start >= len(self.body):
+                return self.reply(416, b"", {"Content-Range": f"bytes */{len(self.body)}"})
+            of = f"bytes {self.start}-{len(self.body) - 1}/{len(self.body)}"
+            return self.reply(206, self.body[self.start :], {"Content-Range": of}, **how)
+        self.reply(200, self.body, **how)
+
+    def reply(self, status, body, headers={}, cut=None, reset=False, pause=0.0, piece=1 << 20, hang=0.0, length=None):
+        """Sends the body, or its first `cut` bytes, in pieces with pauses, and then hangs up."""
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body) if length is None else length))
+        if self.body is not None and "X-Linked-ETag" not in headers:
+            self.send_header("X-Linked-ETag", '"' + hashlib.sha256(self.body).hexdigest() + '"')
+        for key, value in headers.items():
+            self.send_header(key, value)
+        self.end_headers()
+        sent = body[: len(body) if cut is None else cut]
+        for i in range(0, len(sent), piece):
+            self.wfile.write(sent[i : i + piece])
+            self.server.hub.sent += len(sent[i : i + piece])
+            time.sleep(pause)
+        time.sleep(hang)
+        if reset:
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        if reset or cut is not None:
+            self.wfile.flush()
+            self.close_connection = True
+
+    def log_message(self, *_):
+        pass
+
+
+class Hub:
+    """Two servers, as the hub has: one that is asked, one that it may redirect to."""
+
+    def __init__(self):
+        self.misbehave, self.requests, self.sent = lambda request, nth: False, [], 0
+        self.lock, self.asked = threading.Lock(), threading.Event()
+        self.servers = [ThreadingHTTPServer(("127.0.0.1", 0), Handler) for _ in range(2)]
+        for server in self.servers:
+            server.hub, server.daemon_threads = self, True
+            server.handle_error = lambda *_: None
+            threading.Thread(target=server.serve_forever, kwargs=dict(poll_interval=0.02), daemon=True).start()
+        self.ports = [server.server_port for server in self.servers]
+        self.url = f"http://127.0.0.1:{self.ports[0]}"
+
+    def close(self):
+        for server in self.servers:
+            server.shutdown()
+            server.server_close()
+
+    def asked_for(self, name: str) -> int:
+        return sum(requested == name for _, requested, _, _ in self.requests)
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    for name, value in CONSTANTS.items():
+        monkeypatch.setattr(prepare, name, value)
+    hub = Hub()
+    (tmp_path / "cache").mkdir()
+    for name, value in dict(HF_ENDPOINT=hub.url, AUTORESEARCH_CACHE=str(tmp_path / "cache"), NO_PROXY="127.0.0.1").items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    yield hub
+    hub.close()
+
+
+def shards():
+    return prepare.cache_dir() / "shards"
+
+
+def assert_whole(numbers=(0, 1, 3, 4)):
+    for number in numbers:
+        assert (shards() / NAMES[number]).read_bytes() == FILES[NAMES[number]]
+    assert not list(shards().glob("*.part"))
+
+
+def first(times, act):
+    """Misbehaviour of the first `times` replies for shard 0."""
+    return lambda request, nth: request.name == NAMES[0] and nth < times and (act(request), True)[1]
+
+
+def wrong(request):
+    request.reply(200, bytes(len(request.body)))
+
+
+def range_only(act):
+    """A first reply cut in the middle; then, as long as a range is asked for, `act`."""
+    def misbehave(request, nth):
+        if request.name != NAMES[0]:
+            return False
+        if nth == 0:
+            request.honest(cut=len(request.body) // 2)
+        elif "Range" in request.headers:
+            act(request)
+        else:
+            return False
+        return True
+    return misbehave
+
+
+RECOVERS = {
+    "drops mid-file": first(1, lambda r: r.honest(cut=len(r.body) // 2, reset=True)),
+    "drops at once": first(2, lambda r: r.honest(cut=0)),
+    "drops again and again, but moves on": first(6, lambda r: r.honest(cut=20_000)),
+    "sends too few bytes": first(2, lambda r: r.honest(cut=-7)),
+    "sends too many bytes": first(1, lambda r: r.reply(200, r.body + b"more")),
+    "sends wrong bytes": first(2, wrong),
+    "sends a page instead": first(1, lambda r: r.reply(200, b"<html>please log in</html>")),
+    "ignores a range": range_only(lambda r: r.reply(200, r.body)),
+    "ignores a range and drops": range_only(lambda r: r.reply(200, r.body, cut=None if random.random() < 0.5 else len(r.body) // 4)),
+    "answers 416 to a range": range_only(lambda r: r.reply(416, b"")),
+    "answers 416 with another size": range_only(lambda r: r.reply(416, b"", {"Content-Range": "bytes */5"})),
+    "goes on at another byte": range_only(lambda r: r.reply(206, r.body[9:], {"Content-Range": f"bytes 9-{len(r.body) - 1}/{len(r.body)}"})),
+    "answers 206 without a place": range_only(lambda r: r.reply(206, r.body[9:])),
+    "500 three times": first(3, lambda r: r.reply(500, b"oops")),
+    "stalls before the reply": first(1, lambda r: time.sleep(20)),
+    "stalls mid-file": first(1, lambda r: r.honest(cut=5000, hang=20)),
+    "is slow": first(1, lambda r: r.honest(piece=10_000, pause=0.05)),
+}
+
+
+@pytest.mark.parametrize("name", RECOVERS)
+def test_right_bytes_in_spite_of_a_server_that(hub, name):
+    hub.misbehave = RECOVERS[name]
+    began = time.monotonic()
+    sources = prepare.climbmix_sources(2)
+    assert time.monotonic() - began < 10  # well before a stalled server hangs up
+    assert [(source.name, source.split) for source in sources] == [
+        (NAMES[0], "train"), (NAMES[1], "train"), (NAMES[4], "val"), (NAMES[3], "test")]
+    assert_whole()
+    assert all(hub.asked_for(NAMES[number]) == 1 for number in (1, 3, 4))
+    if name == "is slow":
+        assert hub.asked_for(NAMES[0]) == 1
+    if name == "drops again and again, but moves on":  # what had arrived was not sent again
+        assert hub.sent < sum(len(FILES[NAMES[number]]) for number in (0, 1, 3, 4)) + 6 * 20_000 - 3 * (1 << 14)
+        assert max(int(range[6:-1]) for _, _, range, _ in hub.requests if range) >= 3 * (1 << 14)
+    hub.requests.clear()
+    hub.misbehave = lambda request, nth: False
+    prepare.climbmix_sources(3)  # one more: what is whole is not fetched again
+    assert {requested for _, requested, _, _ in hub.requests} == {NAMES[2]}
+
+
+FAILS = {
+    "sends wrong bytes always": (first(99, wrong), "sha256"),
+    "sends a page without a checksum": (first(99, lambda r: r.reply(200, b"<html>" * 99, {"X-Linked-ETag": ""})), "parquet"),
+    "answers 500 always": (first(99, lambda r: r.reply(500, b"")), "500"),
+    "has no such file": (first(99, lambda r: r.reply(404, b"")), "404"),
+    "wants another token": (first(99, lambda r: r.reply(401, b"")), "HF_TOKEN"),
+    "stalls always": (first(99, lambda r: r.honest(cut=0, hang=20)), "127.0.0.1"),
+    "drops always": (first(99, lambda r: r.honest(cut=0)), "127.0.0.1"),
+    "ignores a range and drops always": (first(99, lambda r: r.reply(200, r.body, cut=r.body and random.randrange(9000))), "127.0.0.1"),
+    "redirects in a circle": (first(9999, lambda r: r.reply(302, b"", {"Location": r.path})), "127.0.0.1"),
+}
+
+
+@pytest.mark.parametrize("name", FAILS)
+def test_a_clear_word_about_a_server_that(hub, name, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    hub.misbehave, reason = FAILS[name]
+    with pytest.raises(prepare.Stop) as stop:
+        prepare.climbmix_sources(2)
+    assert NAMES[0] in str(stop.value) and reason in str(stop.value) and "\n" not in str(stop.value)
+    assert TOKEN not in str(stop.value)
+    assert not (shards() / NAMES[0]).exists()
+    hub.misbehave = lambda request, nth: False
+    time.sleep(0.3)  # threads of the failed call end with the process; here they share it
+    kept = {path.name for path in shards().glob("*.parquet")}
+    hub.requests.clear()
+    prepare.climbmix_sources(2)
+    assert_whole()
+    assert not kept & {requested for _, requested, _, _ in hub.requests}
+
+
+def test_a_failure_does_not_wait_for_slow_neighbours(hub):
+    hub.misbehave = lambda r, nth: (r.reply(404, b"") if r.name == NAMES[1] else r.honest(piece=5_000, pause=0.3), True)[1]
+    began = time.monotonic()
+    with pytest.raises(prepare.Stop, match=NAMES[1]):
+        prepare.climbmix_sources(2)
+    assert time.monotonic() - began < 1
+
+
+def test_a_complete_part_only_lacked_its_name(hub):
+    shards().mkdir()
+    (shards() / (NAMES[0] + ".part")).write_bytes(FILES[NAMES[0]])
+    prepare.climbmix_sources(1)
+    assert_whole((0, 3, 4))
+    assert hub.sent == len(FILES[NAMES[3]]) + len(FILES[NAMES[4]])
+
+
+@pytest.mark.parametrize("asked, least", [("1", 0.9), ("Sat, 21 Nov 2026 00:00:00 GMT", 0), ("soon", 0)])
+def test_retry_after(hub, asked, least):
+    hub.misbehave = first(1, lambda r: r.reply(429, b"", {"Retry-After": asked}))
+    began = time.monotonic()
+    prepare.climbmix_sources(1)
+    assert least < time.monotonic() - began < 5
+    assert_whole((0, 3, 4))
+
+
+def test_the_longest_wait_a_server_may_ask(hub, monkeypatch):
+    monkeypatch.setattr(prepare, "MAX_RETRY_AFTER", 0.05)
+    hub.misbehave = first(2, lambda r: r.reply(503, b"", {"Retry-After": "86400"}))
+    prepare.climbmix_sources(1)
+    assert_whole((0, 3, 4))
+
+
+def test_nobody_listens(hub, monkeypatch):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{free.getsockname()[1]}")
+    with pytest.raises(prepare.Stop, match="shard_0000. *.parquet.*ConnectionError".replace(" *", "")):
+        prepare.climbmix_sources(1)
+
+
+@pytest.mark.parametrize("setting", [dict(HF_ENDPOINT="localhost:80"), dict(HF_ENDPOINT="http://[::1"), dict(HF_TOKEN="hf_verysecret\nü€")])
+def test_settings_that_cannot_work_fail_at_once(hub, monkeypatch, setting):
+    monkeypatch.setattr(prepare, "BACKOFF", 60)
+    monkeypatch.setattr(prepare, "MAX_WAIT", 60)
+    for name, value in setting.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(prepare.Stop, match="HF_ENDPOINT") as stop:
+        prepare.climbmix_sources(1)
+    assert TOKEN not in str(stop.value) and not hub.requests
+
+
+def as_typed(*arguments, cache, **environment) -> subprocess.CompletedProcess:
+    """prepare.py's command line in a process of its own, with short pauses."""
+    code = f"import sys, prepare; vars(prepare).update({CONSTANTS!r}); prepare.main(sys.argv[1:])"
+    env = {**os.environ, "AUTORESEARCH_CACHE": str(cache), **environment}
+    return subprocess.run([sys.executable, "-c", code, *arguments], cwd=ROOT, env=env, capture_output=True, text=True, timeout=60)
+
+
+def test_the_token_goes_to_its_host_only(hub, tmp_path):
+    def redirect(request, nth):
+        if request.server.server_port == hub.ports[0]:
+            location = f"http://127.0.0.1:{hub.ports[1]}{request.path}?signature=alsosecret"
+            request.reply(302, b"", {"Location": location})
+            return True
+        request.name = request.name.partition("?")[0]
+        request.body = FILES[request.name]
+        broken = request.name == NAMES[0] and not getattr(hub, "broken_once", False)
+        hub.broken_once = True
+        request.honest(cut=5000 if broken else None)
+        return True
+    hub.misbehave = redirect
+    small = ["--num-shards", "2", "--seq-len", "64", "--vocab-size", "300", "--eval-tokens", "1024"]
+    done = as_typed(*small, cache=tmp_path / "cache", HF_TOKEN=TOKEN)
+    assert done.returncode == 0, done.stderr
+    assert_whole()
+    assert {authorization for port, _, _, authorization in hub.requests if port == hub.ports[0]} == {f"Bearer {TOKEN}"}
+    assert {authorization for port, _, _, authorization in hub.requests if port == hub.ports[1]} == {None}
+    prepared = json.loads((tmp_path / "cache" / "manifest.json").read_bytes())
+    assert [(entry["name"], entry["sha256"]) for entry in prepared["files"]] == [
+        (NAMES[number], hashlib.sha256(FILES[NAMES[number]]).hexdigest()) for number in (0, 1, 4, 3)]
+    assert [[split for split, count in entry["tokens"].items() if count] for entry in prepared["tokens"]] == [["train"], ["train"], ["val"], ["test"]]
+    again = as_typed(*small, cache=tmp_path / "cache", HF_TOKEN=TOKEN)
+    assert again.returncode == 0 and "nothing to do" in again.stdout
+    hub.misbehave = lambda r, nth: (r.reply(401, TOKEN.encode()), True)[1]
+    refused = as_typed("--num-shards", "3", "--force", cache=tmp_path / "cache", HF_TOKEN=TOKEN)
+    assert refused.returncode == 1 and refused.stderr.splitlines()[-1].startswith("FAIL: shard_00002.parquet: ")
+    for run in (done, again, refused):
+        assert TOKEN not in run.stdout + run.stderr and "alsosecret" not in run.stdout + run.stderr
+
+
+def fetch(url: str, cache: str):
+    os.environ.update(HF_ENDPOINT=url, AUTORESEARCH_CACHE=cache, NO_PROXY="127.0.0.1")
+    vars(prepare).update(CONSTANTS)
+    prepare.climbmix_sources(3)
+
+
+def test_killed_thirty_times(hub, tmp_path, monkeypatch):
+    """Each process is forked from one that has everything imported, and killed at a random moment of its transfers."""
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{ROOT / 'tests'}")  # where the one that forks finds what to import
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload(["prepare", "requests", "pyarrow.parquet", "test_downloads"])
+    draw = random.Random(1)
+    hub.misbehave = lambda r, nth: (r.honest(piece=700, pause=0.005), True)[1]
+    killed = 0
+    for _ in range(30):
+        hub.asked.clear()
+        process = processes.Process(target=fetch, args=(hub.url, str(tmp_path / "cache")))
+        process.start()
+        assert hub.asked.wait(20) or killed == 30
+        time.sleep(draw.uniform(0, 0.08))
+        process.kill()
+        process.join()
+        killed += process.exitcode == -9
+        if process.exitcode == 0:  # all there: one is taken away, so that there is something to kill
+            (shards() / draw.choice(NAMES)).unlink()
+    assert killed >= 25
+    time.sleep(0.1)
+    kept = {path.name for path in shards().glob("*.parquet")}
+    for name in kept:
+        assert (shards() / name).read_bytes() == FILES[name]
+    hub.misbehave = lambda request, nth: False
+    hub.requests.clear()
+    prepare.climbmix_sources(3)
+    assert_whole(range(5))
+    assert {name for _, name, _, _ in hub.requests} == set(NAMES) - kept

@@ -1,0 +1,242 @@
+"""Packing against a packer that scans a list, and the loader's thread at work, in failure and at exit."""
+import gc
+import hashlib
+import itertools
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from conftest import ROOT, WORDS, run
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import prepare as module
+
+CPU = torch.device("cpu")
+
+
+def brute_force(groups: list[list[list[int]]], row_length: int, repeat: bool, batch_docs=128, pool_docs=1000):
+    """Yields (row, epoch) by the rule as it is written down: groups of documents of tokens, scanned one by one."""
+    batches = [group[i : i + batch_docs] for group in groups for i in range(0, len(group), batch_docs)]
+    stream = ((epoch, batch) for epoch in (itertools.count(1) if repeat else [1]) for batch in batches)
+    pool, epoch = [], 1  # in the order they were added: min and max take the earliest on a tie
+    while True:
+        row = []
+        while len(row) < row_length:
+            while len(pool) < pool_docs and (more := next(stream, None)):
+                epoch = more[0]
+                pool += more[1]
+            if not pool:
+                return
+            fitting = [i for i, document in enumerate(pool) if len(document) <= row_length - len(row)]
+            length = lambda i: len(pool[i])
+            chosen = max(fitting, key=length) if fitting else min(range(len(pool)), key=length)
+            row += pool.pop(chosen)[: row_length - len(row)]
+        yield row, epoch
+
+
+def write(directory, sources) -> list[dict]:
+    """The token cache's files as their description has them; sources: lists of (split number, group, tokens)."""
+    entries = []
+    for number, documents in enumerate(sources):
+        tokens = np.array([token for _, _, document in documents for token in document], dtype=np.uint16).tobytes()
+        index = np.array([(split, group, len(document)) for split, group, document in documents], dtype=np.int32).tobytes()
+        (directory / f"{number:05d}.bin").write_bytes(tokens)
+        (directory / f"{number:05d}.idx").write_bytes(index)
+        of = {split: [len(d) for s, _, d in documents if s == i] for i, split in enumerate(("train", "val", "test"))}
+        entries.append({"name": f"{number:05d}", "sha256": hashlib.sha256(tokens).hexdigest(),
+                        "index_sha256": hashlib.sha256(index).hexdigest(), "tokens": {s: sum(of[s]) for s in of}})
+    return entries
+
+
+def groups_of(sources, split: int) -> list[list[list[int]]]:
+    return [[d for s, g, d in documents if s == split and g == group]
+            for documents in sources for group in sorted({g for _, g, _ in documents})]
+
+
+def random_sources(draw: random.Random, lengths, sources: int, groups: int, documents: int):
+    tokens = itertools.count()
+    return [[(draw.choices((0, 1, 2), (8, 1, 1))[0], group, [next(tokens) % 65536 for _ in range(draw.choice(lengths))])
+             for group in range(draw.randrange(1, groups + 1)) for _ in range(draw.randrange(0, documents))]
+            for _ in range(sources)]
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(draw=st.randoms(use_true_random=False), row_length=st.integers(2, 40), lengths=st.lists(st.integers(1, 60), min_size=1, max_size=8),
+       batch_docs=st.integers(1, 6), pool_docs=st.integers(1, 12), split=st.sampled_from([0, 1]), chunk=st.integers(1, 7))
+def test_packer_against_brute_force(tmp_path, draw, row_length, lengths, batch_docs, pool_docs, split, chunk):
+    sources = random_sources(draw, lengths, sources=3, groups=3, documents=15)
+    entries = write(tmp_path, sources)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "BATCH_DOCS", batch_docs)
+        patch.setattr(module, "POOL_DOCS", pool_docs)
+        packer = module.Packer(tmp_path, entries, ("train", "val")[split], row_length, repeat=split == 0)
+        expected = brute_force(groups_of(sources, split), row_length, split == 0, batch_docs, pool_docs)
+        for _ in range(12 if any(groups_of(sources, split)) else 0):
+            rows = np.empty((chunk, row_length), dtype=np.uint16)
+            count = packer.fill(rows)
+            wanted = [row for row, _ in itertools.islice(expected, chunk)]
+            assert rows[:count].tolist() == wanted
+
+
+def test_packer_at_its_real_size(tmp_path):
+    draw = random.Random(0)
+    sources = random_sources(draw, [*range(1, 90), 300, 700], sources=2, groups=3, documents=1200)
+    entries = write(tmp_path, sources)
+    assert sum(map(len, groups_of(sources, 0))) > 1500  # more than a pool
+    packer, rows = module.Packer(tmp_path, entries, "train", 257, repeat=True), np.empty((900, 257), dtype=np.uint16)
+    assert packer.fill(rows) == 900
+    wanted = list(itertools.islice(brute_force(groups_of(sources, 0), 257, True), 900))
+    assert rows.tolist() == [row for row, _ in wanted] and packer.epoch == wanted[-1][1] > 1
+
+
+@pytest.fixture(scope="module")
+def parquet_cache(tmp_path_factory):
+    """(cache, tokens of every document by split and row group, encoded here and not by the cache)."""
+    base, draw = tmp_path_factory.mktemp("packing"), random.Random(3)
+    (base / "data").mkdir()
+    texts = {}
+    for name, documents, group in (("a", 1500, 301), ("b", 700, 128), ("val", 600, 100), ("test", 90, 1000)):
+        texts[name] = [f"{name}{i} " + " ".join(draw.choices(WORDS, k=draw.randrange(60))) for i in range(documents)]
+        texts[name] = [texts[name][i : i + group] for i in range(0, documents, group)]
+        table = pa.table({"text": [text for some in texts[name] for text in some]})
+        pq.write_table(table, base / "data" / f"{name}.parquet", row_group_size=group)
+    done = run("prepare.py", "--data", base / "data", "--seq-len", 32, "--vocab-size", 280, "--eval-tokens", 1 << 20, cache=base / "cache")
+    assert done.returncode == 0, done.stderr
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AUTORESEARCH_CACHE", str(base / "cache"))
+        tokenizer = module.Tokenizer.from_directory()
+        bos = tokenizer.get_bos_token_id()
+        encoded = lambda *names: [[tokenizer.encode(text, prepend=bos) for text in some] for name in names for some in texts[name]]
+        yield base / "cache", {"train": encoded("a", "b"), "val": encoded("val"), "test": encoded("test")}
+
+
+@pytest.fixture
+def on_parquet(parquet_cache, monkeypatch):
+    monkeypatch.setenv("AUTORESEARCH_CACHE", str(parquet_cache[0]))
+    monkeypatch.setattr(module, "clock", module.Clock())
+    return parquet_cache[1]
+
+
+def load(split, B, rows=10**9):
+    loader = module.make_dataloader(module.Tokenizer.from_directory(), B, 32, split, CPU)
+    got = []
+    for inputs, targets, epoch in loader:
+        assert inputs.dtype == targets.dtype == torch.int64 and (inputs[:, 1:] == targets[:, :-1]).all()
+        assert len(inputs) == B or split != "train"
+        got += [(row, epoch) for row in torch.cat([inputs, targets[:, -1:]], dim=1).tolist()]
+        if len(got) >= rows:
+            break
+    return got[:rows]
+
+
+@pytest.mark.parametrize("B", [1, 5, 64])
+def test_loader_from_parquet_to_rows(on_parquet, B):
+    total = sum(len(document) for group in on_parquet["train"] for document in group)
+    wanted = list(itertools.islice(brute_force(on_parquet["train"], 33, True), 2 * total // 33))
+    got = load("train", B, len(wanted))
+    assert [row for row, _ in got] == [row for row, _ in wanted]
+    if B == 1:
+        assert got == wanted and got[-1][1] >= 2
+    assert {epoch for _, epoch in got} == {epoch for _, epoch in wanted} and all(row[0] == got[0][0][0] for row, _ in got)
+
+
+@pytest.mark.parametrize("split", ["val", "test"])
+def test_held_out_splits_are_one_pass(on_parquet, split):
+    wanted = [row for row, _ in brute_force(on_parquet[split], 33, False)]
+    assert module.manifest()["eval_rows"][split] == len(wanted)
+    for B in (1, 7, 4096):
+        assert [row for row, _ in load(split, B)] == wanted
+
+
+def test_first_batch_comes_quickly(on_parquet):
+    tokenizer, seconds = module.Tokenizer.from_directory(), []
+    for _ in range(3):
+        began = time.perf_counter()
+        next(module.make_dataloader(tokenizer, 128, 32, "train", CPU))
+        seconds.append(time.perf_counter() - began)
+    assert min(seconds) < 0.2
+
+
+def test_batches_are_not_overwritten(on_parquet):
+    loader = module.make_dataloader(module.Tokenizer.from_directory(), 4, 32, "train", CPU)
+    batches = [next(loader) for _ in range(40)]
+    copies = [inputs.clone() for inputs, _, _ in batches]
+    for _ in range(100):
+        next(loader)
+    assert all((batch[0] == copy).all() for batch, copy in zip(batches, copies))
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_memory_does_not_grow_over_epochs(on_parquet):
+    loader = module.make_dataloader(module.Tokenizer.from_directory(), 64, 32, "train", CPU)
+
+    def after(epoch: int) -> int:
+        while next(loader)[2] < epoch:
+            pass
+        gc.collect()
+        return int(re.search(r"RssAnon:\s*(\d+) kB", open("/proc/self/status").read())[1])
+
+    early, late = after(5), after(45)
+    assert late - early < 1024  # kB; an epoch's documents are 100 kB of tokens and their index
+
+
+def test_exceptions_come_to_the_caller(on_parquet):
+    def batches():
+        yield torch.zeros((2, 1, 8), dtype=torch.int64), 1
+        raise module.Stop("the disk is gone")
+
+    loader = module.DataLoader(batches(), CPU, False)
+    next(loader)
+    for _ in range(2):
+        with pytest.raises(module.Stop, match="the disk is gone"):
+            next(loader)
+
+
+@pytest.mark.parametrize("damage", ["index", "short", "val tokens", "missing", "ids"])
+def test_damage_is_found(parquet_cache, tmp_path, monkeypatch, damage):
+    shutil.copytree(parquet_cache[0], tmp_path / "cache")
+    monkeypatch.setenv("AUTORESEARCH_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(module, "clock", module.Clock())
+    split, number = ("val", 3) if damage == "val tokens" else ("train", 0)
+    path = module.set_dir() / f"{number:05d}.bin"
+    content = bytearray(path.read_bytes())
+    if damage == "index":
+        path.with_suffix(".idx").write_bytes(path.with_suffix(".idx").read_bytes()[:-4] + b"\7\0\0\0")
+    elif damage == "short":
+        path.write_bytes(content[:-2])
+    elif damage == "missing":
+        path.unlink()
+    else:
+        content[2:4] = b"\xff\xff"
+        path.write_bytes(content)
+    with pytest.raises(module.Stop, match="--force") as stop:
+        load(split, 8, 2000)
+    assert "\n" not in str(stop.value)
+
+
+ENDS = {"returns": "", "fails with the loader in a traceback": "def f(held):\n    next(held)\n    raise RuntimeError('as it should')\nf(loaders[0])"}
+
+
+def test_no_hang_at_the_end_of_the_process(parquet_cache):
+    """Two training loaders and a validation loader alive, one of them in the middle of a large batch."""
+    code = ("import sys, torch, prepare\ntok = prepare.Tokenizer.from_directory()\nloaders = [prepare.make_dataloader(tok, B, 32, split, torch.device('cpu')) "
+            "for B, split in ((4, 'train'), (20_000, 'train'), (4, 'val'))]\nnext(loaders[0]), next(loaders[2]), next(loaders[0])\n"
+            "print('alive', flush=True)\n")
+    env = {**os.environ, "AUTORESEARCH_CACHE": str(parquet_cache[0]), "PYTHONPATH": str(ROOT)}
+    started = [(name, subprocess.Popen([sys.executable, "-c", code + end], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+               for name, end in ENDS.items()]
+    for name, process in started:
+        out, error = process.communicate(timeout=60)
+        assert out == "alive\n", error
+        assert process.returncode == (name != "returns")
+        assert ("as it should" in error) == (name != "returns")
