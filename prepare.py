@@ -58,7 +58,7 @@ TOKENIZER_CHARS, TOKENIZER_DOC_CHARS = 1_000_000_000, 10_000  # the tokenizer se
 ENCODE_CHARS = 1 << 18  # at a time: the splitter's regular expression overflows its stack on a run of a million blanks
 PASSAGE_SLACK = 0.05  # plain text is cut into passages just over a row; so much further to find a blank line to cut at
 BUNDLE_FILES = 500  # plain text files encoded together: the unit of restarting
-MIXED_PASSAGES = 50_000  # plain text is mixed within so many passages, which bounds the memory
+MIXED_PASSAGES = 10_000  # plain text is mixed within so many passages, which bounds the memory
 
 BATCH_DOCS, POOL_DOCS = 128, 1000  # packing (part of the metric): batches of 128 documents, a pool of 1,000
 POSITION_BITS = 40  # of a pool key
