@@ -360,6 +360,7 @@ def test_a_night_of_thirty_changes(night):
     night.edit(quality=0.1)
     fallen = night.commit("edited while it runs")
     night.run()
+    night.until(lambda: "50.0%" in (night.repo / "run.log").read_text(), "training")
     night.edit(quality=0.11)
     night.wait()
     night.record()
