@@ -81,6 +81,67 @@ except torch.OutOfMemoryError as error:
 '''
 
 
+# Importing torch takes longer than everything else here, so one process imports it once and forks for every run.
+# `uv run train.py` becomes CLIENT, which hands over its files (the lock among them) and lives and dies with its run.
+SERVER = '''
+import json, os, runpy, select, signal, socket, sys, traceback
+import torch
+listener = socket.socket(socket.AF_UNIX)
+listener.bind(sys.argv[1])
+listener.listen()
+runs = {}
+
+def child(files, folder, environment):
+    for number, file in zip((0, 1, 2, 9), files):
+        os.dup2(file, number)
+    os.chdir(folder)
+    os.environ.clear()
+    os.environ.update(environment)
+    sys.argv, sys.path[0] = ["train.py"], folder
+    try:
+        runpy.run_path("train.py", run_name="__main__")
+        code = 0
+    except SystemExit as stop:
+        code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+        if isinstance(stop.code, (str, SystemExit)):
+            print(stop.code, file=sys.stderr)
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    os._exit(code)
+
+while True:
+    for socket_ in select.select([listener, *runs], [], [], 0.02)[0]:
+        if socket_ is listener:
+            connection, _ = listener.accept()
+            message, files, _, _ = socket.recv_fds(connection, 1 << 20, 4)
+            if not (pid := os.fork()):
+                child(files, *json.loads(message))
+            [os.close(file) for file in files]
+            runs[connection] = pid
+        elif not socket_.recv(1):  # the client is dead
+            os.kill(runs[socket_], signal.SIGKILL)
+    for connection, pid in list(runs.items()):
+        done, status = os.waitpid(pid, os.WNOHANG)
+        if done:
+            try:
+                connection.send(b"%d" % os.waitstatus_to_exitcode(status))
+            except OSError:
+                pass
+            connection.close()
+            del runs[connection]
+'''
+CLIENT = '''
+import json, os, socket, sys
+connection = socket.socket(socket.AF_UNIX)
+connection.connect(sys.argv[1])
+socket.send_fds(connection, [json.dumps([os.getcwd(), dict(os.environ)]).encode()], [0, 1, 2, 9])
+code = int(connection.recv(16) or b"1")
+os.kill(os.getpid(), -code) if code < 0 else os._exit(code)
+'''
+
+
 class Night:
     """A repository with an agent in it that knows nothing but the page."""
 
@@ -94,7 +155,13 @@ class Night:
         (self.repo / "program.md").write_text(re.sub(r"^- limit: \d+", "- limit: 60", PAGE, flags=re.M))
         (self.repo / "train.py").write_text(STAND_IN)
         tools.mkdir()
-        (tools / "uv").write_text(f'#!/bin/sh\n[ "$1" = run ] && shift; [ "$1" = python ] && shift\nexec "{sys.executable}" "$@"\n')
+        (base / "server.py").write_text(SERVER)
+        (base / "client.py").write_text(CLIENT)
+        (tools / "uv").write_text(f'''#!/bin/sh
+            [ "$1" = run ] && shift; [ "$1" = python ] && shift
+            [ "$1" = train.py ] && exec "{sys.executable}" -S "{base}/client.py" "{base}/socket"
+            exec "{sys.executable}" "$@"
+        ''')
         (tools / "uv").chmod(0o755)
         home = base / "home"
         home.mkdir()
@@ -103,6 +170,11 @@ class Night:
         self.env.pop("AUTORESEARCH_SEED", None)
         self.shell("git init -qb main && git -c user.name=human -c user.email=human@localhost commit -q --allow-empty -m start && "
                    "git add -A && git -c user.name=human -c user.email=human@localhost commit -qm 'the lab'")
+
+    def start_server(self):
+        base = self.repo.parent
+        self.server = subprocess.Popen([sys.executable, base / "server.py", base / "socket"], cwd=base, env=self.env)
+        self.until(lambda: (base / "socket").exists(), "torch is imported", 120)
 
     def shell(self, command: str, check=True) -> str:
         done = subprocess.run(["bash", "-c", command], cwd=self.repo, env=self.env, capture_output=True, text=True, errors="replace", timeout=120)
@@ -209,7 +281,11 @@ class Night:
 
 @pytest.fixture(scope="module")
 def night(tmp_path_factory, miniature):
-    return Night(tmp_path_factory.mktemp("night"), miniature)
+    night = Night(tmp_path_factory.mktemp("night"), miniature)
+    night.start_server()
+    yield night
+    night.server.kill()
+    night.server.wait()
 
 
 def test_every_command_of_the_page_is_fenced_named_and_used():
