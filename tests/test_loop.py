@@ -319,8 +319,14 @@ def test_a_night_of_thirty_changes(night):
     expect("keep", "quality 0.6", quality=0.6)
     expect("discard", "a tie: a comment", append="# nothing\n")
     expect("discard", "better, but within the noise", quality=0.600003)
-    row = expect("keep", "without a word too many", simpler="yes", append="\n")
-    assert row[4] == "simpler: without a word too many"
+    night.edit(append="\n")
+    night.commit("without a word too many")
+    night.run()
+    assert re.search(r"^[0-9a-f]{7} 42 0\nval_bpb: \d\.\d{6}\ntraining_seconds: .*\npeak_vram_mb: .*\nloss_curve: 3.0 2.9$", night.wait(), re.M)
+    night.settle(simpler="yes")
+    ideas += 1
+    row = night.rows()[-1]
+    assert row[3:] == ["keep", "simpler: without a word too many"]
     expect("discard", "worse, whatever its beauty", simpler="yes", quality=0.5)
     row = expect("keep", 'tabs\tand "quotes", \'single\' ones, $HOME, `date`, \\n and\n  a second line', quality=0.62)
     assert row[4] == "tabs and 'quotes', 'single' ones, $HOME, `date`, \\n and a second line"
@@ -370,7 +376,7 @@ def test_a_night_of_thirty_changes(night):
     assert "a run is in progress" in night.block("3", check=False) and night.next().startswith("4")
     night.until(lambda: "50.0%" in (night.repo / "run.log").read_text(), "training")
     night.power_cut()
-    assert "no run" in night.wait() and night.next().startswith("3")
+    assert "val_bpb" not in night.wait() and "no run" in night.wait() and night.next().startswith("3")
     night.settle()
     ideas += 1
     assert night.rows()[-1][0] == lost and night.rows()[-1][3] == "keep"
@@ -396,6 +402,7 @@ def test_a_night_of_thirty_changes(night):
         ended, before = (night.repo / "run.exit").read_text(), (night.repo / "results.tsv").read_text()
         night.record()
         ideas += 1
+        assert night.head() == (candidate if better else kept)
         after = (night.repo / "results.tsv").read_text()
         assert after.startswith(before) and after.count("\n") == before.count("\n") + 1
         for written in (*(len(before) + n for n in (0, 3, 7, 8, 20, 28)), len(after) - 1, len(after), "forgotten"):
