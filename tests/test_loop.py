@@ -17,7 +17,8 @@ import pytest
 
 from conftest import ROOT
 
-pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux") or not all(map(shutil.which, ("flock", "setsid", "timeout", "git"))),
+TOOLS = ("flock", "setsid", "timeout", "git")
+pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux") or not all(map(shutil.which, TOOLS)),
                                 reason="the page's commands need git, util-linux and coreutils, the test needs /proc")
 PAGE = (ROOT / "program.md").read_text()
 FENCES = re.findall(r"^```bash\n# (\w+)(.*?)^```$", PAGE, re.M | re.S)
@@ -179,7 +180,8 @@ class Night:
         self.until(lambda: (base / "socket").exists(), "torch is imported", 120)
 
     def shell(self, command: str, check=True) -> str:
-        done = subprocess.run(["bash", "-c", command], cwd=self.repo, env=self.env, capture_output=True, text=True, errors="replace", timeout=120)
+        done = subprocess.run(["bash", "-c", command], cwd=self.repo, env=self.env, capture_output=True, text=True, errors="replace",
+                              timeout=120)
         assert not check or done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
         return done.stdout + done.stderr
 

@@ -53,7 +53,8 @@ def run_notebook(folders: dict[str, Path], picture: bool) -> dict[str, str]:
         for output in cell.outputs:
             if output.output_type == "error":
                 said[name] += f"ERROR {output.ename}: {output.evalue}\n" + "\n".join(output.traceback)
-            said[name] += "\n" + output.get("text", "") + "".join(output.get("data", {}).get(kind, "") for kind in ("text/markdown", "text/html"))
+            data = output.get("data", {})
+            said[name] += "\n" + output.get("text", "") + data.get("text/markdown", "") + data.get("text/html", "")
     return said
 
 
@@ -84,6 +85,9 @@ GOOD = ["aaaaaaa\t1.000000\t44.0\tkeep\tbaseline", "aaaaaaa\t1.000400\t44.0\tdis
         "bbbbbbb\t0.990000\t44.5\tkeep\tlarger <b>gain</b> | with a bar", "ccccccc\t0.995000\t44.0\tdiscard\tworse",
         "ddddddd\t0.000000\t0.0\tcrash\tbroken [exit 1]", "eeeeeee\t0.988000\t44.0\tkeep\tsmaller gain"]
 CRASHES = [f"{n:07x}\t0.000000\t0.0\tcrash\tcrash {n}" for n in range(5)]
+BROKEN = [GOOD[0], "bbbbbbb\t0.99", "ccccccc\tnan\t1.0\tkeep\tx", "ddddddd\t-1\t1\tdiscard\tx", "hello", "\x00\x0b\u2028 $x$ \\alpha",
+          "eeeeeee\t0.9\t1.0\tmaybe\tx", "fffffff\t0.000000\t0.0\tkeep\tx", "1234567\t0.98\tmuch\tkeep\t$\\frac$ _^",
+          "7654321\t0.97\t1.0\tke"]
 NIGHTS = {  # name: (bytes of results.tsv or None, experiments, kept, broken rows)
     "no file": (None, 0, 0, 0),
     "empty": (b"", 0, 0, 0),
@@ -96,14 +100,13 @@ NIGHTS = {  # name: (bytes of results.tsv or None, experiments, kept, broken row
     "crlf": ((HEADER + "\n".join(GOOD) + "\n").replace("\n", "\r\n").encode(), 6, 3, 0),
     "bom, blank lines": (b"\xef\xbb\xbf" + (HEADER + "\n\n".join(GOOD) + "\n\n").encode(), 6, 3, 0),
     "upper case": ((HEADER.upper() + "\n".join(row.replace("keep", " KEEP ").replace("crash", "Crash") for row in GOOD)).encode(), 6, 3, 0),
-    "missing columns": (("commit\tval_bpb\tstatus\n" + "\n".join("\t".join([*r.split("\t")[:2], r.split("\t")[3]]) for r in GOOD)).encode(), 6, 3, 0),
+    "missing columns": (("commit\tval_bpb\tstatus\n" + "\n".join("\t".join([*f[:2], f[3]])
+                         for f in (r.split("\t") for r in GOOD))).encode(), 6, 3, 0),
     "extra columns": (("note\tstatus\tcommit\tdescription\tval_bpb\n" + "\n".join("\t".join(["x", f[3], f[0], f[4], f[1], "y"])
                        for f in (r.split("\t") for r in GOOD))).encode(), 6, 3, 0),
     "no commit column": (("val_bpb\tstatus\n" + "0.99\tkeep\n").encode(), 0, 0, 2),
     "duplicates": ((HEADER + "\n".join(GOOD + GOOD)).encode(), 12, 6, 0),
-    "broken": ((HEADER + "\n".join([GOOD[0], "bbbbbbb\t0.99", "ccccccc\tnan\t1.0\tkeep\tx", "ddddddd\t-1\t1\tdiscard\tx", "hello", "\x00\x0b\u2028 $x$ \\alpha",
-                                    "eeeeeee\t0.9\t1.0\tmaybe\tx", "fffffff\t0.000000\t0.0\tkeep\tx", "1234567\t0.98\tmuch\tkeep\t$no math$ _^\\frac",
-                                    "7654321\t0.97\t1.0\tke"])).encode() + b"\n\xff\xfe\n", 2, 2, 9),
+    "broken": ((HEADER + "\n".join(BROKEN)).encode() + b"\n\xff\xfe\n", 2, 2, 9),
     "one": ((HEADER + GOOD[0]).encode(), 1, 1, 0),
     **{f"{n} rows": ((HEADER + "\n".join(random_night(n)) + "\n").encode(), n, None, 0) for n in (15, 120, 1000)},
 }
@@ -266,8 +269,10 @@ def back_on_main(lab):
 
 EVERYTHING = "every kept commit is on the branch and touches only train.py"
 AUDITS = {  # falsification: (lines that must be there, with their first character; is the whole night fine?)
-    None: (["  6 of 6 scores match the ledger", "  one fingerprint throughout: ffffffffffff", f"  {EVERYTHING}", "  every run that started has its row"], True),
-    claim_a_score: (["! 5 of 6 scores match the ledger; not experiments 7 (", "0.960000 claimed, 0.970000 measured", "! 1 measured scores have no row: 0.970000"], False),
+    None: (["  6 of 6 scores match the ledger",
+            "  one fingerprint throughout: ffffffffffff", f"  {EVERYTHING}", "  every run that started has its row"], True),
+    claim_a_score: (["! 5 of 6 scores match the ledger; not experiments 7 (",
+                     "0.960000 claimed, 0.970000 measured", "! 1 measured scores have no row: 0.970000"], False),
     invent_a_row: (["! 6 of 7 scores match the ledger; not experiments 4 (abcdef0: 0.985000 claimed, nothing measured)"], False),
     touch_prepare: (["! commits that touch more than train.py: ", "(prepare.py)"], False),
     touch_prepare_uncommitted: (["! changed and not committed: prepare.py"], False),
