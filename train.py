@@ -269,6 +269,8 @@ class GPT(nn.Module):
         kv_heads = hp.KV_HEADS or heads
         if odd or heads % kv_heads or hp.HEAD_DIM % 2:
             raise ValueError(f"WIDTH {hp.WIDTH} must be a multiple of HEAD_DIM {hp.HEAD_DIM} (even), and its {heads} heads of KV_HEADS {kv_heads}")
+        if hp.DEPTH < 1:
+            raise ValueError(f"DEPTH {hp.DEPTH} must be at least 1")
         if not re.fullmatch("[SL]+", hp.WINDOW_PATTERN):
             raise ValueError(f"WINDOW_PATTERN {hp.WINDOW_PATTERN!r} must be letters S and L")
         if not 0 < hp.SOFTCAP <= 64:
