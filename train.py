@@ -73,13 +73,15 @@ def hyperparameters(size: str, **changes) -> SimpleNamespace:
     """The table's column for a size, every row an attribute; `changes` replace rows (for tests and benches)."""
     if size not in SIZES:
         raise ValueError(f"SIZE {size!r} is none of {', '.join(SIZES)}")
-    for name, value in TABLE.items():
-        if isinstance(value, tuple) and len(value) != len(SIZES):
-            raise ValueError(f"{name} {value} must be one value, or one for each of {', '.join(SIZES)}")
     if unknown := changes.keys() - TABLE:
         raise ValueError(f"no such hyperparameter: {', '.join(sorted(unknown))}")
-    rows = {name: value[SIZES.index(size)] if isinstance(value, tuple) else value for name, value in TABLE.items()}
-    return SimpleNamespace(**{**rows, **changes})
+    rows = {**TABLE, **changes}
+    for name, value in rows.items():
+        if isinstance(value, tuple):
+            if len(value) != len(SIZES):
+                raise ValueError(f"{name} {value} must be one value, or one for each of {', '.join(SIZES)}")
+            rows[name] = value[SIZES.index(size)]
+    return SimpleNamespace(**rows)
 
 # --------------------------------------------------------------------------------------------------------------- device
 
@@ -267,14 +269,15 @@ class GPT(nn.Module):
         super().__init__()
         heads, odd = divmod(hp.WIDTH, hp.HEAD_DIM)
         kv_heads = hp.KV_HEADS or heads
-        if odd or heads % kv_heads or hp.HEAD_DIM % 2:
-            raise ValueError(f"WIDTH {hp.WIDTH} must be a multiple of HEAD_DIM {hp.HEAD_DIM} (even), and its {heads} heads of KV_HEADS {kv_heads}")
-        if hp.DEPTH < 1:
-            raise ValueError(f"DEPTH {hp.DEPTH} must be at least 1")
-        if not re.fullmatch("[SL]+", hp.WINDOW_PATTERN):
-            raise ValueError(f"WINDOW_PATTERN {hp.WINDOW_PATTERN!r} must be letters S and L")
-        if not 0 < hp.SOFTCAP <= 64:
-            raise ValueError(f"SOFTCAP {hp.SOFTCAP} must be above 0 and at most 64: the loss takes its exponential in float32")
+        for fits, problem in (
+            (hp.DEPTH >= 1, f"DEPTH {hp.DEPTH} must be at least 1"),
+            (not (odd or heads % kv_heads or hp.HEAD_DIM % 2),
+             f"WIDTH {hp.WIDTH} must be a multiple of HEAD_DIM {hp.HEAD_DIM} (even), and its {heads} heads of KV_HEADS {kv_heads}"),
+            (re.fullmatch("[SL]+", hp.WINDOW_PATTERN), f"WINDOW_PATTERN {hp.WINDOW_PATTERN!r} must be letters S and L"),
+            (0 < hp.SOFTCAP <= 64, f"SOFTCAP {hp.SOFTCAP} must be above 0, and at most 64: the loss takes its exponential in float32"),
+        ):
+            if not fits:
+                raise ValueError(problem)
         pattern = [hp.WINDOW_PATTERN[i % len(hp.WINDOW_PATTERN)] for i in range(hp.DEPTH - 1)] + ["L"]
         windows = [seq_len if letter == "L" else max(1, int(hp.SHORT_WINDOW * seq_len)) for letter in pattern]
         has_values = [i % 2 == (hp.DEPTH - 1) % 2 for i in range(hp.DEPTH)]
@@ -289,24 +292,18 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def initialize(self, generator: torch.Generator | None = None) -> GPT:
-        """Initial weights, in place: the same for a seed on every device, while it is still on the CPU in float32.
-
-        A parameter not named here keeps what its module gave it.
-        """
-        draw, span = {"generator": generator}, self.hp.INIT_SCALE * math.sqrt(3 / self.hp.WIDTH)
+        """Initial weights, in place: the same for a seed on every device, while it is still on the CPU in float32."""
+        span, draw = self.hp.INIT_SCALE * math.sqrt(3 / self.hp.WIDTH), {"generator": generator}
+        starts = {  # by the first pattern that the name matches; a parameter that none matches keeps what its module gave it
+            r"embedding\.weight": lambda p: p.normal_(**draw),
+            r"head\.weight": lambda p: p.normal_(std=0.001, **draw),
+            r".*\.(query|key|value|up)\.weight|value_tables\..*": lambda p: p.uniform_(-span, span, **draw),
+            r".*\.(out|down|gate)\.weight": lambda p: p.zero_(),  # projections back into the stream; gates
+            r"stream_scale": lambda p: p.fill_(1),
+            r"x0_scale": lambda p: p.fill_(self.hp.X0_START),
+        }
         for name, p in self.named_parameters():
-            if name == "embedding.weight":
-                p.normal_(**draw)
-            elif name == "head.weight":
-                p.normal_(std=0.001, **draw)
-            elif re.search(r"(query|key|value|up)\.weight$|^value_tables", name):
-                p.uniform_(-span, span, **draw)
-            elif re.search(r"(out|down|gate)\.weight$", name):  # projections back into the stream; gates
-                p.zero_()
-            elif name == "stream_scale":
-                p.fill_(1)
-            elif name == "x0_scale":
-                p.fill_(self.hp.X0_START)
+            next((start for pattern, start in starts.items() if re.fullmatch(pattern, name)), lambda p: p)(p)
         return self
 
     def forward(self, inputs: Tensor, targets: Tensor | None = None) -> Tensor:
@@ -521,9 +518,12 @@ def warm_up(model: GPT, compiled, optimizer: Optimizer, rows: int, device_batch:
                 work(batch)
                 break
             except Exception as error:
-                if short := out_of_memory(error):
+                if out_of_memory(error):
                     if batch == 1:
                         fail("out of memory with a single row at a time: lower DEPTH or WIDTH")
+                    smaller = next(n for n in range(batch // 2, 0, -1) if whole % n == 0)
+                    print(f"out of memory {work.__name__} {batch} rows at a time: trying {smaller}, the tokens a step stay the same", flush=True)
+                    batch = smaller
                 elif eager:
                     raise
                 else:
@@ -532,12 +532,7 @@ def warm_up(model: GPT, compiled, optimizer: Optimizer, rows: int, device_batch:
                     eager = True
             model.zero_grad(set_to_none=True)
             gc.collect()  # only here, where the error's frames hold no tensor any more
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
-            if short:
-                smaller = next(n for n in range(batch // 2, 0, -1) if whole % n == 0)
-                print(f"out of memory {work.__name__} {batch} rows at a time: trying {smaller}, the tokens a step stay the same", flush=True)
-                batch = smaller
+            torch.cuda.empty_cache()
         fitting.append(batch)
     compiled.train()
     with torch.no_grad():
