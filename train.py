@@ -274,7 +274,7 @@ class GPT(nn.Module):
             (not (odd or heads % kv_heads or hp.HEAD_DIM % 2),
              f"WIDTH {hp.WIDTH} must be a multiple of HEAD_DIM {hp.HEAD_DIM} (even), and its {heads} heads of KV_HEADS {kv_heads}"),
             (re.fullmatch("[SL]+", hp.WINDOW_PATTERN), f"WINDOW_PATTERN {hp.WINDOW_PATTERN!r} must be letters S and L"),
-            (0 < hp.SOFTCAP <= 64, f"SOFTCAP {hp.SOFTCAP} must be above 0, and at most 64: the loss takes its exponential in float32"),
+            (0 < (hp.SOFTCAP or 0) <= 64, f"SOFTCAP {hp.SOFTCAP} must be above 0, and at most 64: the loss takes its exponential in float32"),
         ):
             if not fits:
                 raise ValueError(problem)
@@ -411,6 +411,8 @@ class Optimizer:
         self.groups = groups
         self.batches = []  # (group, parameters stepped together, their state)
         for group in groups:
+            if group["kind"] not in ("muon", "adamw"):
+                raise ValueError(f"kind {group['kind']!r} of an optimizer group is neither muon nor adamw")
             stacks = {}
             for p in group["params"]:
                 stacks.setdefault(p.shape if group["kind"] == "muon" else id(p), []).append(p)
@@ -590,6 +592,7 @@ def main():
         print("mfu_percent will be 0: the peak of this device is not in PEAK_TFLOPS", flush=True)
     lap("model")
     device_batch, eval_batch = warm_up(model, compiled, optimizer, rows, device_batch, eval_batch)
+    torch.manual_seed(seed())  # again: whatever draws in training, dropout say, draws as if nothing had warmed up
     lap("compiling and warm-up")
     loader = make_dataloader(tokenizer, device_batch, MAX_SEQ_LEN, "train", device)
     gc.collect()

@@ -293,6 +293,7 @@ def test_the_loss_never_holds_tokens_times_vocabulary(monkeypatch):
     (dict(WINDOW_PATTERN="SXL"), ["SXL"]),
     (dict(WINDOW_PATTERN=""), ["''"]),
     (dict(SOFTCAP=100), ["100", "64"]),
+    (dict(SOFTCAP=None), ["SOFTCAP None"]),
     (dict(DEPTH=0), ["DEPTH 0"]),
 ])
 def test_sizes_that_do_not_fit_are_named(changes, parts):

@@ -232,6 +232,11 @@ def test_a_parameter_without_a_group_is_named(place, name, shape):
         train.parameter_groups(model)
 
 
+def test_an_unknown_kind_is_named():
+    with pytest.raises(ValueError, match="'sgd'"):
+        train.Optimizer([dict(kind="sgd", params=[draw(2)], rate=0.1, decay=0.0)], compiled=False)
+
+
 # ------------------------------------------------------------------------------------------------------------------ learns
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
