@@ -16,7 +16,10 @@ from __future__ import annotations
 import time
 _started = time.perf_counter()
 
-import contextlib, ctypes, gc, math, os, re, resource, socket, sys, traceback
+import os, signal
+if __name__ == "__main__":  # Ctrl-C while the imports below take their seconds; run() takes over from here
+    signal.signal(signal.SIGINT, lambda *_: (os.write(2, b"\nFAIL: interrupted: no score\n"), os._exit(1)))
+import contextlib, ctypes, gc, math, re, resource, sys, traceback
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -62,19 +65,32 @@ TABLE = dict(
     WARM_UP                   = 0.0,
     WARM_DOWN                 = (0.75,      0.6,       0.75),
     FINAL_RATE                = 0.05,                              # share of the rate that is left at the end
-    MUON_MOMENTUM             = (0.85, 0.95),                      # start, end; reached after MUON_MOMENTUM_STEPS
+    MUON_MOMENTUM             = [0.85, 0.95],                      # start, end; reached after MUON_MOMENTUM_STEPS
     MUON_MOMENTUM_STEPS       = 200,
 )
 
 def hyperparameters(size: str, **changes) -> SimpleNamespace:
     """The table's column for a size, every row an attribute; `changes` replace rows (for tests and benches)."""
-    column = SIZES.index(size)
-    rows = {name: value[column] if isinstance(value, tuple) and len(value) == len(SIZES) else value for name, value in TABLE.items()}
-    if unknown := changes.keys() - rows:
+    if size not in SIZES:
+        raise ValueError(f"SIZE {size!r} is none of {', '.join(SIZES)}")
+    if unknown := changes.keys() - TABLE:
         raise ValueError(f"no such hyperparameter: {', '.join(sorted(unknown))}")
-    return SimpleNamespace(**{**rows, **changes})
+    rows = {**TABLE, **changes}
+    for name, value in rows.items():
+        if isinstance(value, tuple):
+            if len(value) != len(SIZES):
+                raise ValueError(f"{name} {value} must be one value, or one for each of {', '.join(SIZES)}")
+            rows[name] = value[SIZES.index(size)]
+    return SimpleNamespace(**rows)
 
 # --------------------------------------------------------------------------------------------------------------- device
+
+def first_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {(str(error).strip() or '-').splitlines()[0][:300]}"
+
+def out_of_memory(error: BaseException) -> bool:
+    """Of any device: CPU and MPS raise plain RuntimeErrors, and a compiler wraps what happens while it tunes."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or bool(re.search("out of memory|can't allocate memory", str(error)))
 
 PEAK_TFLOPS = {  # dense bf16, from the vendors' data sheets; the first name found in the device's name counts
     "GB200": 2500, "B200": 2250, "H200": 989.5, "H100 PCIe": 756, "H100": 989.5, "H800": 989.5, "A100": 312, "A800": 312,
@@ -144,6 +160,8 @@ def flex_attention_for(seq_len: int, windows: set[int], device: torch.device):
         return create_block_mask(lambda b, h, i, j: (j <= i) & (j >= i - window), None, None, seq_len, seq_len, device=device)
     masks = {window: mask_of(window) for window in windows}
     def attend(q, k, v, window):
+        if not torch.compiler.is_compiling():  # uncompiled it is slow at best, and with TORCH_COMPILE_DISABLE=1 it raises
+            return sdpa_attention(q, k, v, window)
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         return flex_attention(q, k, v, block_mask=masks[window], enable_gqa=q.shape[1] != k.shape[1]).transpose(1, 2)
     return attend
@@ -152,8 +170,10 @@ FLASH_3 = "kernels-community/flash-attn3"
 
 def load_flash_attention_3():
     """The kernel's flash_attn_func: from the local cache without the network, else from the hub. Raises with the reason."""
+    import logging, requests
     from huggingface_hub import constants
     from kernels import get_kernel
+    logging.getLogger("kernels").setLevel(logging.ERROR)  # not a warning for every look into the cache
     asked_offline = constants.HF_HUB_OFFLINE
     try:
         constants.HF_HUB_OFFLINE = True
@@ -161,8 +181,7 @@ def load_flash_attention_3():
     except Exception as not_cached:
         if asked_offline:
             raise RuntimeError("not in the local cache, and HF_HUB_OFFLINE is set") from not_cached
-        host, _, port = constants.ENDPOINT.partition("://")[2].strip("/").partition(":")
-        socket.create_connection((host, int(port or 443)), timeout=3).close()  # a dead hub costs 3 s, not minutes of retries
+        requests.head(constants.ENDPOINT, timeout=3).close()  # a dead hub costs seconds, not minutes of retries
         constants.HF_HUB_OFFLINE = False
         kernel = get_kernel(FLASH_3, version=1)
     finally:
@@ -171,19 +190,22 @@ def load_flash_attention_3():
 
 def choose_attention(device: torch.device, dtype: torch.dtype, seq_len: int, windows: set[int]):
     """(name, attend): the first that works here. Says in one line why a better one does not."""
-    if device.type == "cpu":
-        return "blocked", blocked_attention
-    if device.type != "cuda":
-        return "sdpa", sdpa_attention
     try:
+        if device.type != "cuda" or torch.version.hip:
+            raise RuntimeError("needs an NVIDIA GPU")
         major, minor = torch.cuda.get_device_capability(device)
-        if torch.version.hip or dtype != torch.bfloat16 or not (major == 8 or (major, minor) == (9, 0)):
-            raise RuntimeError(f"needs bf16 and compute capability 8.x or 9.0, this is {major}.{minor}")
+        if dtype != torch.bfloat16 or not (major == 8 or (major, minor) == (9, 0)):
+            raise RuntimeError(f"needs bf16 and compute capability 8.x or 9.0, this is {str(dtype).removeprefix('torch.')} on {major}.{minor}")
         flash = load_flash_attention_3()
         return "flash3", lambda q, k, v, window: flash(q, k, v, causal=True, window_size=(window, 0))
     except Exception as error:
-        print(f"attention: FlexAttention, because FlashAttention 3 is not usable: {type(error).__name__}: {str(error).splitlines()[0][:200]}", flush=True)
-    return "flex", flex_attention_for(seq_len, windows, device)
+        reason = first_line(error)
+    if device.type == "cuda":
+        name, attend = "flex", flex_attention_for(seq_len, windows, device)
+    else:
+        name, attend = ("blocked", blocked_attention) if device.type == "cpu" else ("sdpa", sdpa_attention)
+    print(f"attention: {name}, because FlashAttention 3 is not usable: {reason}", flush=True)
+    return name, attend
 
 # ---------------------------------------------------------------------------------------------------------------- model
 
@@ -241,16 +263,21 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """model(inputs) -> logits, float32 (B, T, V); model(inputs, targets) -> mean cross-entropy in nats, a scalar.
 
-    attend: see the room on attention; None picks blocked_attention. Raises ValueError for sizes that do not fit.
+    attend: see the room on attention; blocked_attention until another is set. Raises ValueError for sizes that do not fit.
     """
     def __init__(self, hp: SimpleNamespace, vocab_size: int, seq_len: int, dtype: torch.dtype = torch.float32):
         super().__init__()
         heads, odd = divmod(hp.WIDTH, hp.HEAD_DIM)
         kv_heads = hp.KV_HEADS or heads
-        if odd or heads % kv_heads or hp.HEAD_DIM % 2:
-            raise ValueError(f"WIDTH {hp.WIDTH} must be a multiple of HEAD_DIM {hp.HEAD_DIM} (even), and its {heads} heads of KV_HEADS {kv_heads}")
-        if set(hp.WINDOW_PATTERN) - set("SL"):
-            raise ValueError(f"WINDOW_PATTERN {hp.WINDOW_PATTERN!r} may hold only S and L")
+        for fits, problem in (
+            (hp.DEPTH >= 1, f"DEPTH {hp.DEPTH} must be at least 1"),
+            (not (odd or heads % kv_heads or hp.HEAD_DIM % 2),
+             f"WIDTH {hp.WIDTH} must be a multiple of HEAD_DIM {hp.HEAD_DIM} (even), and its {heads} heads of KV_HEADS {kv_heads}"),
+            (re.fullmatch("[SL]+", hp.WINDOW_PATTERN), f"WINDOW_PATTERN {hp.WINDOW_PATTERN!r} must be letters S and L"),
+            (0 < (hp.SOFTCAP or 0) <= 64, f"SOFTCAP {hp.SOFTCAP} must be above 0, and at most 64: the loss takes its exponential in float32"),
+        ):
+            if not fits:
+                raise ValueError(problem)
         pattern = [hp.WINDOW_PATTERN[i % len(hp.WINDOW_PATTERN)] for i in range(hp.DEPTH - 1)] + ["L"]
         windows = [seq_len if letter == "L" else max(1, int(hp.SHORT_WINDOW * seq_len)) for letter in pattern]
         has_values = [i % 2 == (hp.DEPTH - 1) % 2 for i in range(hp.DEPTH)]
@@ -265,22 +292,18 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def initialize(self, generator: torch.Generator | None = None) -> GPT:
-        """Initial weights, in place: the same for a seed on every device, because they are drawn on the CPU in float32."""
-        hp, draw = self.hp, {"generator": generator}
-        span = hp.INIT_SCALE * math.sqrt(3 / hp.WIDTH)
+        """Initial weights, in place: the same for a seed on every device, while it is still on the CPU in float32."""
+        span, draw = self.hp.INIT_SCALE * math.sqrt(3 / self.hp.WIDTH), {"generator": generator}
+        starts = {  # by the first pattern that the name matches; a parameter that none matches keeps what its module gave it
+            r"embedding\.weight": lambda p: p.normal_(**draw),
+            r"head\.weight": lambda p: p.normal_(std=0.001, **draw),
+            r".*\.(query|key|value|up)\.weight|value_tables\..*": lambda p: p.uniform_(-span, span, **draw),
+            r".*\.(out|down|gate)\.weight": lambda p: p.zero_(),  # projections back into the stream; gates
+            r"stream_scale": lambda p: p.fill_(1),
+            r"x0_scale": lambda p: p.fill_(self.hp.X0_START),
+        }
         for name, p in self.named_parameters():
-            start = torch.zeros(p.shape)  # projections back into the stream, gates
-            if name == "embedding.weight":
-                start.normal_(**draw)
-            elif name == "head.weight":
-                start.normal_(std=0.001, **draw)
-            elif re.search(r"(query|key|value|up)\.weight$|^value_tables", name):
-                start.uniform_(-span, span, **draw)
-            elif name == "stream_scale":
-                start.fill_(1)
-            elif name == "x0_scale":
-                start.fill_(hp.X0_START)
-            p.copy_(start)
+            next((start for pattern, start in starts.items() if re.fullmatch(pattern, name)), lambda p: p)(p)
         return self
 
     def forward(self, inputs: Tensor, targets: Tensor | None = None) -> Tensor:
@@ -386,22 +409,20 @@ class Optimizer:
 
     def __init__(self, groups: list[dict], compiled: bool = True):
         self.groups = groups
-        wrap = (lambda f: torch.compile(f, dynamic=False)) if compiled else (lambda f: f)
-        self.updates = {"muon": muon_update, "adamw": adamw_update}
         self.batches = []  # (group, parameters stepped together, their state)
         for group in groups:
-            shapes = {}
+            if group["kind"] not in ("muon", "adamw"):
+                raise ValueError(f"kind {group['kind']!r} of an optimizer group is neither muon nor adamw")
+            stacks = {}
             for p in group["params"]:
-                shapes.setdefault(p.shape if group["kind"] == "muon" else id(p), []).append(p)
-            for params in shapes.values():
-                full = torch.zeros_like(torch.stack(params) if group["kind"] == "muon" else params[0], dtype=torch.float32)
+                stacks.setdefault(p.shape if group["kind"] == "muon" else id(p), []).append(p)
+            for params in stacks.values():
+                shapes = params[0].shape, params[0].shape, ()
                 if group["kind"] == "muon":
-                    rows, columns = full.shape[1:]
-                    second = full.new_zeros((len(full), rows, 1) if rows >= columns else (len(full), 1, columns))
-                    self.batches.append((group, params, (full, second)))
-                else:
-                    self.batches.append((group, params, (full, torch.zeros_like(full), full.new_zeros(()))))
-        self.apply = wrap(self._apply)
+                    n, (rows, columns) = len(params), params[0].shape
+                    shapes = (n, rows, columns), (n, rows, 1) if rows >= columns else (n, 1, columns)
+                self.batches.append((group, params, [torch.zeros(shape, device=params[0].device) for shape in shapes]))
+        self.apply = torch.compile(self._apply, dynamic=False) if compiled else self._apply
 
     def state_tensors(self) -> list[Tensor]:
         return [tensor for _, _, state in self.batches for tensor in state]
@@ -410,9 +431,8 @@ class Optimizer:
     def step(self, multiplier: float, momentum: float, decay_share: float):
         device = self.batches[0][1][0].device
         self.apply(*(torch.tensor(value, dtype=torch.float32, device=device) for value in (multiplier, momentum, decay_share)))
-        for _, params, _ in self.batches:
-            for p in params:
-                p.grad = None
+        for p in (p for group in self.groups for p in group["params"]):
+            p.grad = None
 
     def _apply(self, multiplier, momentum, decay_share):
         for group, params, state in self.batches:
@@ -460,58 +480,69 @@ def muon_momentum(hp: SimpleNamespace, step: int) -> float:
 def rows_at_a_time(tokens_per_step: int, seq_len: int, wish: int) -> int:
     """The device batch: the wish, or all the rows of a step where those are fewer. Raises Stop where they do not divide."""
     rows, rest = divmod(tokens_per_step, seq_len)
-    if rest:
-        raise Stop(f"TOKENS_PER_STEP {tokens_per_step} is no whole number of rows of {seq_len}: {rows * seq_len} and {(rows + 1) * seq_len} are")
+    if rest or rows < 1:
+        near = [n * seq_len for n in (rows, rows + 1) if n > 0]
+        raise Stop(f"TOKENS_PER_STEP {tokens_per_step} must be a whole number of rows of {seq_len} tokens, such as {' or '.join(map(str, near))}")
     if wish < 1 or rows % min(wish, rows):
         near = sorted((n for n in range(1, rows + 1) if rows % n == 0), key=lambda n: (abs(n - wish), n))[:2]
         raise Stop(f"DEVICE_BATCH_SIZE {wish} does not divide the {rows} rows of TOKENS_PER_STEP {tokens_per_step}: the nearest that do are "
                    + " and ".join(map(str, sorted(near))))
     return min(wish, rows)
 
-def warm_up(model: GPT, compiled, optimizer: Optimizer, rows: int, device_batch: int, eval_batch: int) -> int:
-    """Compiles and runs everything on made-up tokens, then puts weights and optimizer back. Returns the device batch that fits.
+def warm_up(model: GPT, compiled, optimizer: Optimizer, rows: int, device_batch: int, eval_batch: int) -> tuple[int, int]:
+    """Compiles and runs everything on made-up tokens, then puts weights and optimizer back. Returns the two batches that fit.
 
     Out of memory: the next smaller batch that divides the rows of a step. What does not compile runs uncompiled.
     """
     device, vocab_size = model.cos.device, model.embedding.num_embeddings
-    tensors = [*model.parameters(), *optimizer.state_tensors()]
+    tensors = [*model.parameters(), *model.buffers(), *optimizer.state_tensors()]
     saved, generator = [tensor.detach().clone() for tensor in tensors], torch.Generator().manual_seed(0)
     made_up = lambda batch: torch.randint(vocab_size, (batch, model.seq_len), generator=generator).to(device)
-    eager = False
-    while True:
-        try:
-            for _ in range(2):  # the second finds everything compiled and all memory allocated
-                compiled(made_up(device_batch), made_up(device_batch)).backward()
-                optimizer.step(0.0, 0.0, 0.0)
-            with torch.no_grad():
-                compiled.eval()
-                compiled(made_up(eval_batch))
-                compiled.train()
-            problem = None
-        except torch.OutOfMemoryError as error:
-            problem = error.with_traceback(None)  # its frames hold the tensors that did not fit
-        except Exception as error:
-            if eager:
-                raise
-            problem, eager = error.with_traceback(None), True
-            torch.compiler.set_stance("force_eager")
-            print(f"not compiled, because compiling failed: {type(error).__name__}: {str(error).strip().splitlines()[0][:200]}", flush=True)
-        model.zero_grad(set_to_none=True)
-        if problem is None:
-            break
-        gc.collect()
-        if device.type == "cuda":
+
+    def training(batch):
+        compiled.train()
+        for _ in range(2):  # the second finds everything compiled and all memory allocated
+            for _ in range(min(2, rows // batch)):  # gradients to add to take memory of their own
+                compiled(made_up(batch), made_up(batch)).backward()
+            if idle := [name for name, p in model.named_parameters() if p.grad is None]:
+                raise Stop(f"no gradient reaches {', '.join(idle)}: use it in forward or remove it")
+            optimizer.step(0.0, 0.0, 0.0)
+
+    def scoring(batch):
+        compiled.eval()
+        with torch.no_grad():
+            compiled(made_up(batch))
+
+    fitting, eager = [], False
+    for work, batch, whole in (training, device_batch, rows), (scoring, eval_batch, eval_batch):
+        while True:
+            try:
+                work(batch)
+                break
+            except Exception as error:
+                if out_of_memory(error):
+                    if batch == 1:
+                        fail("out of memory with a single row at a time: lower DEPTH or WIDTH")
+                    smaller = next(n for n in range(batch // 2, 0, -1) if whole % n == 0)
+                    print(f"out of memory {work.__name__} {batch} rows at a time: trying {smaller}, the tokens a step stay the same", flush=True)
+                    batch = smaller
+                elif eager:
+                    raise
+                else:
+                    print(f"not compiled, because compiling failed: {first_line(error)}", flush=True)
+                    torch.compiler.set_stance("force_eager")
+                    eager = True
+            model.zero_grad(set_to_none=True)
+            gc.collect()  # only here, where the error's frames hold no tensor any more
             torch.cuda.empty_cache()
-        if isinstance(problem, torch.OutOfMemoryError):
-            if device_batch == 1:
-                fail("out of memory with a single row at a time: lower DEPTH or WIDTH")
-            smaller = next(n for n in range(device_batch // 2, 0, -1) if rows % n == 0)
-            print(f"out of memory with {device_batch} rows at a time: trying {smaller}, the tokens a step stay the same", flush=True)
-            device_batch, eval_batch = smaller, min(eval_batch, smaller)
+        fitting.append(batch)
+    compiled.train()
     with torch.no_grad():
         for tensor, value in zip(tensors, saved):
             tensor.copy_(value)
-    return device_batch
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()  # of the attempts and the copies
+    return tuple(fitting)
 
 class Reporter:
     """Progress: one line rewritten in place on a terminal, a plain line about every 5% of the budget otherwise."""
@@ -560,7 +591,8 @@ def main():
     if not peak:
         print("mfu_percent will be 0: the peak of this device is not in PEAK_TFLOPS", flush=True)
     lap("model")
-    device_batch = warm_up(model, compiled, optimizer, rows, device_batch, eval_batch)
+    device_batch, eval_batch = warm_up(model, compiled, optimizer, rows, device_batch, eval_batch)
+    torch.manual_seed(seed())  # again: whatever draws in training, dropout say, draws as if nothing had warmed up
     lap("compiling and warm-up")
     loader = make_dataloader(tokenizer, device_batch, MAX_SEQ_LEN, "train", device)
     gc.collect()
@@ -588,12 +620,11 @@ def main():
         if unread is not None:
             read(unread)
             reporter.step(step, progress, smooth, seconds)
-            if progress * 10 >= len(curve) + 1:
-                curve.append(smooth)
+            curve += [smooth] * (min(9, int(progress * 10)) - len(curve))
         unread, step = total, step + 1
         seconds, began = time.perf_counter() - began, time.perf_counter()
     read(unread)
-    curve.append(smooth)
+    curve += [smooth] * (10 - len(curve))
     print("\r\033[K" if reporter.terminal else "", end="", flush=True)
     began = time.perf_counter()
     bpb = evaluate_bpb(compiled, tokenizer, eval_batch)
@@ -617,18 +648,19 @@ def run() -> int:
     """main() with every failure as one `FAIL: ` line, the last of the log. Returns the exit code."""
     try:
         try:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
             main()
         except KeyboardInterrupt:
             fail("interrupted: no score")
-        except torch.OutOfMemoryError:
-            fail("out of memory while training: lower DEVICE_BATCH_SIZE (the tokens a step can stay), DEPTH or WIDTH")
         except Exception as error:
+            if out_of_memory(error):
+                fail("out of memory while training: lower DEVICE_BATCH_SIZE (the tokens a step can stay), DEPTH or WIDTH")
             traceback.print_exc()
-            text = f"{type(error).__name__}: {(str(error).strip() or '-').splitlines()[0][:300]}"
+            text = first_line(error)
             lost = isinstance(error, getattr(torch, "AcceleratorError", ())) or "CUDA error" in text
             fail(f"the device failed ({text}): look at nvidia-smi, then run again" if lost else f"{text} (the traceback is above)")
     except Stop as stop:
-        sys.stdout.flush()
+        print(end="\n" if sys.stdout.isatty() else "", flush=True)  # below the progress
         print(stop, file=sys.stderr, flush=True)
         return 1
     return 0

@@ -1,0 +1,254 @@
+"""The optimizer against the singular value decomposition, torch's own AdamW, and a plain float64 transcription."""
+import math
+import os
+
+import pytest
+import torch
+from conftest import ROOT  # noqa: F401 (puts the repository on the path)
+
+import train
+
+V, T = 50, 16
+
+
+def small(**changes):
+    sizes = dict(DEPTH=2, WIDTH=64, HEAD_DIM=16, KV_HEADS=2, WINDOW_PATTERN="SL", SHORT_WINDOW=1 / 4)
+    model = train.GPT(train.hyperparameters("cpu", **{**sizes, **changes}), V, T)
+    generator = torch.Generator().manual_seed(1)
+    model.initialize(generator)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn(p.shape, generator=generator) * 0.02)
+    return model
+
+
+def draw(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+# ------------------------------------------------------------------------------------------------------ orthogonalisation
+
+@pytest.mark.parametrize("shape", [(1, 48, 48), (3, 96, 32), (3, 32, 96), (2, 256, 64), (2, 8, 32)])
+@pytest.mark.parametrize("scale", [1e-4, 1, 1e3])
+def test_orthogonalize_is_near_the_polar_factor(shape, scale):
+    g = draw(*shape) * scale
+    u, spectrum, vh = torch.linalg.svd(g.double(), full_matrices=False)
+    exact = train.orthogonalize(g, torch.float32).double()
+    reach = spectrum / spectrum[..., :1] > 1e-2  # five steps lift what is not much smaller than the largest
+    assert reach.float().mean() > 0.9
+    own = u.mT @ exact @ vh.mT  # in g's own basis: a polynomial of g stays diagonal there, whatever its singular values
+    diagonal = own.diagonal(dim1=-2, dim2=-1)
+    assert (own - torch.diag_embed(diagonal)).abs().max() < 1e-3
+    assert diagonal[reach].min() > 0.85 and diagonal[reach].max() < 1.15  # the band that the five polynomials leave
+    near = train.orthogonalize(g).double()  # as Muon calls it, in bf16
+    assert near.isfinite().all() and (near - u @ vh).norm() < 0.15 * (u @ vh).norm()
+    values = torch.linalg.svdvals(near)
+    assert values.max() < 1.16 and values[reach].min() > 0.84
+
+
+def test_orthogonalize_steps_each_matrix_of_a_stack_alone():
+    g = draw(3, 40, 24)
+    g[1] *= 100
+    together = train.orthogonalize(g, torch.float32)
+    for one, own in zip(together, g):
+        torch.testing.assert_close(one, train.orthogonalize(own[None], torch.float32)[0], rtol=0, atol=1e-5)
+    torch.testing.assert_close(together.mT, train.orthogonalize(g.mT.contiguous(), torch.float32), rtol=0, atol=1e-4)
+
+
+def test_orthogonalize_of_zero_is_zero():
+    assert not train.orthogonalize(torch.zeros(2, 8, 4)).any()
+
+
+# ----------------------------------------------------------------------------------------------------------------- AdamW
+
+@pytest.mark.parametrize("betas", [(0.8, 0.95), (0.96, 0.95)])
+def test_adamw_is_torchs_over_many_steps(betas):
+    ours, theirs = draw(20, 8).requires_grad_(), draw(20, 8).double().requires_grad_()
+    optimizer = train.Optimizer([dict(kind="adamw", params=[ours], rate=0.02, decay=0.1, betas=betas)], compiled=False)
+    reference = torch.optim.AdamW([theirs], lr=0.02, betas=betas, eps=1e-10, weight_decay=0.1)
+    for step in range(200):
+        multiplier = 1 if step < 100 else 0.3
+        reference.param_groups[0]["lr"] = 0.02 * multiplier
+        ours.grad = draw(20, 8, seed=step) * (step % 7)
+        theirs.grad = ours.grad.double()
+        optimizer.step(multiplier, 0.9, 1.0)
+        reference.step()
+        assert ours.grad is None
+    torch.testing.assert_close(ours.double(), theirs, rtol=0, atol=2e-5)
+    assert (ours - draw(20, 8)).abs().max() > 0.1
+
+
+def test_adamw_on_bf16_parameters_calculates_in_float32():
+    start = draw(20, 8).bfloat16()
+    ours, optimizer = start.clone().requires_grad_(), None
+    optimizer = train.Optimizer([dict(kind="adamw", params=[ours], rate=0.05, decay=0.1, betas=(0.8, 0.95))], compiled=False)
+    assert all(state.dtype == torch.float32 for state in optimizer.state_tensors())
+    wanted = start.double().requires_grad_()
+    reference = torch.optim.AdamW([wanted], lr=0.05, betas=(0.8, 0.95), eps=1e-10, weight_decay=0.1)
+    for step in range(50):
+        ours.grad = draw(20, 8, seed=step).bfloat16()
+        wanted.grad = ours.grad.double()
+        optimizer.step(1.0, 0.9, 1.0)
+        reference.step()
+        with torch.no_grad():
+            wanted.copy_(wanted.bfloat16())  # the rounding of the store is all that bf16 adds
+        difference = (ours.double() - wanted).abs()
+        assert (difference <= 0.008 * wanted.abs() + 1e-6).all()
+        with torch.no_grad():
+            wanted.copy_(ours)  # one rounding to the other neighbour does not add up
+    assert (wanted - start.double()).abs().max() > 0.2
+
+
+# ------------------------------------------------------------------------------------------------- the whole, transcribed
+
+class PlainOptimizer:
+    """Every parameter on its own in float64, by the formulas, in numbers that the test below names itself."""
+
+    def __init__(self, model, rates, orthogonalize):
+        self.value = {name: p.detach().double().clone() for name, p in model.named_parameters()}
+        self.state, self.rates, self.orthogonalize, self.steps = {}, rates, orthogonalize, 0
+
+    def step(self, gradients, multiplier, momentum, decay_share):
+        self.steps += 1
+        for name, p in self.value.items():
+            g = gradients[name].double()
+            if name.startswith("blocks."):
+                self.muon(name, p, g, 0.04 * multiplier, momentum, 0.2 * decay_share)
+            else:
+                rate, decay, betas = self.rates[name.split(".")[0]]
+                mean, square = self.state.setdefault(name, [torch.zeros_like(p), torch.zeros_like(p)])
+                mean += (1 - betas[0]) * (g - mean)
+                square += (1 - betas[1]) * (g * g - square)
+                p -= rate * multiplier * decay * p
+                p -= rate * multiplier * (mean / (1 - betas[0] ** self.steps)) / ((square / (1 - betas[1] ** self.steps)).sqrt() + 1e-10)
+
+    def muon(self, name, p, g, rate, momentum, decay):
+        rows, columns = p.shape
+        buffer, second = self.state.setdefault(name, [torch.zeros_like(p), torch.zeros(rows if rows >= columns else columns).double()])
+        buffer += (1 - momentum) * (g - buffer)
+        g = self.orthogonalize(g + momentum * (buffer - g))
+        second += 0.05 * ((g * g).mean(1 if rows >= columns else 0) - second)
+        root = second.clamp(min=1e-10).sqrt()
+        scaled = g / (root[:, None] if rows >= columns else root[None, :])
+        g = scaled * (g.norm() / scaled.norm())
+        p -= rate * max(1, rows / columns) ** 0.5 * (g + decay * torch.where(g * p >= 0, p, torch.zeros_like(p)))
+
+
+def polar_express(g):
+    """Float64, one matrix, always X X^T of the smaller side."""
+    x = (g.T if g.shape[0] > g.shape[1] else g) / (1.02 * g.norm() + 1e-6)
+    for a, b, c in [(8.156554524902461, -22.48329292557795, 15.878769915207462), (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+                    (3.8916678022926607, -2.772484153217685, 0.5060648178503393), (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+                    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323)]:
+        A = x @ x.T
+        x = a * x + (b * A + c * A @ A) @ x
+    return x.T if g.shape[0] > g.shape[1] else x
+
+
+def random_gradients(model, step):
+    return {name: draw(*p.shape, seed=1000 * step + i) for i, (name, p) in enumerate(model.named_parameters())}
+
+
+@pytest.mark.parametrize("power, scale", [(-0.5, (64 / 768) ** -0.5), (0.0, 1.0)])
+def test_whole_steps_are_those_of_a_float64_transcription(monkeypatch, power, scale):
+    model = small(RATE_WIDTH_POWER=power, EMBEDDING_RATE=0.9, HEAD_RATE=0.005, MUON_RATE=0.04, SCALAR_RATE=0.5, MUON_DECAY=0.2,
+                  HEAD_DECAY=0.01, EMBEDDING_DECAY=0.001, VALUE_TABLE_DECAY=0.003)
+    betas = (0.8, 0.95)
+    rates = dict(embedding=(0.9 * scale, 0.001, betas), value_tables=(0.9 * scale, 0.003, betas), head=(0.005 * scale, 0.01, betas),
+                 stream_scale=(0.005, 0, betas), x0_scale=(0.5, 0, (0.96, 0.95)))
+    plain = PlainOptimizer(model, rates, polar_express)
+    exact = train.orthogonalize  # bf16 is its own test above: here the formulas, to many digits
+    monkeypatch.setattr(train, "orthogonalize", lambda g: exact(g, torch.float32))
+    optimizer = train.Optimizer(train.parameter_groups(model), compiled=False)
+    start = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for step in range(4):
+        gradients = random_gradients(model, step)
+        for name, p in model.named_parameters():
+            p.grad = gradients[name].clone()
+        given = (1.0 - 0.2 * step, 0.85 + 0.02 * step, 1 - 0.25 * step)
+        optimizer.step(*given)
+        plain.step(gradients, *given)
+        for name, p in model.named_parameters():
+            moved = (plain.value[name] - start[name]).norm()
+            assert moved > 0.001 and (p.double() - plain.value[name]).norm() < 2e-4 * moved, (step, name)
+
+
+def test_equal_shapes_are_stepped_together():
+    model = small()
+    optimizer = train.Optimizer(train.parameter_groups(model), compiled=False)
+    muon = [params for group, params, _ in optimizer.batches if group["kind"] == "muon"]
+    assert sum(len(params) for params in muon) == sum(p.numel() > 0 for name, p in model.named_parameters() if name.startswith("blocks"))
+    assert sorted((tuple(params[0].shape), len(params)) for params in muon) == [
+        ((2, 32), 1), ((32, 64), 4), ((64, 64), 4), ((64, 256), 2), ((256, 64), 2)]
+
+
+@pytest.mark.skipif(os.environ.get("TORCH_COMPILE_DISABLE") == "1", reason="it is the compiled step that is tested")
+def test_the_compiled_step_is_the_uncompiled_one(monkeypatch):
+    exact = train.orthogonalize  # not in bf16, whose rounding the compiler may move
+    monkeypatch.setattr(train, "orthogonalize", lambda g: exact(g, torch.float32))
+    after = []
+    for compiled in (False, True):
+        tall, vector = [draw(48, 16, seed=1), draw(48, 16, seed=2)], draw(40)
+        optimizer = train.Optimizer([dict(kind="muon", params=tall, rate=0.04, decay=0.2),
+                                     dict(kind="adamw", params=[vector], rate=0.1, decay=0.1, betas=(0.8, 0.95))], compiled=compiled)
+        for step in range(3):
+            for i, p in enumerate([*tall, vector]):
+                p.grad = draw(*p.shape, seed=10 * step + i)
+            optimizer.step(1 - 0.3 * step, 0.85 + 0.05 * step, 1 - 0.3 * step)
+        after.append([*tall, vector, *optimizer.state_tensors()])
+    assert (after[0][0] - draw(48, 16, seed=1)).abs().max() > 0.01
+    for plain, fused in zip(*after):
+        torch.testing.assert_close(fused, plain, rtol=1e-4, atol=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------------- schedules and groups
+
+def test_the_rate_multiplier():
+    hp = train.hyperparameters("cpu", WARM_UP=0.1, WARM_DOWN=0.5, FINAL_RATE=0.2)
+    wanted = {0: 0, 0.05: 0.5, 0.1: 1, 0.3: 1, 0.5: 1, 0.75: 0.6, 1: 0.2}
+    assert {p: pytest.approx(train.rate_multiplier(hp, p)) for p in wanted} == wanted
+    flat = train.hyperparameters("cpu", WARM_UP=0.0, WARM_DOWN=0.0, FINAL_RATE=0.0)
+    assert [train.rate_multiplier(flat, p) for p in (0, 0.5, 1)] == [1, 1, 1]
+    whole = train.hyperparameters("cpu", WARM_UP=0.0, WARM_DOWN=1.0, FINAL_RATE=0.0)
+    assert [train.rate_multiplier(whole, p) for p in (0, 0.25, 1)] == [1, 0.75, 0]
+
+
+def test_the_momentum():
+    hp = train.hyperparameters("cpu", MUON_MOMENTUM=[0.85, 0.95], MUON_MOMENTUM_STEPS=200)
+    assert [train.muon_momentum(hp, step) for step in (0, 100, 200, 5000)] == pytest.approx([0.85, 0.9, 0.95, 0.95])
+
+
+def test_every_parameter_has_exactly_one_group():
+    model = small()
+    stepped = [id(p) for group in train.parameter_groups(model) for p in group["params"]]
+    assert sorted(stepped) == sorted(id(p) for p in model.parameters())
+
+
+@pytest.mark.parametrize("place, name, shape", [("", "bias", (64,)), ("blocks.1", "scale", (64,)), ("blocks.0.mlp", "weight", (64,))])
+def test_a_parameter_without_a_group_is_named(place, name, shape):
+    model = small()
+    setattr(model.get_submodule(place), name, torch.nn.Parameter(torch.ones(shape)))
+    with pytest.raises(ValueError, match=f"parameter {f'{place}.{name}'.strip('.')} \\(64,\\) has no optimizer group"):
+        train.parameter_groups(model)
+
+
+def test_an_unknown_kind_is_named():
+    with pytest.raises(ValueError, match="'sgd'"):
+        train.Optimizer([dict(kind="sgd", params=[draw(2)], rate=0.1, decay=0.0)], compiled=False)
+
+
+# ------------------------------------------------------------------------------------------------------------------ learns
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_loss_falls_on_a_tiny_set(dtype):
+    hp = train.hyperparameters("cpu", DEPTH=2, WIDTH=32, HEAD_DIM=16, KV_HEADS=1, WINDOW_PATTERN="SL")
+    model = train.GPT(hp, V, T, dtype).initialize(torch.Generator().manual_seed(0))
+    optimizer = train.Optimizer(train.parameter_groups(model), compiled=False)
+    rows = torch.randint(V, (8, T + 1), generator=torch.Generator().manual_seed(3))  # nothing but memory helps
+    losses = []
+    for step in range(80):
+        loss = model(rows[:, :-1], rows[:, 1:])
+        loss.backward()
+        optimizer.step(train.rate_multiplier(hp, step / 80), train.muon_momentum(hp, step), 1 - step / 80)
+        losses.append(loss.item())
+    assert abs(losses[0] - math.log(V)) < 0.05 and losses[-1] < 0.3, losses[::10]
