@@ -786,9 +786,9 @@ def _arm_watchdog(seconds: float):
 
 LEAK_SHARE = 0.015  # of the evaluation's forward passes goes into the leak check, but at least LEAK_POSITIONS are probed
 LEAK_POSITIONS = 8
-# A probe's logits may differ from the scored ones by rounding only: root mean square and largest difference over the
-# vocabulary, in units of the logits' spread at that position. See tests/test_leaks.py for what falls on either side.
-LEAK_RMS, LEAK_MAX = 2e-3, 0.1
+# Largest differences of logits that count as rounding: root mean square over the vocabulary, in units of the logits' spread.
+# Measured: FFT convolution in bf16 gives up to 0.0007 and 0.012; a leak of 1/100 of the signal, 0.0027 and more (NEAR).
+LEAK_NEAR, LEAK_ANYWHERE = 0.002, 0.05  # mean over the positions right before a change; any one position
 
 def evaluate_bpb(model, tokenizer: Tokenizer, batch_size: int) -> float:
     """Bits per byte of `model` on the scored split: cross-entropy in nats / (ln 2 x bytes), both summed in float64.
@@ -831,6 +831,7 @@ def _score(model, tokenizer, batch_size, device) -> float:
     probes, draw = _leak_probes(T), random.SystemRandom()
     rounds = max(math.ceil(LEAK_POSITIONS / batch_size), int(batches * LEAK_SHARE) - 1)
     probed = [0, *(draw.randrange(batches) for _ in range(rounds - 1))]  # a model cannot foresee which calls are compared
+    near = []
 
     def forward(inputs):
         logits = model(inputs.clone())  # memory of its own, which no target shares and no write spoils
@@ -856,16 +857,16 @@ def _score(model, tokenizer, batch_size, device) -> float:
         if rounds := probed.count(number):
             logits = logits.clone()  # a compiled model may return the same memory again
         for _ in range(rounds):
-            _leak_check(forward, whole, logits, probes)
+            _leak_check(forward, whole, logits, probes, near)
     model.train()  # must not leak either; a few rows, and nothing is compiled for them
     with torch.compiler.set_stance("force_eager"):
         def seeded(inputs):
             torch.manual_seed(0)  # honest dropout drops the same twice
             return forward(inputs)
-        some = whole[:4]
+        some = whole[:LEAK_POSITIONS]
         logits = seeded(some).clone()
         if torch.equal(logits, seeded(some)):  # else random in a way of its own: there is nothing to compare
-            _leak_check(seeded, some, logits, _leak_probes(T))
+            _leak_check(seeded, some, logits, _leak_probes(T), [])
     bits = (nats / math.log(2) / count).item()
     if not math.isfinite(bits):
         fail("the model's logits are not finite, or no target has a byte: no score")
@@ -880,36 +881,42 @@ def _leak_probes(T: int):
         yield p, True
         yield p + 1, False
 
-def _leak_check(forward, inputs, logits, probes):
+def _leak_check(forward, inputs, logits, probes, near: list):
     """Raises Stop where the logits up to a position change when later tokens or other rows do.
 
-    inputs: (B, T); logits: what forward(inputs) gave. Every row is changed after a position of its own and its logits up to
-    there are compared. It is changed to text from elsewhere in the batch, which a model cannot tell from the real one, or to
-    one token repeated, which moves averages most. Of two neighbouring positions one at least lies inside any block.
+    inputs: (B, T); logits: what forward(inputs) gave; near: (difference, position) of the rounds so far. Every row is changed
+    after a position of its own and its logits up to there are compared. It is changed to text from elsewhere in the batch, or
+    to one token repeated, which moves averages most. Of two neighbouring positions one at least lies inside any block.
     Cost: one forward pass; with the batches that the evaluation uses, under 2% of it.
-    It cannot catch: a leak at single positions that no round happens to probe, one below LEAK_RMS of the logits' spread, a
-    model that recognises the repeated token and hides the rest in the rounding, or one that knows the text by heart.
+    It cannot catch: a leak at single positions that no round happens to probe, one far below 1/100 of the signal, a model
+    that recognises the probe (the text breaks off there), or one that knows the scored text by heart.
     """
     import torch
     (B, T), V = inputs.shape, logits.shape[-1]
-    probed, elsewhere = inputs.clone(), inputs.flatten().roll(random.SystemRandom().randrange(1, B * T)).view(B, T)
+    probed, elsewhere = inputs.clone(), inputs.flatten().roll(random.randrange(1, B * T)).view(B, T)
     rows = list(zip(range(B), probes))
     for row, (p, repeated) in rows:
         probed[row, p + 1 :] = (inputs[row, p + 1 : p + 2] + random.randrange(1, V)) % V if repeated else elsewhere[row, p + 1 :]
-    changed = forward(probed)
-    stride = max(1, V // 512)  # the spread is read from a part of the vocabulary
+    changed, stride = forward(probed), max(1, V // 512)  # the spread is read from a part of the vocabulary
+    largest, seen = 0.0, None
     for row, (p, _) in rows:
-        before, difference = logits[row, : p + 1].float(), (changed[row, : p + 1].float() - logits[row, : p + 1].float()).abs()
-        part = before[:, ::stride]
-        spread = (part - part.median(-1, keepdim=True).values).abs().median(-1).values.clamp(1e-6, 10)  # of most of the tokens
-        excess = torch.maximum(difference.square().mean(-1).sqrt() / LEAK_RMS, difference.amax(-1) / LEAK_MAX) / spread
-        if not excess.isfinite().all():
+        before = logits[row, : p + 1].float()
+        difference, part = changed[row, : p + 1].float() - before, before[:, ::stride]
+        spread = (part - part.median(-1, keepdim=True).values).abs().median(-1).values.clamp(1e-6, 10)  # no outlier moves it
+        amount = difference.square().mean(-1).sqrt() / spread
+        if not amount.isfinite().all():
             fail("the model's logits are not finite: no score")
-        if excess.amax() > 1:
-            if (forward(inputs) - logits).abs().amax() > 0.1 * difference.amax():
-                fail("the model gives other logits for the same input: is dropout on in eval mode?")
-            fail(f"the model sees the future (position {int(excess.argmax())}): its logits there change with later tokens "
-                 "or with other rows of the batch. Every position may only read itself and earlier ones of its own row")
+        largest = max(largest, difference.abs().max().item())
+        near.append((amount[-1].item(), p))
+        if amount.max() > LEAK_ANYWHERE:
+            seen = int(amount.argmax())
+    if seen is None and len(near) >= LEAK_POSITIONS and sum(amount for amount, _ in near) > LEAK_NEAR * len(near):
+        seen = max(near)[1]
+    if seen is not None:
+        if (forward(inputs) - logits).abs().max() > 0.1 * largest:
+            fail("the model gives other logits for the same input: is dropout on in eval mode?")
+        fail(f"the model sees the future (position {seen}): its logits there change with later tokens or with other rows of "
+             "the batch. Every position may only read itself and earlier ones of its own row")
 
 # --------------------------------------------------------------------------------------------------------- command line
 
