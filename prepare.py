@@ -703,11 +703,13 @@ def _describe_run(device) -> dict:
             "device": device_name(device), "split": split_name()}
 
 def _append_to_ledger(record: dict):
+    import fcntl
     path = cache_dir() / "autoresearch.jsonl"
     try:
-        with open(path, "ab+", buffering=0) as file:  # appended in one write: whole, whoever else writes
-            end = file.tell()
-            torn = end > 0 and os.pread(file.fileno(), 1, end - 1) != b"\n"
+        with open(path, "ab+", buffering=0) as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            end = file.seek(0, os.SEEK_END)
+            torn = end > 0 and os.pread(file.fileno(), 1, end - 1) != b"\n"  # the next line must not stick to it
             line = b"\n" * torn + signed(record)
             if file.write(line) != len(line):
                 raise OSError(None, "only a part was written: is the disk full?")
@@ -914,7 +916,7 @@ def _leak_check(forward, inputs, logits, probes, near: list):
         seen = max(near)[1]
     if seen is not None:
         if (forward(inputs) - logits).abs().max() > 0.1 * largest:
-            fail("the model gives other logits for the same input: is dropout on in eval mode?")
+            fail("the model gives other logits for the same input: is dropout on in eval mode, or a thread still training?")
         fail(f"the model sees the future (position {seen}): its logits there change with later tokens or with other rows of "
              "the batch. Every position may only read itself and earlier ones of its own row")
 

@@ -279,7 +279,7 @@ def test_our_own_model_passes(attend, dtype):
 
 
 def test_dropout_left_on_has_its_own_word():
-    assert "is dropout on in eval mode?" in check(Model(HONEST["dropout"]).train(), 64)
+    assert "is dropout on in eval mode" in check(Model(HONEST["dropout"]).train(), 64)
 
 
 class Scored(Model):
