@@ -686,7 +686,7 @@ def _end_run(**result):
                            "tokens": clock.tokens, **result})
 
 def _utc() -> str:
-    return datetime.now(timezone.utc).isoformat(timespec="seconds").replace("+00:00", "Z")
+    return f"{datetime.now(timezone.utc):%Y-%m-%dT%H:%M:%SZ}"
 
 def _describe_run(device) -> dict:
     """What the ledger says of a run; git's part is null where there is no git."""
@@ -727,6 +727,8 @@ def read_ledger() -> tuple[list[dict], int]:
             damaged += 1
     return records, damaged
 
+COLUMNS = "{:20}  {:8}  {:5}  {:>8}  {:>7}  {:>4}  {}"
+
 def show_runs():
     """The ledger as a table, newest last; a start without an end has crashed, or is running."""
     records, damaged = read_ledger()
@@ -736,20 +738,18 @@ def show_runs():
             status = r.get("failure") or ("scored" if r["event"] == "end" else "running" if _alive(r["pid"]) else "crashed")
             score = f"{r['score']:.6f}" if "score" in r else "-"
             commit = (r["commit"] or "-")[:7] + "*" * bool(r["changed"])
-            row = (f"{r['time']:20}  {commit:8}  {r['split']:5}  {score:>8}  {r.get('training_seconds', '-'):>7}  "
-                   f"{r['seed']:>4}  {status}")
+            row = COLUMNS.format(r["time"], commit, r["split"], score, r.get("training_seconds", "-"), r["seed"], status)
             rows[r["run"]] = "".join(c if c.isprintable() else "?" for c in row)  # the end replaces the start
         except (KeyError, TypeError, ValueError, OverflowError):  # signed, but not by this file
             damaged += 1
-    print(f"{'time':20}  {'commit':8}  {'split':5}  {'score':>8}  {'seconds':>7}  {'seed':>4}  status", *rows.values(), sep="\n")
+    print(COLUMNS.format("time", "commit", "split", "score", "seconds", "seed", "status"), *rows.values(), sep="\n")
     print(f"{len(rows)} runs" + f", {damaged} damaged lines skipped" * bool(damaged) + "; * has uncommitted changes")
 
 def _alive(pid: int) -> bool:
     try:
-        os.kill(pid, 0)
+        return os.kill(pid, 0) is None
     except OSError as error:
         return isinstance(error, PermissionError)
-    return True
 
 def _watchdog_limit(budget: int) -> float:
     return max(2 * budget, budget + 300)
@@ -826,14 +826,10 @@ def _score(model, tokenizer, batch_size, device) -> float:
     batches = math.ceil(rows / batch_size)
     loader = make_dataloader(tokenizer, batch_size, T, split, device)
     token_bytes = torch.from_numpy(tokenizer.token_bytes).to(device)
-    nats, count = torch.zeros((), dtype=torch.float64), 0
-    if device.type != "mps":  # which has no float64
-        nats = nats.to(device)
+    nats, count = torch.zeros((), dtype=torch.float64, device="cpu" if device.type == "mps" else device), 0  # mps: no float64
     piece = max(1, (1 << 18 if device.type == "cpu" else 1 << 23) // V)  # 32 MB of float32; on a CPU what its cache holds
-    probes, draw = _leak_probes(T), random.SystemRandom()
-    rounds = max(math.ceil(LEAK_POSITIONS / batch_size), int(batches * LEAK_SHARE) - 1)
-    probed = [0, *(draw.randrange(batches) for _ in range(rounds - 1))]  # a model cannot foresee which calls are compared
-    near = []
+    rounds, near, probes = max(math.ceil(LEAK_POSITIONS / batch_size), int(batches * LEAK_SHARE) - 1), [], _leak_probes(T)
+    probed = [0, *random.SystemRandom().choices(range(batches), k=rounds - 1)]  # a model cannot foresee which calls these are
 
     def forward(inputs):
         logits = model(inputs.clone())  # memory of its own, which no target shares and no write spoils
@@ -843,8 +839,8 @@ def _score(model, tokenizer, batch_size, device) -> float:
         return logits
 
     model.eval()
-    whole = torch.empty((batch_size, T), dtype=torch.int64, device=device)  # one shape, one graph: a short last batch is
-    for number in range(batches):                                          # filled up with rows of the one before
+    whole = torch.empty((batch_size, T), dtype=torch.int64, device=device)  # a short last batch keeps rows of the one before
+    for number in range(batches):
         inputs, targets, _ = next(loader)
         inputs, targets = inputs[:rows], targets[:rows].flatten()
         rows -= len(inputs)
@@ -856,9 +852,8 @@ def _score(model, tokenizer, batch_size, device) -> float:
             losses = losses * (counted > 0) + 0 * flat.sum(-1)  # one logit that is not finite spoils the sum
             nats += losses.to(nats.device).double().sum()
             count += counted.sum()
-        if rounds := probed.count(number):
+        for _ in range(probed.count(number)):
             logits = logits.clone()  # a compiled model may return the same memory again
-        for _ in range(rounds):
             _leak_check(forward, whole, logits, probes, near)
     model.train()  # must not leak either; a few rows, and nothing is compiled for them
     with torch.compiler.set_stance("force_eager"):
