@@ -788,6 +788,7 @@ def _arm_watchdog(seconds: float):
 
 LEAK_SHARE = 0.015  # of the evaluation's forward passes goes into the leak check, but at least LEAK_POSITIONS are probed
 LEAK_POSITIONS = 8
+_leak_draw = random.SystemRandom()  # no seed's: what cannot be foreseen cannot be fitted
 # Largest differences of logits that count as rounding: root mean square over the vocabulary, in units of the logits' spread.
 # Measured: FFT convolution in bf16 gives up to 0.0007 and 0.012; a leak of 1/100 of the signal, 0.0027 and more (NEAR).
 LEAK_NEAR, LEAK_ANYWHERE = 0.002, 0.05  # mean over the positions right before a change; any one position
@@ -829,7 +830,7 @@ def _score(model, tokenizer, batch_size, device) -> float:
     nats, count = torch.zeros((), dtype=torch.float64, device="cpu" if device.type == "mps" else device), 0  # mps: no float64
     piece = max(1, (1 << 18 if device.type == "cpu" else 1 << 23) // V)  # 32 MB of float32; on a CPU what its cache holds
     rounds, near, probes = max(math.ceil(LEAK_POSITIONS / batch_size), int(batches * LEAK_SHARE) - 1), [], _leak_probes(T)
-    probed = [0, *random.SystemRandom().choices(range(batches), k=rounds - 1)]  # a model cannot foresee which calls these are
+    probed = [0, *_leak_draw.choices(range(batches), k=rounds - 1)]  # a model cannot foresee which calls these are
 
     def forward(inputs):
         logits = model(inputs.clone())  # memory of its own, which no target shares and no write spoils
@@ -847,8 +848,8 @@ def _score(model, tokenizer, batch_size, device) -> float:
         whole[: len(inputs)] = inputs
         logits = forward(whole)
         for flat, target in zip(logits.flatten(0, 1)[: len(targets)].split(piece), targets.split(piece)):
-            losses = torch.nn.functional.cross_entropy(flat.float(), target, reduction="none")
-            counted = token_bytes[target]
+            flat, counted = flat.float(), token_bytes[target]
+            losses = torch.nn.functional.cross_entropy(flat, target, reduction="none")
             losses = losses * (counted > 0) + 0 * flat.sum(-1)  # one logit that is not finite spoils the sum
             nats += losses.to(nats.device).double().sum()
             count += counted.sum()
@@ -870,11 +871,12 @@ def _score(model, tokenizer, batch_size, device) -> float:
     return bits
 
 def _leak_probes(T: int):
-    """Yields (position, whether to repeat one token after it): the first and last few, then random pairs of neighbours."""
-    draw = random.SystemRandom()  # not the seed's: what cannot be foreseen cannot be fitted
+    """Yields (position, whether to repeat one token after it): the first and last few, then pairs of neighbours anywhere."""
     yield from ((0, True), (T - 2, False), (1, True), (T - 3, False))
+    place = _leak_draw.random()
     while True:
-        p = draw.randrange(T - 1)
+        place = (place + 0.618034) % 1  # the golden ratio: wherever it starts, it soon has been everywhere
+        p = int(place * (T - 1))
         yield p, True
         yield p + 1, False
 
@@ -885,15 +887,16 @@ def _leak_check(forward, inputs, logits, probes, near: list):
     after a position of its own and its logits up to there are compared. It is changed to text from elsewhere in the batch, or
     to one token repeated, which moves averages most. Of two neighbouring positions one at least lies inside any block.
     Cost: one forward pass; with the batches that the evaluation uses, under 2% of it.
-    It cannot catch: a leak at single positions that no round happens to probe, one far below 1/100 of the signal, a model
+    It cannot catch: a leak at few positions, small or between those probed, one far below 1/100 of the signal, a model
     that recognises the probe (the text breaks off there), or one that knows the scored text by heart.
     """
     import torch
     (B, T), V = inputs.shape, logits.shape[-1]
-    probed, elsewhere = inputs.clone(), inputs.flatten().roll(random.randrange(1, B * T)).view(B, T)
+    probed, elsewhere = inputs.clone(), inputs.flatten().roll(_leak_draw.randrange(1, B * T)).view(B, T)
     rows = list(zip(range(B), probes))
     for row, (p, repeated) in rows:
-        probed[row, p + 1 :] = (inputs[row, p + 1 : p + 2] + random.randrange(1, V)) % V if repeated else elsewhere[row, p + 1 :]
+        one = (inputs[row, p + 1 : p + 2] + _leak_draw.randrange(1, V)) % V
+        probed[row, p + 1 :] = one if repeated else elsewhere[row, p + 1 :]
     changed, stride = forward(probed), max(1, V // 512)  # the spread is read from a part of the vocabulary
     largest, seen = 0.0, None
     for row, (p, _) in rows:

@@ -176,3 +176,9 @@ def test_a_low_precision_model_is_scored_in_float32(prepared):
     tokenizer, z = prepared.Tokenizer.from_directory(), table(300).bfloat16()
     expected = prepared.evaluate_bpb(Table(z.float()), tokenizer, 8)
     assert prepared.evaluate_bpb(Table(z), tokenizer, 8) == expected
+
+
+def test_half_precision_logits_may_have_a_large_sum(prepared):
+    """The check for infinities must not make its own: 300 logits of 600 are beyond float16."""
+    tokenizer, z = prepared.Tokenizer.from_directory(), (table(300) + 600).half()
+    assert prepared.evaluate_bpb(Table(z), tokenizer, 8) == pytest.approx(prepared.evaluate_bpb(Table(z.float()), tokenizer, 8), rel=1e-6)

@@ -223,7 +223,7 @@ def check(model, T, B=4, skewed=True):
     inputs, probes, near = text(B, T, skewed), prepare._leak_probes(T), []
     try:
         logits = model(inputs).clone()
-        for _ in range(prepare.LEAK_POSITIONS // B):
+        for _ in range(math.ceil(prepare.LEAK_POSITIONS / B)):
             prepare._leak_check(model, inputs, logits, probes, near)
     except prepare.Stop as stop:
         return str(stop)
@@ -248,7 +248,9 @@ def test_a_leak_of_a_hundredth_of_the_signal_is_refused(name, dtype):
 @pytest.mark.parametrize("weight", [1.0, 0.01])
 @pytest.mark.parametrize("name", POSITIONAL)
 def test_a_leak_late_in_the_row_is_refused(name, weight, dtype):
-    assert "sees the future" in (check(Model(POSITIONAL[name], DTYPES[dtype], weight, equalized=weight < 1).eval(), 2048) or "passed")
+    """With 32 rows at a time, as rows of 2,048 are scored: small and not everywhere, it takes more probes than eight."""
+    model = Model(POSITIONAL[name], DTYPES[dtype], weight, equalized=weight < 1).eval()
+    assert "sees the future" in (check(model, 2048, B=32 if weight < 1 else 4) or "passed")
 
 
 def test_a_leak_is_refused_when_compiled():
