@@ -137,7 +137,8 @@ LEAKS = {
     "the mean of all rows": lambda m, x: x.mean(0, keepdim=True).expand_as(x),
 }
 # In these most of what is added is honest, so of a hundredth of the signal only a small part is the leak.
-DILUTED = ("bidirectional attention", "window one token ahead", "attention one token ahead", "q averaged over 8", "k averaged over 16")
+DILUTED = ("bidirectional attention", "window one token ahead", "attention one token ahead", "q averaged over 8", "k averaged over 16",
+           "capacity by later tokens")  # the last: found in about 6 of 7 checks with eight probes
 LEAKS["one token ahead"] = ahead
 POSITIONAL = {"after position 1,000: one ahead": after(1000, ahead), "after position 1,000: blocks of 16": after(1000, averaged(16))}
 
