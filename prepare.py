@@ -817,7 +817,7 @@ def _score(model, tokenizer, batch_size, device) -> float:
     loader = make_dataloader(tokenizer, batch_size, T, split, device)
     token_bytes = torch.from_numpy(tokenizer.token_bytes).to(device)
     nats, count = torch.zeros((), dtype=torch.float64, device="cpu" if device.type == "mps" else device), 0  # mps: no float64
-    piece = max(1, (1 << 18 if device.type == "cpu" else 1 << 23) // V)  # 32 MB of float32; on a CPU what its cache holds
+    piece = max(1, (1 << 18 if device.type == "cpu" else 1 << 25) // V)  # 128 MB of float32; on a CPU what its cache holds
     rounds, near, probes = max(math.ceil(LEAK_POSITIONS / batch_size), int(batches * LEAK_SHARE) - 1), [], _leak_probes(T)
     probed = [0, *_leak_draw.choices(range(batches), k=rounds - 1)]  # a model cannot foresee which calls these are
 
