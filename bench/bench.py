@@ -125,7 +125,7 @@ def experiment(table: Table):
             log = subprocess.run([sys.executable, "train.py"], cwd=ROOT, env=env, check=True, capture_output=True, text=True).stdout
             wall = time.perf_counter() - began
             found = dict(re.findall(r"^(\w+_seconds): ([\d.]+)$", log, re.M))
-            parts = {name: float(value) for name, value in re.findall(r"(\w[\w ]*) ([\d.]+) s", re.search(r"^start-up.*$", log, re.M)[0])}
+            parts = {name: float(value) for name, value in re.findall(r"(\w[\w -]*) ([\d.]+) s", re.search(r"^start-up.*$", log, re.M)[0])}
             parts["evaluation"] = float(re.search(r"^scored in ([\d.]+) s", log, re.M)[1])
             parts["interpreter and exit"] = wall - float(found["total_seconds"])
             for name, value in parts.items():
