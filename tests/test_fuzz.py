@@ -96,7 +96,7 @@ def test_tokenizer_without_its_checksum(copy):
 
 @pytest.mark.parametrize("suffix", [".bin", ".idx"])
 def test_token_cache(copy, suffix):
-    entry = next(e for e in copy.manifest()["tokens"] if e["documents"]["val"])
+    entry = next(e for e in copy.manifest()["tokens"] if e["tokens"]["val"])
     path = (copy.set_dir() / entry["name"]).with_suffix(suffix)
     right = [array.copy() for array in copy.open_tokens(copy.set_dir(), entry, verify=True)]
     for n, _ in enumerate(cases(path, 3)):
