@@ -37,8 +37,8 @@ SIZE = None  # None: cpu without a GPU and for the demo; h100 from 250 dense bf1
 
 TABLE = dict(
     # model                       h100       gpu        cpu
-    DEPTH                     = (9,         5,         4),         # layers
-    WIDTH                     = (640,       512,       128),       # of the residual stream
+    DEPTH                     = (9,         5,         5),         # layers
+    WIDTH                     = (640,       512,       192),       # of the residual stream
     HEAD_DIM                  = (128,       128,       64),        # heads = WIDTH / HEAD_DIM
     KV_HEADS                  = None,                              # key/value heads; None: as many as heads
     WINDOW_PATTERN            = ("SSSSL",   "S",       "SSSL"),    # repeated over the layers; the last is L in any case
