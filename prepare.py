@@ -41,6 +41,8 @@ PRESETS = {  # what is fixed for each corpus; the command line overrides, the ma
     "demo": dict(seq_len=256, vocab_size=2048, eval_tokens=262_144, time_budget=300),
 }
 LIMITS = dict(seq_len=(16, 1 << 20), vocab_size=(260, 1 << 16), eval_tokens=(1, 1 << 40), time_budget=(1, 1 << 20))
+MANIFEST = dict(corpus=str, request=dict, key=str, tokenizer_sha256=str, eval_rows=dict(val=int, test=int), **dict.fromkeys(LIMITS, int),
+                tokens=[dict(name=str, sha256=str, index_sha256=str, tokens=dict(train=int, val=int, test=int))])  # what is read of it
 HELD_OUT_SHARE = 0.05  # of the documents, for validation and again for test, where no file is named for it
 
 HUB_PATH = "/datasets/karpathy/climbmix-400b-shuffle/resolve/main/"
@@ -57,8 +59,7 @@ SPLIT_PATTERN = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?
 TOKENIZER_CHARS, TOKENIZER_DOC_CHARS = 1_000_000_000, 10_000  # the tokenizer sees so much training text, so much of a document
 ENCODE_CHARS = 1 << 18  # at a time: the splitter's regular expression overflows its stack on a run of a million blanks
 PASSAGE_SLACK = 0.05  # plain text is cut into passages just over a row; so much further to find a blank line to cut at
-BUNDLE_FILES = 500  # plain text files encoded together: the unit of restarting
-MIXED_PASSAGES = 10_000  # plain text is mixed within so many passages, which bounds the memory
+BUNDLE_BYTES = 1 << 26  # of plain text files, encoded and mixed together: bounds the memory, and what a restart repeats
 
 BATCH_DOCS, POOL_DOCS = 128, 1000  # packing (part of the metric): batches of 128 documents, a pool of 1,000
 POSITION_BITS = 40  # of a pool key
@@ -108,6 +109,13 @@ def parse_signed(line: bytes) -> dict:
     except (AttributeError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"not a record ({type(error).__name__})") from None
 
+def _has_shape(value, shape) -> bool:
+    if isinstance(shape, type):
+        return type(value) is shape and not (shape is int and value < 0)
+    if isinstance(shape, list):
+        return isinstance(value, list) and all(_has_shape(one, shape[0]) for one in value)
+    return isinstance(value, dict) and all(_has_shape(value.get(key), inner) for key, inner in shape.items())
+
 @functools.lru_cache
 def _read_manifest(path: Path) -> dict:
     again = "run the same `uv run prepare.py ...` again with --force"
@@ -120,6 +128,8 @@ def _read_manifest(path: Path) -> dict:
         raise Stop(f"{path} is damaged ({error}): {again}") from None
     if record.get("format") != FORMAT:
         raise Stop(f"{path} has format {record.get('format')}, this prepare.py reads {FORMAT}: {again}")
+    if not _has_shape(record, MANIFEST) or not all(low <= record[name] <= high for name, (low, high) in LIMITS.items()):
+        raise Stop(f"{path} lacks what a manifest must hold: {again}")
     return record
 
 def manifest() -> dict:
@@ -192,7 +202,12 @@ def _bundled(directory: Path, splits: dict[Path, str | None]) -> list[Source]:
     for split in dict.fromkeys(splits.values()):
         paths = [path for path in splits if splits[path] == split and path.suffix not in READERS]
         paths.sort(key=lambda path: hashlib.sha256(os.fsencode(name[path])).digest())  # every bundle a fair sample
-        bundles = [paths[i : i + BUNDLE_FILES] for i in range(0, len(paths), BUNDLE_FILES)]
+        bundles, size = [], BUNDLE_BYTES
+        for path in paths:
+            if size >= BUNDLE_BYTES:
+                bundles, size = [*bundles, []], 0
+            bundles[-1].append(path)
+            size += path.stat().st_size
         sources += [Source(name[bundle[0]], bundle, split) for bundle in bundles]
     return sources
 
@@ -208,8 +223,14 @@ def read(source: Source, size: int = TOKENIZER_DOC_CHARS, measure=len):
     else:
         passages = ((0, digest, text) for path in source.paths for digest in [bytes.fromhex(sha256_of(path))]
                     for text in _passages(path, size, measure))
-        while window := list(itertools.islice(passages, MIXED_PASSAGES)):
+        while window := list(_up_to(BUNDLE_BYTES, passages)):  # a file may be far larger
             yield from sorted(window, key=lambda passage: hashlib.sha256(passage[2].encode()).digest())
+
+def _up_to(chars: int, passages):
+    for passage in passages:
+        yield passage
+        if (chars := chars - len(passage[2])) <= 0:
+            return
 
 def documents(source: Source, size: int = TOKENIZER_DOC_CHARS, measure=len, held_out: dict[bytes, str] = {}):
     """Yields (split, group, text) as `read` does. held_out: {sha256: split} of the documents in files named for a split."""
@@ -621,6 +642,8 @@ class Clock:
     def __init__(self):
         self.made, self.began, self.ended = _now(), None, None
         self.run, self.tokens = None, 0  # run: what the ledger says of it
+        self.script = Path(getattr(sys.modules["__main__"], "__file__", None) or "train.py").resolve()
+        self.sha256 = sha256_of(self.script) if self.script.is_file() else None  # now: as it is read, not as it is edited later
 
     @property
     def elapsed(self) -> float:
@@ -679,7 +702,7 @@ def _utc() -> str:
 
 def _describe_run(device) -> dict:
     """What the ledger says of a run; git's part is null where there is no git."""
-    script = Path(getattr(sys.modules["__main__"], "__file__", None) or "train.py").resolve()
+    script = clock.script
     def git(*words):
         with contextlib.suppress(OSError, subprocess.SubprocessError):
             done = subprocess.run(["git", "-C", str(script.parent), *words], capture_output=True, text=True, timeout=10)
@@ -688,7 +711,7 @@ def _describe_run(device) -> dict:
     return {"run": uuid.uuid4().hex[:12], "time": _utc(), "repo": git("rev-parse", "--show-toplevel"), "pid": os.getpid(),
             "branch": git("rev-parse", "--abbrev-ref", "HEAD"), "commit": git("rev-parse", "HEAD"), "script": script.name,
             "changed": None if changed is None else bool(changed),  # does the script differ from that commit?
-            "train_sha256": sha256_of(script) if script.is_file() else None, "fingerprint": fingerprint(), "seed": seed(),
+            "train_sha256": clock.sha256, "fingerprint": fingerprint(), "seed": seed(),
             "device": device_name(device), "split": split_name()}
 
 def _append_to_ledger(record: dict):
@@ -831,7 +854,9 @@ def _score(model, tokenizer, batch_size, device) -> float:
     model.eval()
     whole = torch.empty((batch_size, T), dtype=torch.int64, device=device)  # a short last batch keeps rows of the one before
     for number in range(batches):
-        inputs, targets, _ = next(loader)
+        if (batch := next(loader, None)) is None:
+            raise Stop(f"the {split} split has fewer rows than its manifest says: run the same `uv run prepare.py ...` with --force")
+        inputs, targets, _ = batch
         inputs, targets = inputs[:rows], targets[:rows].flatten()
         rows -= len(inputs)
         whole[: len(inputs)] = inputs

@@ -8,6 +8,7 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 
 CASES = 2500  # of each kind of file
 
@@ -34,6 +35,15 @@ def damaged(data: bytes, draw: random.Random) -> bytes:
     if kind == 4:
         return draw.choice(PLANTS)
     return data[:at] + data[max(0, at - 20) :]
+
+
+class Table(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.table = torch.nn.Parameter(torch.randn(300, 300, generator=torch.Generator().manual_seed(0)))
+
+    def forward(self, inputs):
+        return self.table[inputs]
 
 
 @pytest.fixture
@@ -72,6 +82,32 @@ def test_manifest(copy):
             assert copy.manifest() == right
         except copy.Stop as stop:
             assert clear(stop)
+
+
+def test_a_manifest_signed_anew_with_something_missing_or_odd(copy):
+    """A checksum that fits is no proof of sense: one line, or nothing that is read was touched."""
+    right, path = dict(copy.manifest()), copy.cache_dir() / "manifest.json"
+    odd = [None, -1, 0, 1 << 70, 1.5, "", "x", [], [{}], {}, True]
+    for name in right:
+        for value in ["absent", *odd]:
+            record = {**right, name: value}
+            if value == "absent":
+                del record[name]
+            path.write_bytes(copy.signed(record))
+            copy._read_manifest.cache_clear()
+            try:
+                copy.manifest(), copy.set_dir(), copy.fingerprint()
+                tokenizer = copy.Tokenizer.from_directory()
+                next(copy.make_dataloader(tokenizer, 1, record["seq_len"], "val"), None)
+            except copy.Stop as stop:
+                assert clear(stop), (name, value)
+            except ValueError as error:
+                assert name == "vocab_size" and "vocabulary" in str(error)
+    rows = {split: 10**6 for split in ("val", "test")}
+    path.write_bytes(copy.signed({**right, "eval_rows": rows}))
+    copy._read_manifest.cache_clear()
+    with pytest.raises(copy.Stop, match="fewer rows than its manifest says"):
+        copy.evaluate_bpb(Table(), copy.Tokenizer.from_directory(), 8)
 
 
 def test_tokenizer(copy):
@@ -125,16 +161,6 @@ def test_ledger(copy):
 
 def test_a_score_on_a_damaged_cache_is_the_right_one_or_none(copy):
     """Through the evaluation itself, with checksums made to fit where a checksum can be made."""
-    import torch
-
-    class Table(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.table = torch.nn.Parameter(torch.randn(300, 300, generator=torch.Generator().manual_seed(0)))
-
-        def forward(self, inputs):
-            return self.table[inputs]
-
     model, tokenizer = Table(), copy.Tokenizer.from_directory()
     right, draw = copy.evaluate_bpb(model, tokenizer, 8), random.Random(6)
     for entry in copy.manifest()["tokens"]:
