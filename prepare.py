@@ -811,7 +811,7 @@ def evaluate_bpb(model, tokenizer: Tokenizer, batch_size: int) -> float:
     model(inputs), int64 (batch_size, T), returns logits (batch_size, T, vocabulary size). It never sees the targets, the
     loss is computed here in float32, and targets of no bytes (special tokens) count in neither sum. The rows are the first
     evaluation tokens / T of the split's packing, each once, whatever batch_size is. Ends the clock; writes the ledger.
-    Raises Stop for a run over its budget, a model that sees the future (see _leak_check), that is random or still in
+    Raises Stop for a run over its budget, a model that sees the future (see _leak), that is random or still in
     training, or whose logits are not finite or of the wrong shape.
     """
     import torch
@@ -870,15 +870,16 @@ def _score(model, tokenizer, batch_size, device) -> float:
         for _ in range(probed.count(number)):
             logits = logits.clone()  # a compiled model may return the same memory again
             _leak_check(forward, whole, logits, probes, near)
-    model.train()  # must not leak either; a few rows, and nothing is compiled for them
-    with torch.compiler.set_stance("force_eager"):
+    model.train()  # must not leak either: mostly it computes the same, and one pass more shows that
+    with torch.compiler.set_stance("eager_on_recompile"):
         def seeded(inputs):
             torch.manual_seed(0)  # honest dropout drops the same twice
             return forward(inputs)
-        some = whole[:LEAK_POSITIONS]
-        logits = seeded(some).clone()
-        if torch.equal(logits, seeded(some)):  # else random in a way of its own: there is nothing to compare
-            _leak_check(seeded, some, logits, _leak_probes(T), [])
+        logits, some, near, probes = logits.clone(), whole[:LEAK_POSITIONS], [], _leak_probes(T)
+        if any(_leak(seeded, whole, logits, probes, near)[0] is not None for _ in range(math.ceil(LEAK_POSITIONS / batch_size))):
+            logits = seeded(some).clone()
+            if torch.equal(logits, seeded(some)):  # else random in a way of its own: there is nothing to compare
+                _leak_check(seeded, some, logits, _leak_probes(T), [])
     bits = (nats / math.log(2) / count).item()
     if not math.isfinite(bits):
         fail("the model's logits are not finite, or no target has a byte: no score")
@@ -894,8 +895,8 @@ def _leak_probes(T: int):
         yield p, True
         yield p + 1, False
 
-def _leak_check(forward, inputs, logits, probes, near: list):
-    """Raises Stop where the logits up to a position change when later tokens or other rows do.
+def _leak(forward, inputs, logits, probes, near: list) -> tuple[int | None, float]:
+    """(a position whose logits change when later tokens or other rows do, or None; the largest difference of a logit).
 
     inputs: (B, T); logits: what forward(inputs) gave; near: (difference, position) of the rounds so far. Every row is changed
     after a position of its own and its logits up to there are compared. It is changed to text from elsewhere in the batch, or
@@ -926,6 +927,11 @@ def _leak_check(forward, inputs, logits, probes, near: list):
             seen = int(amount.argmax())
     if seen is None and len(near) >= LEAK_POSITIONS and sum(amount for amount, _ in near) > LEAK_NEAR * len(near):
         seen = max(near)[1]
+    return seen, largest
+
+def _leak_check(forward, inputs, logits, probes, near: list):
+    """Raises Stop where _leak finds one: in its own words where the model answers the same input in two ways."""
+    seen, largest = _leak(forward, inputs, logits, probes, near)
     if seen is not None:
         if (forward(inputs) - logits).abs().max() > 0.1 * largest:
             fail("the model gives other logits for the same input: is dropout on in eval mode, or a thread still training?")

@@ -50,7 +50,7 @@ TABLE = dict(
     # batch
     TOKENS_PER_STEP           = (2**18,     2**16,     2**13),
     DEVICE_BATCH_SIZE         = (64,        32,        32),        # rows at a time: a wish, halved while memory runs out
-    EVAL_TOKENS_AT_A_TIME     = (2**16,     2**15,     2**10),
+    EVAL_TOKENS_AT_A_TIME     = (2**16,     2**15,     2**11),
     # learning rates and decay
     EMBEDDING_RATE            = (0.9,       0.9,       0.6),
     HEAD_RATE                 = (0.005,     0.005,     0.004),
@@ -404,7 +404,7 @@ def adamw_update(p: Tensor, grad: Tensor, mean: Tensor, square: Tensor, step: Te
     p.copy_(value * (1 - rate * decay) - rate / (1 - betas[0] ** step) * mean / denominator)
 
 class Optimizer:
-    """Steps groups of parameters by Muon or AdamW. A group: kind, params, rate, decay, and for AdamW betas.
+    """Steps groups of parameters by Muon or AdamW. A group: kind, params, rate and decay (both read once, here), and for AdamW betas.
 
     `multiplier` scales all rates; `momentum` and `decay_share` are Muon's. State: tensors only, made at once, so that
     `state_tensors` can be saved and put back.
@@ -426,6 +426,7 @@ class Optimizer:
                     n, (rows, columns) = len(params), params[0].shape
                     shapes = (n, rows, columns), (n, rows, 1) if rows >= columns else (n, 1, columns)
                 self.batches.append((group, params, [torch.zeros(shape, device=params[0].device) for shape in shapes]))
+        self.constants = torch.tensor([(group["rate"], group["decay"]) for group, _, _ in self.batches], device=groups[0]["params"][0].device)
         self.apply = torch.compile(self._apply, dynamic=False) if compiled else self._apply
 
     def state_tensors(self) -> list[Tensor]:
@@ -439,15 +440,15 @@ class Optimizer:
             p.grad = None
 
     def _apply(self, multiplier, momentum, decay_share):
-        for group, params, state in self.batches:
-            rate = multiplier * group["rate"]
+        for (group, params, state), (rate, decay) in zip(self.batches, self.constants):  # tensors: other values compile nothing anew
+            rate = multiplier * rate
             if group["kind"] == "muon":
-                new = muon_update(torch.stack(params), torch.stack([p.grad for p in params]), *state, momentum, rate, group["decay"] * decay_share)
+                new = muon_update(torch.stack(params), torch.stack([p.grad for p in params]), *state, momentum, rate, decay * decay_share)
                 for p, value in zip(params, new):
                     p.copy_(value)
             else:
                 state[2].add_(1)
-                adamw_update(params[0], params[0].grad, *state, rate, group["decay"], group["betas"], self.EPS)
+                adamw_update(params[0], params[0].grad, *state, rate, decay, group["betas"], self.EPS)
 
 def parameter_groups(model: GPT) -> list[dict]:
     """Which parameter is stepped how: the first pattern its name matches. Raises ValueError naming one that none matches."""

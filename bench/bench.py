@@ -3,6 +3,7 @@ What this machine does, as plain figures with their spread. Nothing here is a te
 
     uv run bench/bench.py                 the table, on the prepared set
     uv run bench/bench.py --experiment    where the seconds of one experiment go, compiler cache cold and warm (a few minutes)
+    uv run bench/bench.py --edits         what ten typical edits of train.py cost before the first step (ten minutes)
     uv run bench/bench.py --scale DIR     preparing 10 shards of 250 million characters made from DIR/*.parquet: time and memory
     ... --json                            the same for programs
 
@@ -115,26 +116,55 @@ def evaluating(table: Table, tokenizer, device, dtype):
     table.add("evaluation, leak check included", tokens / 1e3, seconds["score"], "ktokens/s")
     table.add("  seconds an evaluation / a forward pass", min(seconds["score"]) / min(seconds["forward"]), [1], "x")
 
-def experiment(table: Table):
-    """One short run of the demo from the shell, twice: an empty compiler cache, then a warm one."""
-    with tempfile.TemporaryDirectory() as folder:
-        env = {**os.environ, "AUTORESEARCH_CACHE": f"{folder}/cache", "TORCHINDUCTOR_CACHE_DIR": f"{folder}/compiled"}
+def short_run(folder: str, cwd: Path = ROOT) -> dict[str, float]:
+    """train.py of `cwd` from the shell, on a demo with a budget of 10 s in `folder`: its seconds that are not training, by part."""
+    env = {**os.environ, "AUTORESEARCH_CACHE": f"{folder}/cache", "TORCHINDUCTOR_CACHE_DIR": f"{folder}/compiled"}
+    if not Path(folder, "cache").exists():
         subprocess.run([sys.executable, "prepare.py", "--demo", "--time-budget", "10"], cwd=ROOT, env=env, check=True, capture_output=True)
+    began = time.perf_counter()
+    log = subprocess.run([sys.executable, "train.py"], cwd=cwd, env=env, check=True, capture_output=True, text=True).stdout
+    wall = time.perf_counter() - began
+    found = dict(re.findall(r"^(\w+_seconds): ([\d.]+)$", log, re.M))
+    parts = {name: float(value) for name, value in re.findall(r"(\w[\w -]*) ([\d.]+) s", re.search(r"^start-up.*$", log, re.M)[0])}
+    parts["evaluation"] = float(re.search(r"^scored in ([\d.]+) s", log, re.M)[1])
+    parts["interpreter and exit"] = wall - float(found["total_seconds"])
+    parts["everything that is not training"] = wall - float(found["training_seconds"])
+    return parts
+
+def experiment(table: Table):
+    """One short run of the demo from the shell: an empty compiler cache, then a warm one twice."""
+    with tempfile.TemporaryDirectory() as folder:
         for cache in ("cold", "warm", "warm again"):
-            began = time.perf_counter()
-            log = subprocess.run([sys.executable, "train.py"], cwd=ROOT, env=env, check=True, capture_output=True, text=True).stdout
-            wall = time.perf_counter() - began
-            found = dict(re.findall(r"^(\w+_seconds): ([\d.]+)$", log, re.M))
-            parts = {name: float(value) for name, value in re.findall(r"(\w[\w -]*) ([\d.]+) s", re.search(r"^start-up.*$", log, re.M)[0])}
-            parts["evaluation"] = float(re.search(r"^scored in ([\d.]+) s", log, re.M)[1])
-            parts["interpreter and exit"] = wall - float(found["total_seconds"])
-            for name, value in parts.items():
+            for name, value in short_run(folder).items():
                 table.add(f"{cache}: {name}", value, [1], "s")
-            table.add(f"{cache}: everything that is not training", wall - float(found["training_seconds"]), [1], "s")
     if shutil.which("uv"):
         seconds = times({"uv": lambda: subprocess.run(["uv", "run", "--project", ROOT, "python", "-c", ""], check=True),
                          "python": lambda: subprocess.run([sys.executable, "-c", ""], check=True)}, 5, torch.device("cpu"))
         table.add("`uv run` itself", statistics.median(seconds["uv"]) - statistics.median(seconds["python"]), [1], "s")
+
+EDITS = {  # what an agent tries first, each from the file as it is: pattern in train.py, replacement
+    "another rate": (r"(MUON_RATE +=) [^#\n]*", r"\1 0.05,  "), "another warm-down": (r"(WARM_DOWN +=) [^#\n]*", r"\1 0.5,"),
+    "another decay": (r"(MUON_DECAY +=) [^#\n]*", r"\1 0.1,  "), "one layer more": (r"(DEPTH +=) [^#\n]*", r"\1 6,  "),
+    "wider": (r"(WIDTH +=) [^#\n]*", r"\1 256,  "), "smaller heads": (r"(HEAD_DIM +=) [^#\n]*", r"\1 32,  "),
+    "other windows": (r"(WINDOW_PATTERN +=) [^#\n]*", r'\1 "SL",  '), "half the batch": (r"(TOKENS_PER_STEP +=) [^#\n]*", r"\1 2**12,"),
+    "other softcap": (r"(SOFTCAP +=) [^#\n]*", r"\1 30,  "), "another activation": (r"F\.relu\(self\.up\(x\)\)\.square\(\)", r"F.silu(self.up(x))"),
+}
+
+def edits(table: Table):
+    """The seconds that are not training after each edit, the compiler's cache filled by the file as it is."""
+    with tempfile.TemporaryDirectory() as folder:
+        original, work = (ROOT / "train.py").read_text(), Path(folder, "work")
+        work.mkdir()
+        shutil.copy(ROOT / "prepare.py", work)
+        seconds = []
+        for name, (pattern, replacement) in {"cold": ("", ""), "no edit": ("", ""), **EDITS}.items():
+            edited, count = re.subn(pattern, replacement, original, count=1)
+            assert count == 1, f"{name}: train.py has nothing like {pattern}"
+            (work / "train.py").write_text(edited)
+            parts = short_run(folder, work)
+            table.add(f"compiling and warm-up: {name}", parts["compiling and warm-up"], [1], "s", f"all but training {parts['everything that is not training']:.1f} s")
+            seconds += [parts["compiling and warm-up"]] * (name in EDITS)
+        table.add("  median of the ten edits", statistics.median(seconds), [1], "s")
 
 def scale(table: Table, directory: Path):
     """Ten shards of 250 million characters, then prepare.py on them in a process whose peak memory is read."""
@@ -164,6 +194,7 @@ def scale(table: Table, directory: Path):
 def main():
     parser = argparse.ArgumentParser(description="Measures this machine.")
     parser.add_argument("--experiment", action="store_true", help="where the seconds of one experiment go")
+    parser.add_argument("--edits", action="store_true", help="what ten typical edits cost before the first step")
     parser.add_argument("--scale", type=Path, metavar="DIR", help="prepare 2.5 billion characters made from DIR/*.parquet")
     parser.add_argument("--json", action="store_true", help="the rows as JSON on stdout")
     args = parser.parse_args()
@@ -176,6 +207,8 @@ def main():
           f"{'':44} {'median':>12} {'':10} {'range':>12}", file=sys.stderr)
     if args.experiment:
         experiment(table)
+    elif args.edits:
+        edits(table)
     elif args.scale:
         scale(table, args.scale)
     else:

@@ -254,9 +254,18 @@ def test_a_leak_late_in_the_row_is_refused(name, weight, dtype):
     assert "sees the future" in (check(model, 2048, B=32 if weight < 1 else 4) or "passed")
 
 
-def test_a_leak_is_refused_when_compiled():
-    model = torch.compile(Model(averaged(16)).eval(), dynamic=False, backend="aot_eager")
-    assert "sees the future" in check(model, 64)
+@pytest.mark.parametrize("name", LEAKS)
+def test_a_leak_is_refused_when_traced_as_a_graph(name):
+    torch._dynamo.reset()
+    model = torch.compile(Model(LEAKS[name], torch.bfloat16).eval(), dynamic=False, backend="aot_eager")
+    assert "sees the future" in (check(model, 64) or "passed")
+
+
+@pytest.mark.parametrize("name, word", [("bidirectional attention", "sees the future"), ("stream averaged over 16", "sees the future"),
+                                        ("attention", "passed"), ("scan", "passed")])
+def test_compiled_to_fused_kernels(name, word):
+    model = torch.compile(Model({**LEAKS, **HONEST}[name], torch.bfloat16).eval(), dynamic=False)
+    assert word in (check(model, 256) or "passed")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
