@@ -669,7 +669,7 @@ class Clock:
         self.tokens += tokens
         if self.began is None:
             self.run["startup_seconds"] = round(_now() - self.made, 1)
-            _append_to_ledger({"event": "start", **self.run})
+            _append_to_ledger({"event": "start", **self.run, "time": _utc()})
             self.began = _now()
 
     def _score_asked(self, device):

@@ -426,7 +426,9 @@ class Optimizer:
                     n, (rows, columns) = len(params), params[0].shape
                     shapes = (n, rows, columns), (n, rows, 1) if rows >= columns else (n, 1, columns)
                 self.batches.append((group, params, [torch.zeros(shape, device=params[0].device) for shape in shapes]))
-        self.constants = torch.tensor([(group["rate"], group["decay"]) for group, _, _ in self.batches], device=groups[0]["params"][0].device)
+        device = groups[0]["params"][0].device  # what changes is in tensors: other values compile nothing anew
+        self.constants = torch.tensor([(group["rate"], group["decay"]) for group, _, _ in self.batches], device=device)
+        self.schedule = [torch.zeros((), device=device) for _ in range(3)]  # multiplier, momentum, decay_share
         self.apply = torch.compile(self._apply, dynamic=False) if compiled else self._apply
 
     def state_tensors(self) -> list[Tensor]:
@@ -434,13 +436,15 @@ class Optimizer:
 
     @torch.no_grad()
     def step(self, multiplier: float, momentum: float, decay_share: float):
-        device = self.batches[0][1][0].device
-        self.apply(*(torch.tensor(value, dtype=torch.float32, device=device) for value in (multiplier, momentum, decay_share)))
+        for tensor, value in zip(self.schedule, (multiplier, momentum, decay_share)):
+            tensor.fill_(value)  # waits for nothing, which a copy from the host would
+        self.apply()
         for p in (p for group in self.groups for p in group["params"]):
             p.grad = None
 
-    def _apply(self, multiplier, momentum, decay_share):
-        for (group, params, state), (rate, decay) in zip(self.batches, self.constants):  # tensors: other values compile nothing anew
+    def _apply(self):
+        multiplier, momentum, decay_share = self.schedule
+        for (group, params, state), (rate, decay) in zip(self.batches, self.constants):
             rate = multiplier * rate
             if group["kind"] == "muon":
                 new = muon_update(torch.stack(params), torch.stack([p.grad for p in params]), *state, momentum, rate, decay * decay_share)

@@ -40,11 +40,18 @@ def miniature(tmp_path_factory) -> Path:
     return base / "cache"
 
 
+@pytest.fixture(autouse=True)
+def own_clock(monkeypatch):
+    """Every test has a clock of its own: a watchdog counts from the clock's birth, and the tests' process is an old one."""
+    import prepare
+
+    monkeypatch.setattr(prepare, "clock", prepare.Clock())
+
+
 @pytest.fixture
 def prepared(miniature, monkeypatch):
-    """The `prepare` module on the miniature set, with a clock of its own."""
+    """The `prepare` module on the miniature set."""
     import prepare
 
     monkeypatch.setenv("AUTORESEARCH_CACHE", str(miniature))
-    monkeypatch.setattr(prepare, "clock", prepare.Clock())
     return prepare

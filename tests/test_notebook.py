@@ -2,6 +2,7 @@
 
 One kernel runs the notebook's cells on one fixture after another: each is a folder that it changes into.
 """
+import hashlib
 import json
 import os
 import random
@@ -205,12 +206,13 @@ class Lab:
         self.measure(commit, score, **more)
 
     def measure(self, commit, score, end=True, **more):
+        source = subprocess.run(["git", "show", f"{commit}:train.py"], cwd=self.folder, capture_output=True).stdout
         run = dict(run=f"{len(self.ledger):012x}", time="2026-03-05T01:02:03Z", branch="autoresearch/test", commit=commit, changed=False,
-                   train_sha256="0" * 64, fingerprint="f" * 12, seed=42, device="cpu", split="val")
+                   train_sha256=hashlib.sha256(source).hexdigest(), fingerprint="f" * 12, seed=42, device="cpu", split="val", startup_seconds=9.0)
         result = dict(score=score and score + 3e-7) if score else dict(failure=more.pop("failure", "no reason"))
         self.ledger.append({"event": "start", **run, **{k: v for k, v in more.items() if k != "failure"}})
         if end:
-            self.ledger.append({**self.ledger[-1], "event": "end", "training_seconds": 2.0, "tokens": 1000, **result})
+            self.ledger.append({**self.ledger[-1], "event": "end", "time": "2026-03-05T01:02:06Z", "training_seconds": 2.0, "tokens": 1000, **result})
 
     def write(self, folder: Path):
         shutil.copytree(self.folder, folder)
@@ -267,6 +269,13 @@ def another_repository(lab):
 def back_on_main(lab):
     lab.git("checkout", "-qb", "main", "HEAD~3")
 
+def train_before_the_clock(lab):
+    lab.ledger[-2]["startup_seconds"] = lab.ledger[-1]["startup_seconds"] = 400.0
+def stop_the_clock(lab):
+    lab.ledger[-1].update(time="2026-03-05T01:07:06Z", training_seconds=0.0)
+def swap_the_script(lab):
+    lab.ledger[-1]["train_sha256"] = "0" * 64
+
 EVERYTHING = "every kept commit is on the branch and touches only train.py"
 AUDITS = {  # falsification: (lines that must be there, with their first character; is the whole night fine?)
     None: (["  6 of 6 scores match the ledger",
@@ -291,6 +300,9 @@ AUDITS = {  # falsification: (lines that must be there, with their first charact
     kept_for_nothing: (["! kept without being better than the best by more than noise: experiments 8"], False),
     kept_for_simplicity: (["  7 of 7 scores match"], True),
     another_repository: (["  6 of 6 scores match", "  every run that started has its row"], True),
+    train_before_the_clock: (["  6 of 6 scores match", "! start-ups far longer than the usual 9 s, in which nothing is measured: "], False),
+    stop_the_clock: (["! training seconds that the times of day contradict: "], False),
+    swap_the_script: (["! what ran is not the train.py of its commit: "], False),
     back_on_main: ([f"  {EVERYTHING}", "  6 of 6 scores match"], True),
 }
 
