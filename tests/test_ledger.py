@@ -112,10 +112,15 @@ def test_with_git(prepared, monkeypatch, tmp_path):
     git = lambda *words: subprocess.run(["git", "-C", tmp_path, "-c", "user.name=n", "-c", "user.email=e@x", *words], check=True, capture_output=True, text=True).stdout.strip()
     git("init", "-b", "autoresearch/mar5"), git("add", "."), git("commit", "-m", "one")
     monkeypatch.setattr(sys.modules["__main__"], "__file__", str(script), raising=False)
-    run = prepared._describe_run(torch.device("cpu"))
+    def describe():  # as a process that starts now does
+        monkeypatch.setattr(prepared, "clock", prepared.Clock())
+        return prepared._describe_run(torch.device("cpu"))
+    run = describe()
     assert (run["branch"], run["commit"], run["changed"], run["repo"]) == ("autoresearch/mar5", git("rev-parse", "HEAD"), False, str(tmp_path.resolve()))
     script.write_text("2")
-    changed = prepared._describe_run(torch.device("cpu"))
+    edited_meanwhile = prepared._describe_run(torch.device("cpu"))
+    assert edited_meanwhile["changed"] is True and edited_meanwhile["train_sha256"] == run["train_sha256"]  # what really runs
+    changed = describe()
     assert changed["changed"] is True and changed["train_sha256"] != run["train_sha256"] and changed["run"] != run["run"]
 
 
