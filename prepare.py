@@ -739,7 +739,7 @@ def read_ledger() -> tuple[list[dict], int]:
             damaged += 1
     return records, damaged
 
-COLUMNS = "{:20}  {:8}  {:5}  {:>8}  {:>7}  {:>4}  {}"
+COLUMNS = "{:20}  {:8}  {:5}  {:>8}  {:>7}  {:>8}  {:>4}  {}"
 
 def show_runs():
     """The ledger as a table, newest last; a start without an end has crashed, or is running."""
@@ -749,12 +749,13 @@ def show_runs():
         try:
             status = r.get("failure") or ("scored" if r["event"] == "end" else "running" if _alive(r["pid"]) else "crashed")
             score = f"{r['score']:.6f}" if "score" in r else "-"
+            tokens = f"{r['tokens'] / 1e6:.1f}" if "tokens" in r else "-"
             commit = (r["commit"] or "-")[:7] + "*" * bool(r["changed"])
-            row = COLUMNS.format(r["time"], commit, r["split"], score, r.get("training_seconds", "-"), r["seed"], status)
+            row = COLUMNS.format(r["time"], commit, r["split"], score, r.get("training_seconds", "-"), tokens, r["seed"], status)
             rows[r["run"]] = "".join(c if c.isprintable() else "?" for c in row)  # the end replaces the start
         except (KeyError, TypeError, ValueError, OverflowError):  # signed, but not by this file
             damaged += 1
-    print(COLUMNS.format("time", "commit", "split", "score", "seconds", "seed", "status"), *rows.values(), sep="\n")
+    print(COLUMNS.format("time", "commit", "split", "score", "seconds", "M tokens", "seed", "status"), *rows.values(), sep="\n")
     print(f"{len(rows)} runs" + f", {damaged} damaged lines skipped" * bool(damaged) + "; * has uncommitted changes")
 
 def _alive(pid: int) -> bool:

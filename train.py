@@ -636,6 +636,7 @@ def main():
     read(unread)
     curve += [smooth] * (10 - len(curve))
     print("\r\033[K" if reporter.terminal else "", end="", flush=True)
+    print(f"scoring after {step} steps", flush=True)
     began = time.perf_counter()
     bpb = evaluate_bpb(compiled, tokenizer, eval_batch)
     print(f"scored in {time.perf_counter() - began:.1f} s", flush=True)

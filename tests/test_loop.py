@@ -70,7 +70,7 @@ def main():
         raise torch.OutOfMemoryError("tried to allocate 80 GiB")
     score = evaluate_bpb(Bigram(counts), tokenizer, 16)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(f"---\\nval_bpb: {score:.6f}\\ntraining_seconds: {clock.elapsed:.1f}\\npeak_vram_mb: {peak:.1f}\\nloss_curve: 3.0 2.9", flush=True)
+    print(f"---\\nval_bpb: {score:.6f}\\ntraining_seconds: {clock.elapsed:.1f}\\npeak_vram_mb: {peak:.1f}\\nnum_steps: 8\\nloss_curve: 3.0 2.9", flush=True)
 
 try:
     main()
@@ -197,7 +197,7 @@ class Night:
 
     def run(self, seed=42):
         (self.repo / "run.log").write_text("")
-        self.block("3", seed=("SEED=42", f"SEED={seed}"))
+        return self.block("3", seed=("SEED=42", f"SEED={seed}"))
 
     def wait(self) -> str:
         return self.block("4")
@@ -319,6 +319,10 @@ def test_a_night_of_thirty_changes(night):
 
     # plain: better, worse, equal
     expect("keep", "quality 0.55", quality=0.55)
+    before = night.rows()
+    assert f"{before[-1][0]} has its row: step 0" in night.block("3", check=False) and night.next().startswith("1") and night.rows() == before
+    assert night.shell("bash <(sed -n '/^# 0 /,/^```$/p' program.md | sed '$d')").splitlines()[-1] == "NEXT: 1, think: the branch stands at " + before[-1][0]
+    assert "no run: step 0" in night.block("block")
     expect("discard", "quality 0.3", quality=0.3)
     expect("keep", "quality 0.6", quality=0.6)
     expect("discard", "a tie: a comment", append="# nothing\n")
@@ -326,7 +330,7 @@ def test_a_night_of_thirty_changes(night):
     night.edit(append="\n")
     night.commit("without a word too many")
     night.run()
-    assert re.search(r"^[0-9a-f]{7} 42 0\nval_bpb: \d\.\d{6}\ntraining_seconds: .*\npeak_vram_mb: .*\nloss_curve: 3.0 2.9$", night.wait(), re.M)
+    assert re.search(r"^[0-9a-f]{7} 42 0\nval_bpb: \d\.\d{6}\ntraining_seconds: .*\npeak_vram_mb: .*\nnum_steps: 8\nloss_curve: 3.0 2.9$", night.wait(), re.M)
     night.settle(simpler="yes")
     ideas += 1
     row = night.rows()[-1]

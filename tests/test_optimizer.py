@@ -69,7 +69,7 @@ def test_adamw_is_torchs_over_many_steps(betas):
     for step in range(200):
         multiplier = 1 if step < 100 else 0.3
         reference.param_groups[0]["lr"] = 0.02 * multiplier
-        ours.grad = draw(20, 8, seed=step) * (step % 7)
+        ours.grad = draw(20, 8, seed=step) * (step % 7) * torch.logspace(-10, 1, 8)  # down to where eps counts
         theirs.grad = ours.grad.double()
         optimizer.step(multiplier, 0.9, 1.0)
         reference.step()
