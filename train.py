@@ -16,10 +16,15 @@ from __future__ import annotations
 import time
 _started = time.perf_counter()
 
-import os, signal
-if __name__ == "__main__":  # Ctrl-C while the imports below take their seconds; run() takes over from here
+import gc, os, signal
+if __name__ == "__main__":
+    gc.disable()  # looking for cycles costs a second while importing and compiling, and stalls a training step
+    os.environ.setdefault("TORCH_DYNAMO_RUN_GC_AFTER_COMPILE", "0")
+    # the compiler's cache leaves out graphs with a custom backward pass unless told; it knows them by their traced content, so edits count
+    os.environ.setdefault("TORCHINDUCTOR_AUTOGRAD_CACHE_ALLOW_CUSTOM_AUTOGRAD", "1")
+    # Ctrl-C while the imports below take their seconds; run() takes over from here
     signal.signal(signal.SIGINT, lambda *_: (os.write(2, b"\nFAIL: interrupted: no score\n"), os._exit(1)))
-import contextlib, ctypes, gc, math, re, resource, sys, traceback
+import contextlib, ctypes, math, re, resource, sys, traceback
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -606,9 +611,6 @@ def main():
     if device_batch != wish:
         loader = make_dataloader(tokenizer, device_batch, MAX_SEQ_LEN, "train", device)
     lap("compiling and warm-up")
-    gc.collect()
-    gc.freeze()
-    gc.disable()  # nothing below makes cycles, and a collection stalls a step
     print("start-up: " + ", ".join(f"{name} {end - begin:.1f} s" for name, begin, end in laps), flush=True)
 
     reporter, step, smooth, curve, unread = Reporter(hp.TOKENS_PER_STEP), 0, 0.0, [], None

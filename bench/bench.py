@@ -117,10 +117,10 @@ def evaluating(table: Table, tokenizer, device, dtype):
     table.add("  seconds an evaluation / a forward pass", min(seconds["score"]) / min(seconds["forward"]), [1], "x")
 
 def short_run(folder: str, cwd: Path = ROOT) -> dict[str, float]:
-    """train.py of `cwd` from the shell, on a demo with a budget of 10 s in `folder`: its seconds that are not training, by part."""
+    """train.py of `cwd` from the shell, on a demo with a budget of 5 s in `folder`: its seconds that are not training, by part."""
     env = {**os.environ, "AUTORESEARCH_CACHE": f"{folder}/cache", "TORCHINDUCTOR_CACHE_DIR": f"{folder}/compiled"}
     if not Path(folder, "cache").exists():
-        subprocess.run([sys.executable, "prepare.py", "--demo", "--time-budget", "10"], cwd=ROOT, env=env, check=True, capture_output=True)
+        subprocess.run([sys.executable, "prepare.py", "--demo", "--time-budget", "5"], cwd=ROOT, env=env, check=True, capture_output=True)
     began = time.perf_counter()
     log = subprocess.run([sys.executable, "train.py"], cwd=cwd, env=env, check=True, capture_output=True, text=True).stdout
     wall = time.perf_counter() - began
