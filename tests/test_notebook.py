@@ -48,7 +48,7 @@ def run_notebook(folders: dict[str, Path], picture: bool) -> dict[str, str]:
             cells.append(nbformat.v4.new_code_cell(source))
             owner.append(name)
     notebook = nbformat.v4.new_notebook(cells=cells, metadata=NOTEBOOK.metadata)
-    NotebookClient(notebook, timeout=120, iopub_timeout=60, allow_errors=True).execute(env={**os.environ, "OMP_NUM_THREADS": "1"})
+    NotebookClient(notebook, timeout=120, iopub_timeout=60, coalesce_streams=True, allow_errors=True).execute(env={**os.environ, "OMP_NUM_THREADS": "1"})
     said = dict.fromkeys(folders, "")
     for name, cell in zip(owner, notebook.cells):
         for output in cell.outputs:
