@@ -322,7 +322,7 @@ def test_a_night_of_thirty_changes(night):
     before = night.rows()
     assert f"{before[-1][0]} has its row: step 0" in night.block("3", check=False) and night.next().startswith("1") and night.rows() == before
     assert night.shell("bash <(sed -n '/^# 0 /,/^```$/p' program.md | sed '$d')").splitlines()[-1] == "NEXT: 1, think: the branch stands at " + before[-1][0]
-    assert "no run: step 0" in night.block("block")
+    assert "no run: step 0" in night.block("block") and "no run has ended: step 4" in night.block("5", check=False)
     expect("discard", "quality 0.3", quality=0.3)
     expect("keep", "quality 0.6", quality=0.6)
     expect("discard", "a tie: a comment", append="# nothing\n")
