@@ -6,7 +6,7 @@ train.py: a GPT, its optimizer and five minutes of training. This is the file to
 Notable, in the order of the rooms:
 - three sizes of defaults (H100 class; smaller GPUs; CPU and demo) in one table, picked by the device's peak
 - attention: FlashAttention 3, FlexAttention, or plain matrix products cut into blocks, behind one signature
-- grouped queries, rotary embedding, query/key norm, sliding windows, value embeddings with gates, squared ReLU, softcap
+- grouped queries, rotary embedding, query/key norm, sliding windows, value embeddings and the token before by gates, squared ReLU, softcap
 - logits and cross-entropy in pieces: no (tokens x vocabulary) array, in either direction
 - Muon (Polar Express, NorMuon, cautious decay) for the matrices in the blocks, AdamW for everything else
 - compiling and warming up use made-up tokens, off the clock, and leave no trace in weights or optimizer
@@ -292,6 +292,7 @@ class GPT(nn.Module):
         has_values = [i % 2 == (hp.DEPTH - 1) % 2 for i in range(hp.DEPTH)]
         self.hp, self.seq_len, self.dtype, self.attend = hp, seq_len, dtype, blocked_attention
         self.embedding, self.head = nn.Embedding(vocab_size, hp.WIDTH), Linear(hp.WIDTH, vocab_size)
+        self.smear, self.smear_scale = Linear(min(Attention.GATE_CHANNELS, hp.WIDTH), 1), nn.Parameter(torch.empty(1))
         self.value_tables = nn.ModuleDict({str(i): nn.Embedding(vocab_size, kv_heads * hp.HEAD_DIM) for i in range(hp.DEPTH) if has_values[i]})
         self.stream_scale, self.x0_scale = nn.Parameter(torch.empty(hp.DEPTH)), nn.Parameter(torch.empty(hp.DEPTH))  # a_i, b_i
         self.blocks = nn.ModuleList(Block(hp.WIDTH, hp.HEAD_DIM, kv_heads, windows[i], has_values[i]) for i in range(hp.DEPTH))
@@ -307,7 +308,7 @@ class GPT(nn.Module):
             r"embedding\.weight": lambda p: p.normal_(**draw),
             r"head\.weight": lambda p: p.normal_(std=0.001, **draw),
             r".*\.(query|key|value|up)\.weight|value_tables\..*": lambda p: p.uniform_(-span, span, **draw),
-            r".*\.(out|down|gate)\.weight": lambda p: p.zero_(),  # projections back into the stream; gates
+            r".*\.(out|down|gate)\.weight|smear.*": lambda p: p.zero_(),  # projections back into the stream; gates
             r"stream_scale": lambda p: p.fill_(1),
             r"x0_scale": lambda p: p.fill_(self.hp.X0_START),
         }
@@ -318,7 +319,9 @@ class GPT(nn.Module):
     def forward(self, inputs: Tensor, targets: Tensor | None = None) -> Tensor:
         T = inputs.shape[1]
         cos, sin = self.cos[:T], self.sin[:T]
-        x = x0 = norm(self.embedding(inputs).to(self.dtype))  # (B, T, width)
+        x = norm(self.embedding(inputs).to(self.dtype))  # (B, T, width)
+        g = self.smear_scale * torch.sigmoid(self.smear(x[..., : self.smear.in_features]))  # (B, T, 1): 0 at the start
+        x = x0 = x + g.to(x.dtype) * F.pad(x, (0, 0, 1, 0))[:, :-1]  # a share of the token before: -0.007 bits (bench/RESULTS.md)
         for i, block in enumerate(self.blocks):
             values = self.value_tables[str(i)](inputs).to(self.dtype) if str(i) in self.value_tables else None
             x = block(self.stream_scale[i] * x + self.x0_scale[i] * x0, values, cos, sin, self.attend)
@@ -330,7 +333,7 @@ class GPT(nn.Module):
     def counts(self) -> tuple[int, float]:
         """(parameters, FLOPs a token, forward and backward)."""
         of = lambda *modules: sum(p.numel() for module in modules for p in module.parameters())
-        products = 6 * of(self.blocks, self.head)
+        products = 6 * of(self.blocks, self.head, self.smear)
         attention = sum(12 * self.hp.WIDTH * min(block.attention.window, self.seq_len) for block in self.blocks)
         return of(self), products + attention
 
@@ -467,7 +470,8 @@ def parameter_groups(model: GPT) -> list[dict]:
         (r"embedding\.weight", dict(kind="adamw", rate=hp.EMBEDDING_RATE * scale, decay=hp.EMBEDDING_DECAY, betas=betas)),
         (r"value_tables\..*", dict(kind="adamw", rate=hp.EMBEDDING_RATE * scale, decay=hp.VALUE_TABLE_DECAY, betas=betas)),
         (r"head\.weight", dict(kind="adamw", rate=hp.HEAD_RATE * scale, decay=hp.HEAD_DECAY, betas=betas)),
-        (r"stream_scale", dict(kind="adamw", rate=hp.SCALAR_RATE * 0.01, decay=0.0, betas=betas)),
+        (r"smear\.weight", dict(kind="adamw", rate=hp.SCALAR_RATE * 0.02, decay=0.0, betas=betas)),
+        (r"smear_scale|stream_scale", dict(kind="adamw", rate=hp.SCALAR_RATE * 0.01, decay=0.0, betas=betas)),
         (r"x0_scale", dict(kind="adamw", rate=hp.SCALAR_RATE, decay=0.0, betas=(0.96, 0.95))),
         (r"blocks\..*\.weight", dict(kind="muon", rate=hp.MUON_RATE, decay=hp.MUON_DECAY)),
     ]

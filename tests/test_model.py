@@ -120,7 +120,12 @@ def plain_forward(model, inputs):
         turns = torch.polar(torch.ones(1, dtype=torch.float64), torch.arange(T, dtype=torch.float64)[:, None] * frequency)[:, None]
         z = torch.complex(*x.chunk(2, -1)) * turns
         return torch.cat([z.real, z.imag], -1)
-    x = x0 = rms(w["embedding.weight"][inputs])
+    x = rms(w["embedding.weight"][inputs])
+    share = w["smear_scale"] * torch.sigmoid(x[..., :32] @ w["smear.weight"].T)
+    x0 = x.clone()
+    for t in range(1, T):
+        x0[:, t] += share[:, t] * x[:, t - 1]
+    x = x0
     for i in range(hp.DEPTH):
         name = f"blocks.{i}."
         x = w["stream_scale"][i] * x + w["x0_scale"][i] * x0
@@ -189,8 +194,8 @@ def test_parameters_and_flops_by_hand():
     attention = 64 * 64 + 64 * 32 + 64 * 32 + 64 * 64
     blocks = 2 * (attention + 64 * 256 + 256 * 64) + 32 * 2
     head = embedding = 50 * 64
-    parameters = blocks + head + embedding + 50 * 32 + 2 + 2
-    flops = 6 * (blocks + head) + 12 * 4 * 16 * 6 + 12 * 4 * 16 * 24
+    parameters = blocks + head + embedding + 50 * 32 + 2 + 2 + 32 + 1  # the last: the gate of the token before, its scale
+    flops = 6 * (blocks + head + 32) + 12 * 4 * 16 * 6 + 12 * 4 * 16 * 24
     assert small(DEPTH=2).counts() == (parameters, flops)
 
 
@@ -199,7 +204,7 @@ def test_the_published_size_of_the_reference_start():
     with torch.device("meta"):
         parameters, flops = train.GPT(hp, 8192, 2048).counts()
     assert round(parameters / 1e6, 1) == 50.3
-    assert flops == 6 * (8 * 12 * 512**2 + 4 * 4 * 32 + 8192 * 512) + 12 * 512 * (6 * 1024 + 2 * 2048)
+    assert flops == 6 * (8 * 12 * 512**2 + 4 * 4 * 32 + 8192 * 512 + 32) + 12 * 512 * (6 * 1024 + 2 * 2048)
 
 
 def test_initial_weights():
@@ -215,7 +220,7 @@ def test_initial_weights():
         elif last in ("query", "key", "value", "up") or name.startswith("value_tables"):
             assert p.abs().max() <= span and p.abs().max() > 0.99 * span, name
             assert abs(p.std() - span / math.sqrt(3)) < 0.01 * span and abs((p.abs() < span / 2).float().mean() - 0.5) < 0.02, name
-        elif last in ("out", "down", "gate"):
+        elif last in ("out", "down", "gate", "smear", "smear_scale"):
             assert not p.any(), name
         else:
             assert torch.equal(p, torch.full((4,), {"stream_scale": 1.0, "x0_scale": 0.05}[name])), name

@@ -155,7 +155,7 @@ def test_whole_steps_are_those_of_a_float64_transcription(monkeypatch, power, sc
                   HEAD_DECAY=0.01, EMBEDDING_DECAY=0.001, VALUE_TABLE_DECAY=0.003)
     betas = (0.8, 0.95)
     rates = dict(embedding=(0.9 * scale, 0.001, betas), value_tables=(0.9 * scale, 0.003, betas), head=(0.005 * scale, 0.01, betas),
-                 stream_scale=(0.005, 0, betas), x0_scale=(0.5, 0, (0.96, 0.95)))
+                 smear=(0.01, 0, betas), smear_scale=(0.005, 0, betas), stream_scale=(0.005, 0, betas), x0_scale=(0.5, 0, (0.96, 0.95)))
     plain = PlainOptimizer(model, rates, polar_express)
     exact = train.orthogonalize  # bf16 is its own test above: here the formulas, to many digits
     monkeypatch.setattr(train, "orthogonalize", lambda g: exact(g, torch.float32))
@@ -170,7 +170,9 @@ def test_whole_steps_are_those_of_a_float64_transcription(monkeypatch, power, sc
         plain.step(gradients, *given)
         for name, p in model.named_parameters():
             moved = (plain.value[name] - start[name]).norm()
-            assert moved > 0.001 and (p.double() - plain.value[name]).norm() < 2e-4 * moved, (step, name)
+            apart = (p.detach().double() - plain.value[name]).abs().flatten().sort().values
+            flips = 2 if p.numel() > 1000 else 0  # a g of almost 0 may round to the other sign, which decides over that element's decay
+            assert moved > 0.001 and apart[: len(apart) - flips].norm() < 2e-4 * moved and apart[-1] < 0.002, (step, name, apart[-4:])
 
 
 def test_equal_shapes_are_stepped_together():
