@@ -107,6 +107,7 @@ class PlainOptimizer:
     def __init__(self, model, rates, orthogonalize):
         self.value = {name: p.detach().double().clone() for name, p in model.named_parameters()}
         self.state, self.rates, self.orthogonalize, self.steps = {}, rates, orthogonalize, 0
+        self.unsure = {}  # where float32 may round g to the other side of 0, which decides over that element's decay
 
     def step(self, gradients, multiplier, momentum, decay_share):
         self.steps += 1
@@ -131,6 +132,7 @@ class PlainOptimizer:
         root = second.clamp(min=1e-10).sqrt()
         scaled = g / (root[:, None] if rows >= columns else root[None, :])
         g = scaled * (g.norm() / scaled.norm())
+        self.unsure[name] = self.unsure.get(name, 0) + (g.abs() < 1e-4 * g.abs().mean())
         p -= rate * max(1, rows / columns) ** 0.5 * (g + decay * torch.where(g * p >= 0, p, torch.zeros_like(p)))
 
 
@@ -170,9 +172,9 @@ def test_whole_steps_are_those_of_a_float64_transcription(monkeypatch, power, sc
         plain.step(gradients, *given)
         for name, p in model.named_parameters():
             moved = (plain.value[name] - start[name]).norm()
-            apart = (p.detach().double() - plain.value[name]).abs().flatten().sort().values
-            flips = 2 if p.numel() > 1000 else 0  # a g of almost 0 may round to the other sign, which decides over that element's decay
-            assert moved > 0.001 and apart[: len(apart) - flips].norm() < 2e-4 * moved and apart[-1] < 0.002, (step, name, apart[-4:])
+            apart, unsure = (p.detach().double() - plain.value[name]).abs(), plain.unsure.get(name, torch.zeros(p.shape)) > 0
+            assert moved > 0.001 and apart[~unsure].norm() < 2e-4 * moved and not (apart[unsure] > 0.01).any(), (step, name)
+            assert unsure.double().mean() < 0.002
 
 
 def test_equal_shapes_are_stepped_together():
