@@ -70,7 +70,7 @@ def main():
         raise torch.OutOfMemoryError("tried to allocate 80 GiB")
     score = evaluate_bpb(Bigram(counts), tokenizer, 16)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(f"---\\nval_bpb: {score:.6f}\\ntraining_seconds: {clock.elapsed:.1f}\\npeak_vram_mb: {peak:.1f}\\nnum_steps: 8\\nloss_curve: 3.0 2.9", flush=True)
+    print(f"---\\nval_bpb: {score:.6f}\\ntraining_seconds: {clock.elapsed:.1f}\\npeak_vram_mb: {peak:.1f}\\ntotal_tokens_M: 0.1\\nnum_steps: 8\\nloss_curve: 3.0 2.9", flush=True)
 
 try:
     main()
@@ -203,7 +203,8 @@ class Night:
         return self.block("4")
 
     def record(self, simpler="no") -> str:
-        return self.block("5", simpler=("SIMPLER=no", f"SIMPLER={simpler}"))
+        self.said = self.block("5", simpler=("SIMPLER=no", f"SIMPLER={simpler}"))
+        return self.said
 
     def settle(self, simpler="no"):
         """Does what step 0 says until it asks for a new idea."""
@@ -307,7 +308,7 @@ def test_a_night_of_thirty_changes(night):
     baseline, noise_row = night.rows()
     assert baseline[3:] == ["keep", "baseline"] and noise_row[3:] == ["discard", "baseline, seed 43"] and baseline[0] == noise_row[0]
     noise = abs(float(baseline[1]) - float(noise_row[1]))
-    assert 0 < noise < 1e-3
+    assert 0 < noise < 1e-3 and re.search(rf"noise floor {noise:.6f}, [1-9][\d,]* tokens/s\)$", night.said.strip()), night.said
     ideas = 0
 
     def expect(status, text, **change):
