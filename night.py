@@ -1,0 +1,1537 @@
+"""
+night.py: the mechanics of the night, so that program.md is plain English. Nobody edits it.
+
+    uv run night.py                    where the night stands, and what comes next
+    uv run night.py begin              the branch, the table of results, the baseline with three seeds
+    uv run night.py try "..."          takes the edits of train.py as one experiment and queues it
+    uv run night.py wait [SECONDS]     until something ended, 45 s at most
+    uv run night.py show N             diff, losses beside the best's, end of the log
+    uv run night.py bring N|best       N's change back into train.py; or train.py as the best has it
+    uv run night.py drop N             gives up what waits or runs
+    uv run night.py runs [COUNT]       the ledger as a table
+    uv run night.py audit              what speaks against the results
+
+Notable, in the order of the rooms:
+- what is kept is decided by three short functions of plain values: noise_floor, decide, disturbed
+- commits are made by git's plumbing: the agent's index and files are touched by its own commands alone
+- an experiment is a folder of files that are written once; it is open while it lies in `queue/`
+- a detached supervisor starts what waits, each run in a worktree of its own, watched by a small
+  process that ends the run with all its children at the limit
+- each step of the bookkeeping may be done twice: whatever was cut off is finished by the next command
+
+Standard library only; prepare.py is imported where its ledger is read. Linux and macOS.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import ctypes
+import dataclasses
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import traceback
+import uuid
+from datetime import datetime, timezone
+from pathlib import Path
+
+# --------------------------------------------------------------------- what the night is about
+
+EDITED = "train.py"  # the one file that may change
+COMMAND = [sys.executable, EDITED]  # what a run is; it scores through prepare.py's ledger
+SCORE = "val_bpb"  # the score's column in results.tsv
+LOWER_IS_BETTER = True
+SEED = "AUTORESEARCH_SEED"  # the variable that carries the seed
+BASELINE_SEEDS = (42, 43, 44)  # the first is the seed of every experiment
+PROGRESS = re.compile(r"^\s*(\d+(?:\.\d+)?)%.*?\bloss\s+(\S+)")  # a line of a run's log
+SCORING = re.compile(r"^scoring\b")
+MEMORY = re.compile(r"^peak_vram_mb:\s*([\d.]+)\s*$", re.M)  # MiB
+STEPS = re.compile(r"^num_steps:\s*(\d+)\s*$", re.M)
+
+FEW_STEPS = 50  # a score after fewer measures the machine more than the idea
+DISTURBED = 2 / 3  # of the expected tokens a second; below it something else used the machine
+UNMEASURED_FLOOR = 0.002  # of the score, while fewer than two runs of one commit have one
+CUT_OFF = 3  # so often may a run be cut off before it is given up
+LEAST_WAITING = 2  # experiments that may wait; more would be stale when they start
+WAIT = 45  # seconds; agents' tools allow a command a minute or two
+PAUSE = 0.05  # seconds between two looks at files that others write
+SCREEN, WIDTH = 40, 110  # lines and columns of what a command prints
+
+LEDGER = "autoresearch.jsonl"  # in the prepared cache
+COLUMNS = ["commit", SCORE, "memory_gb", "status", "description"]
+ROOT = Path(__file__).resolve().parent
+
+
+class Refused(SystemExit):
+    """What a command cannot do, in one line that says what to type; exit code 1."""
+
+    def __init__(self, message: str):
+        super().__init__("FAIL: " + one_line(message, 500))
+
+
+def one_line(text: str, most: int = WIDTH) -> str:
+    """Printable, without tabs and newlines, cut to `most` characters."""
+    text = "".join(c if c.isprintable() else " " for c in " ".join(str(text).split()))
+    return text if len(text) <= most else text[: most - 4] + " ..."
+
+
+# ---------------------------------------------------------------------------- deciding, plainly
+
+
+def gain(score: float, other: float) -> float:
+    """By how much `score` is better than `other`; negative where it is worse."""
+    return other - score if LOWER_IS_BETTER else score - other
+
+
+def noise_floor(records: list[dict]) -> float | None:
+    """The least that a difference can mean: the widest range of one commit's scores.
+
+    records: the night's, in any order; the baseline's seeds are runs of one commit, and every
+    later repeat of a commit may only widen the floor. A disturbed run does not count. None until
+    a commit has two scores.
+    """
+    scores: dict[str, list[float]] = {}
+    for record in records:
+        if record["score"] is not None and not record.get("disturbed"):
+            scores.setdefault(record["commit"], []).append(record["score"])
+    ranges = [max(some) - min(some) for some in scores.values() if len(some) > 1]
+    return max(ranges, default=None)
+
+
+def best_of(records: list[dict]) -> dict | None:
+    """The record that stands at the top of the branch: the one kept last."""
+    return next((record for record in reversed(records) if record["status"] == "keep"), None)
+
+
+def decide(
+    score: float | None, best: float | None, floor: float | None, simpler: bool
+) -> tuple[str, str]:
+    """(keep, discard or crash; why) for a score against the best one. The only place with this rule."""
+    if score is None:
+        return "crash", "no score"
+    if best is None:
+        return "keep", "the baseline"
+    if floor is None:
+        floor = UNMEASURED_FLOOR * abs(best)
+    better = gain(score, best)
+    if better > floor:
+        return "keep", f"better by {better:.6f}, the noise floor is {floor:.6f}"
+    if simpler and better >= -floor:
+        return "keep", f"simpler, and equal within the noise floor of {floor:.6f}"
+    if better > 0:
+        return "discard", f"better by {better:.6f}, which is within the noise floor of {floor:.6f}"
+    return "discard", f"worse by {-better:.6f}, the noise floor is {floor:.6f}"
+
+
+def rate(run: dict) -> float | None:
+    """Tokens a second of training, from the ledger's exact counts; None where there are none."""
+    if run.get("tokens") and run.get("training_seconds"):
+        return run["tokens"] / run["training_seconds"]
+    return None
+
+
+def disturbed(run: dict, same_code: list[float]) -> float | None:
+    """The share of its expected rate that a run reached, where that is under DISTURBED; else None.
+
+    Expected is the best rate of the same code in another run (same_code: tokens a second), or over
+    any quarter of the run itself (pace: [seconds, tokens] about every 5% of the budget).
+    """
+    own = rate(run)
+    if own is None:
+        return None
+    expected = list(same_code)
+    pace = run.get("pace") or []
+    quarter = len(pace) // 4
+    if quarter >= 2:
+        for (began, before), (ended, after) in zip(pace, pace[quarter:]):
+            if ended > began:
+                expected.append((after - before) / (ended - began))
+    share = own / max(expected, default=own)
+    return share if share < DISTURBED else None
+
+
+def calibration(records: list[dict], floor: float | None) -> tuple[int, int, int]:
+    """(predictions, right in direction, right in size) of the experiments that said what to expect.
+
+    A size is right within the noise floor or within a factor of two.
+    """
+    said = [r for r in records if r.get("expect") is not None and r.get("got") is not None]
+    direction = sum(r["got"] * r["expect"] > 0 for r in said)
+    size = 0
+    for r in said:
+        near = abs(r["got"] - r["expect"]) <= (floor or 0)
+        ratio = r["got"] / r["expect"] if r["expect"] else 0
+        if near or 0.5 <= ratio <= 2:
+            size += 1
+    return len(said), direction, size
+
+
+def row_of(record: dict) -> str:
+    """The record's line of results.tsv."""
+    what = record["message"]
+    if record["kind"] == "baseline":
+        what = (
+            "baseline"
+            if record["seed"] == BASELINE_SEEDS[0]
+            else f"baseline, seed {record['seed']}"
+        )
+    if record["simpler"]:
+        what = "simpler: " + what
+    if record["score"] is None:
+        what += f" [{record['why']}]"
+    score = record["score"] or 0
+    memory = record["memory_gb"] if record["score"] is not None else 0
+    what = one_line(what, 400).replace('"', "'")
+    return "\t".join(
+        [record["commit"][:7], f"{score:.6f}", f"{memory:.1f}", record["status"], what]
+    )
+
+
+# ------------------------------------------------------------------------------------------ git
+
+
+def git(*words: str, give: bytes | None = None, check: bool = True) -> str | None:
+    """git's answer, stripped; with check=False None where it fails. Raises Refused otherwise."""
+    answer = git_bytes(*words, give=give, check=check)
+    return None if answer is None else answer.decode(errors="replace").strip()
+
+
+def git_bytes(*words: str, give: bytes | None = None, check: bool = True) -> bytes | None:
+    command = ["git", "-C", str(ROOT), *words]
+    try:
+        done = subprocess.run(command, input=give or b"", capture_output=True)
+    except FileNotFoundError:
+        raise Refused("git is not installed: install it, then say the same again") from None
+    if done.returncode == 0:
+        return done.stdout
+    if check:
+        said = done.stderr.decode(errors="replace").strip().splitlines()
+        raise Refused(f"git {' '.join(words[:2])}: {said[-1] if said else done.returncode}")
+    return None
+
+
+def file_at(commit: str) -> bytes:
+    return git_bytes("cat-file", "blob", f"{commit}:{EDITED}")
+
+
+def commit_file(content: bytes, parent: str, message: str) -> str:
+    """A commit on `parent` in which only EDITED differs; no index, no file of the tree is touched."""
+    blob = git("hash-object", "-w", "--stdin", give=content)
+    lines = git_bytes("ls-tree", "-z", parent).split(b"\0")
+    entry = re.compile(rb"(\d+ blob) [0-9a-f]+(\t" + re.escape(EDITED.encode()) + rb")")
+    tree = git(
+        "mktree",
+        "-z",
+        give=b"\0".join(entry.sub(rb"\1 " + blob.encode() + rb"\2", line) for line in lines),
+    )
+    identity = []
+    if git("config", "user.email", check=False) is None:
+        identity = ["-c", "user.name=night", "-c", "user.email=night@localhost"]
+    return git(*identity, "commit-tree", tree, "-p", parent, "-F", "-", give=message.encode())
+
+
+def merged(ours: bytes, base: bytes, theirs: bytes, folder: Path) -> bytes | None:
+    """The change from `base` to `theirs` made to `ours`; None where it conflicts."""
+    paths = [folder / f"merge-{name}" for name in ("ours", "base", "theirs")]
+    for path, content in zip(paths, (ours, base, theirs)):
+        path.write_bytes(content)
+    done = subprocess.run(["git", "merge-file", "-p", *paths], capture_output=True)
+    for path in paths:
+        path.unlink()
+    return done.stdout if done.returncode == 0 else None
+
+
+def change_id(before: str, after: str) -> str:
+    """The same for the same change on whatever it was made: its removed and added lines."""
+    diff = git_bytes("diff", "-U0", before, after, "--", EDITED)
+    body = diff.split(b"\n@@", 1)[-1]
+    lines = [line for line in body.split(b"\n") if line[:1] in (b"+", b"-")]
+    return hashlib.sha256(b"\n".join(lines)).hexdigest()[:12]
+
+
+# -------------------------------------------------------------------------------------- its files
+
+
+def now() -> str:
+    return f"{datetime.now(timezone.utc):%Y-%m-%dT%H:%M:%SZ}"
+
+
+def write_once(path: Path, content: bytes):
+    """All of the bytes under `path` or nothing, also after a power cut."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    with open(temporary, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def write_json(path: Path, value: dict):
+    write_once(path, json.dumps(value).encode())
+
+
+def read_json(path: Path) -> dict | None:
+    with contextlib.suppress(FileNotFoundError):
+        return json.loads(path.read_bytes())
+    return None
+
+
+def knob(name: str, default: str | None = None) -> str:
+    """The text behind `- name:` in program.md."""
+    page = ROOT / "program.md"
+    text = page.read_text(errors="replace") if page.is_file() else ""
+    found = re.search(rf"^- {name}:[ \t]*(.*?)[ \t]*$", text, re.M)
+    if found and found[1]:
+        return found[1]
+    if default is None:
+        raise Refused(f"program.md has no line `- {name}: ...`: add it to the knobs")
+    return default
+
+
+def number_knob(name: str, default: str) -> int:
+    text = knob(name, default)
+    found = re.match(r"(\d+)\b", text)
+    if not found or int(found[1]) < 1:
+        raise Refused(
+            f"program.md, knob `{name}: {one_line(text, 40)}`: it must begin with a whole number, at least 1"
+        )
+    return int(found[1])
+
+
+def time_limit() -> int:
+    """Seconds for one run from start to end."""
+    return number_knob("limit", "1200")
+
+
+def slots() -> list[dict]:
+    """The environment of each place where a run may stand: one a visible GPU, or as many as the knob says."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        gpus = [entry.strip() for entry in visible.split(",") if entry.strip() not in ("", "-1")]
+    elif shutil.which("nvidia-smi"):
+        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True).stdout
+        gpus = [str(i) for i, _ in enumerate(re.findall(r"^GPU ", listed, re.M))]
+    else:
+        gpus = []
+    wanted = number_knob("slots", str(max(1, len(gpus))))
+    if gpus and wanted > len(gpus):
+        raise Refused(f"program.md, knob `slots: {wanted}`: only {len(gpus)} GPUs are visible")
+    if gpus:
+        return [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in gpus[:wanted]]
+    if wanted == 1:
+        return [{}]
+    return [{"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // wanted))}] * wanted
+
+
+@dataclasses.dataclass
+class Experiment:
+    """One folder of the queue. Its files, each written once, are:
+
+    experiment.json   what was asked for: n, kind (baseline, try), commit, base, seed, message, ...
+    run-K.json        the K-th run: its id, the commit that runs, the best it stands on, why again
+    run-K.log         all that it printed
+    end-K.json        how it ended, and what the ledger says of it
+    again-K.json      why it is to be run once more
+    lock              held by the process that watches the run, for as long as it lives
+    drop              the agent gave it up
+    """
+
+    folder: Path
+    asked: dict
+
+    @classmethod
+    def at(cls, folder: Path) -> Experiment | None:
+        asked = read_json(folder / "experiment.json")
+        return None if asked is None else cls(folder, asked)
+
+    @property
+    def n(self) -> int:
+        return self.asked["n"]
+
+    @property
+    def is_baseline(self) -> bool:
+        return self.asked["kind"] == "baseline"
+
+    def runs(self) -> list[dict]:
+        """What is known of each run so far, oldest first; `code` is there once it has ended."""
+        found = []
+        while run := read_json(self.folder / f"run-{len(found) + 1}.json"):
+            end = read_json(self.folder / f"end-{len(found) + 1}.json") or {}
+            again = read_json(self.folder / f"again-{len(found) + 1}.json") or {}
+            found.append({**run, **end, **again})
+        return found
+
+    def again(self, why: str):
+        write_json(self.folder / f"again-{len(self.runs())}.json", {"again": why})
+
+    def alive(self) -> bool:
+        """Whether the process that watches the run lives: it holds the lock."""
+        with contextlib.suppress(FileNotFoundError), open(self.folder / "lock") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return True
+        return False
+
+    def dropped(self) -> bool:
+        return (self.folder / "drop").exists()
+
+    def state(self) -> str:
+        """waiting, running, ended, or cut off."""
+        runs = self.runs()
+        if not runs or "again" in runs[-1]:
+            return "waiting"
+        if "code" in runs[-1]:
+            return "ended"
+        return "running" if self.alive() else "cut off"
+
+
+class Night:
+    """Where one tag's night keeps its files, and what stands in them."""
+
+    def __init__(self):
+        if git("rev-parse", "--is-inside-work-tree", check=False) != "true":
+            raise Refused(
+                f"{ROOT} is no git repository: git init, git add -A, git commit, then begin"
+            )
+        top = Path(git("rev-parse", "--show-toplevel")).resolve()
+        if top != ROOT:
+            raise Refused(f"night.py must stand at the top of its repository, which is {top}")
+        self.tag = knob("tag")
+        self.branch = f"autoresearch/{self.tag}"
+        if git("check-ref-format", f"refs/heads/{self.branch}", check=False) is None:
+            raise Refused(
+                f"program.md, knob `tag: {one_line(self.tag, 40)}`: it cannot be a part of a branch's name"
+            )
+        self.home = ROOT / ".night"
+        self.folder = self.home / self.tag
+        self.queue, self.done = self.folder / "queue", self.folder / "done"
+        self.book = self.folder / "night.jsonl"  # one line an experiment that has ended
+        self.results = ROOT / "results.tsv"
+        self.edited = ROOT / EDITED
+
+    def begun(self) -> bool:
+        return self.queue.is_dir()
+
+    def records(self) -> list[dict]:
+        """What has ended, in order. A line that a power cut tore is as if it had never been written."""
+        try:
+            lines = self.book.read_bytes().split(b"\n")
+        except FileNotFoundError:
+            return []
+        found = []
+        for line in lines:
+            with contextlib.suppress(ValueError):
+                found.append(json.loads(line))
+        return found
+
+    def open(self) -> list[Experiment]:
+        """What waits, runs or is not yet decided, by number."""
+        names = [entry.name for entry in os.scandir(self.queue) if entry.name.isdigit()]
+        found = [Experiment.at(self.queue / name) for name in sorted(names, key=int)]
+        return [experiment for experiment in found if experiment]
+
+    def folder_of(self, n: int) -> Path | None:
+        for place in (self.queue, self.done):
+            if (place / str(n)).is_dir():
+                return place / str(n)
+        return None
+
+    def next_number(self) -> int:
+        names = [e.name for place in (self.queue, self.done) for e in os.scandir(place)]
+        return 1 + max((int(name) for name in names if name.isdigit()), default=0)
+
+    def keep_ref(self, name: str, commit: str):
+        """Nothing that was tried is lost: git never collects what a ref names."""
+        git("update-ref", f"refs/autoresearch/{self.tag}/{name}", commit)
+
+    @contextlib.contextmanager
+    def hold(self, name: str, seconds: float):
+        """A lock of the night, or None where another process has held it all the time."""
+        self.home.mkdir(exist_ok=True)
+        with open(self.home / name, "w") as file:
+            end = time.monotonic() + seconds
+            while True:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    if time.monotonic() >= end:
+                        file = None
+                        break
+                    time.sleep(PAUSE)
+            yield file
+
+    # the agent's tree: moved by the agent's own commands alone
+
+    def tip(self) -> str:
+        head = git("symbolic-ref", "-q", "--short", "HEAD", check=False)
+        if head != self.branch:
+            raise Refused(
+                f"the night is on {self.branch}, this is {head or 'a detached head'}: uv run night.py begin"
+            )
+        return git("rev-parse", "HEAD")
+
+    def edits(self) -> bytes | None:
+        """EDITED as the agent has it, where it is neither the branch's, the best's nor queued; else None."""
+        content = self.edited.read_bytes() if self.edited.is_file() else b""
+        tip = self.tip()
+        best = best_of(self.records())
+        known = {tip, best["commit"] if best else tip, *(e.asked["commit"] for e in self.open())}
+        return None if content in map(file_at, known) else content
+
+    def settle(self):
+        """Puts branch and EDITED to the best, unless an edit is in progress. May be cut off anywhere."""
+        best = best_of(self.records())
+        tip = self.tip()
+        if self.edits() is None:
+            commit = best["commit"] if best else tip
+            content = file_at(commit)
+            if not self.edited.is_file() or self.edited.read_bytes() != content:
+                mode = self.edited.stat().st_mode if self.edited.is_file() else 0o644
+                write_once(self.edited, content)
+                self.edited.chmod(mode)
+            if commit != tip:
+                git("update-ref", "-m", "night: kept", f"refs/heads/{self.branch}", commit, tip)
+        if git("diff-index", "--cached", "--quiet", "HEAD", "--", EDITED, check=False) is None:
+            git("reset", "-q", "--", EDITED, check=False)
+
+
+# --------------------------------------------------------------- a run, and the process beside it
+
+
+def become_subreaper():
+    """Linux: orphans among our descendants become our children, so that none outlives its run."""
+    if sys.platform.startswith("linux"):
+        ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER
+
+
+def die_with_parent():
+    if sys.platform.startswith("linux"):
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
+def end_group(group: int):
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(group, signal.SIGKILL)
+
+
+def end_children():
+    """Kills what is left below this process, also what left its session (Linux, by the subreaper)."""
+    while True:
+        children = []
+        for path in Path("/proc/self/task").glob("*/children"):
+            children += path.read_text().split()
+        for child in children:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(int(child), signal.SIGKILL)
+        try:
+            os.waitpid(-1, 0)
+        except ChildProcessError:
+            return
+
+
+def end_leftovers(run_id: str):
+    """Kills what a run whose watcher died has left: all that carries its id (Linux)."""
+    mark = f"AUTORESEARCH_RUN={run_id}".encode()
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):
+            if mark in path.read_bytes().split(b"\0"):
+                os.kill(int(path.parent.name), signal.SIGKILL)
+
+
+def cache_folder() -> Path:
+    import prepare
+
+    return prepare.cache_dir()
+
+
+LOCKED_IN = """
+mount --bind "$1" "$1" && mount -o remount,ro,bind "$1" || exit 125
+mount --bind "$2" "$2" && mount -o remount,rw,bind "$2" || exit 125
+shift 2
+exec "$@"
+"""
+
+
+@dataclasses.dataclass
+class Isolation:
+    """What this machine can keep a run away from. words: for the status, in one sentence."""
+
+    prefix: list[str]
+    words: str
+
+    @classmethod
+    def here(cls, cache: Path) -> Isolation:
+        """No network and a read-only cache by Linux's namespaces, where this user may make them."""
+        inside = ["sh", "-c", LOCKED_IN, "sh", str(cache), str(cache / LEDGER)]
+        missing = []
+        for options in (["--net", "--mount"], ["-r", "--net", "--mount"]):
+            prefix = ["unshare", *options, *inside]
+            with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+                tried = subprocess.run([*prefix, "true"], capture_output=True, timeout=10)
+                if tried.returncode == 0:
+                    return cls(prefix, "")
+        missing = "no network, a read-only cache"
+        return cls(
+            [], f"this machine could not give the runs: {missing} (Linux's unshare is needed)"
+        )
+
+
+def run_environment(night: Night, folder: Path, run_id: str, seed: int, slot: dict) -> dict:
+    """The user's, but a home and a place for temporary files of the run's own, and named compiler caches."""
+    home, temporary, compiled = folder / "home", folder / "tmp", night.home / "compiled"
+    for path in (home, temporary, compiled):
+        path.mkdir(exist_ok=True)
+    environment = {
+        **os.environ,
+        **slot,
+        "HOME": str(home),
+        "TMPDIR": str(temporary),
+        "AUTORESEARCH_CACHE": str(cache_folder()),
+        "AUTORESEARCH_RUN": run_id,
+        SEED: str(seed),
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }
+    environment.setdefault("TORCHINDUCTOR_CACHE_DIR", str(compiled / "inductor"))
+    environment.setdefault("TRITON_CACHE_DIR", str(compiled / "triton"))
+    environment.setdefault("HF_HOME", os.path.expanduser("~/.cache/huggingface"))
+    environment.pop("AUTORESEARCH_SPLIT", None)
+    return environment
+
+
+def log_text(path: Path, most: int = 1 << 16) -> str:
+    """The end of a log, where it is short all of it."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(max(0, path.stat().st_size - most))
+            return file.read().decode(errors="replace").replace("\r", "\n")
+    except FileNotFoundError:
+        return ""
+
+
+def why_it_failed(code: int, stopped: str | None, ledger: dict, log: str) -> str:
+    """One line for a run without a score."""
+    if stopped:
+        return stopped
+    if ledger.get("failure"):
+        return ledger["failure"]
+    lines = log.strip().splitlines()
+    said = [line for line in lines if line.startswith("FAIL: ")]
+    if said:
+        return said[-1].removeprefix("FAIL: ")
+    if any(line.startswith("Timeout (") for line in lines):
+        return "timeout: it hung (the log shows where)"
+    if code < 0:
+        return f"killed by signal {-code}"
+    last = lines[-1] if lines else "its log is empty"
+    return f"exit {code}: {last}"
+
+
+def watch(night: Night, experiment: Experiment, k: int, isolation: Isolation, limit: int):
+    """Runs the k-th run of an experiment to its end and writes end-K.json. In a process of its own."""
+    import prepare
+
+    run = read_json(experiment.folder / f"run-{k}.json")
+    ledger_path = prepare.cache_dir() / LEDGER
+    ledger_path.touch()
+    start = ledger_path.stat().st_size
+    tree = experiment.folder / "tree"
+    environment = run_environment(
+        night, experiment.folder, run["id"], experiment.asked["seed"], run["slot"]
+    )
+    began = time.monotonic()
+    stopped = None
+    with open(experiment.folder / f"run-{k}.log", "wb") as log:
+        process = subprocess.Popen(
+            [*isolation.prefix, *COMMAND],
+            cwd=tree,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+            preexec_fn=die_with_parent,
+        )
+        while True:
+            try:
+                code = process.wait(timeout=0.25)
+                break
+            except subprocess.TimeoutExpired:
+                if experiment.dropped():
+                    stopped = "dropped"
+                elif time.monotonic() - began > limit:
+                    stopped = f"still running after {limit} s, the limit in program.md"
+                if stopped:
+                    end_group(process.pid)
+        end_group(process.pid)
+        end_children()
+    seconds = time.monotonic() - began
+    text = log_text(experiment.folder / f"run-{k}.log")
+    mine = [r for r in prepare.read_ledger(start)[0] if r.get("run") == run["id"]]
+    said = {key: value for r in mine for key, value in r.items()}
+    scored = said.get("score") if code == 0 and said.get("split") == "val" else None
+    memory = MEMORY.search(text)
+    steps = STEPS.search(text)
+    end = {
+        "code": code,
+        "ended": now(),
+        "wall_seconds": round(seconds, 2),
+        "score": scored,
+        "failure": None if scored is not None else why_it_failed(code, stopped, said, text),
+        "memory_gb": float(memory[1]) / 1024 if memory else 0.0,
+        "steps": int(steps[1]) if steps else None,
+        "tokens": said.get("tokens"),
+        "training_seconds": said.get("training_seconds"),
+        "pace": said.get("pace"),
+    }
+    write_json(experiment.folder / f"end-{k}.json", end)
+
+
+# ------------------------------------------------------------------------------- the supervisor
+
+
+class Supervisor:
+    """Works through the queue: starts what waits where a slot is free, records what has ended.
+
+    One a repository (`.night/supervisor` is locked). All it knows is in the night's files; killed
+    anywhere, the next one goes on. Every method may be cut off at any line and said again.
+    """
+
+    def __init__(self, night: Night):
+        self.night = night
+        self.slots = slots()
+        self.limit = time_limit()
+        self.records = night.records()
+        cache = cache_folder()
+        (cache / LEDGER).touch()
+        self.isolation = Isolation.here(cache)
+        write_once(night.home / "isolation", self.isolation.words.encode())
+
+    def work(self):
+        """Until nothing runs and nothing can start."""
+        while self.turn():
+            time.sleep(PAUSE)
+
+    def turn(self) -> bool:
+        """One look at the queue. Returns whether anything moved or runs."""
+        with contextlib.suppress(ChildProcessError):
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
+        recorded = {record["n"] for record in self.records}
+        experiments = []
+        for experiment in self.night.open():
+            if experiment.n in recorded:
+                self.put_away(experiment)
+            else:
+                experiments.append(experiment)
+        moved = False
+        for experiment in experiments:
+            state = experiment.state()
+            if state == "cut off":
+                self.take_up(experiment)
+                moved = True
+            elif state == "waiting" and experiment.dropped():
+                self.close(experiment, None, "crash", "dropped before it ran")
+                moved = True
+        moved = self.conclude() or moved
+        moved = self.fill_slots() or moved
+        return moved or any(e.state() == "running" for e in self.night.open())
+
+    def fill_slots(self) -> bool:
+        experiments = self.night.open()
+        taken = [e.runs()[-1]["slot"] for e in experiments if e.state() == "running"]
+        waiting = [e for e in experiments if e.state() == "waiting"]
+        if not best_of(self.records) and not any(e.is_baseline for e in experiments):
+            waiting = []  # the baseline has no score: nothing can be compared
+        waiting.sort(
+            key=lambda e: (not e.is_baseline, not e.runs(), e.n)
+        )  # what runs again comes first
+        moved = False
+        for slot in self.slots:
+            if slot in taken:
+                taken.remove(slot)
+            elif waiting:
+                self.start(waiting.pop(0), slot)
+                moved = True
+        return moved
+
+    def start(self, experiment: Experiment, slot: dict):
+        """Puts the change on top of the best where that has moved, lays a worktree, starts the run."""
+        best = best_of(self.records)
+        base = experiment.asked["base"]
+        if best and not experiment.is_baseline:
+            base = best["commit"]
+        commit = self.on_top(experiment, base)
+        if commit is None:
+            why = f"handed back: it conflicts with the best, {base[:7]}; bring {experiment.n} says where"
+            self.close(experiment, None, "crash", why)
+            return
+        folder, k = experiment.folder, len(experiment.runs()) + 1
+        self.clear(folder)
+        git("worktree", "add", "-q", "--force", "--detach", str(folder / "tree"), commit)
+        lock = open(folder / "lock", "w")
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        run = {
+            "id": uuid.uuid4().hex[:12],
+            "commit": commit,
+            "base": base,
+            "slot": slot,
+            "began": now(),
+        }
+        write_json(folder / f"run-{k}.json", run)
+        if os.fork() == 0:  # this process holds the lock until it ends, whatever becomes of ours
+            try:
+                os.setsid()
+                os.closerange(3, lock.fileno())
+                os.closerange(lock.fileno() + 1, 1 << 12)  # the supervisor's own lock among them
+                become_subreaper()
+                watch(self.night, experiment, k, self.isolation, self.limit)
+            except BaseException:
+                traceback.print_exc()  # into supervisor.log
+                sys.stderr.flush()
+            finally:
+                os._exit(0)
+        lock.close()
+
+    def on_top(self, experiment: Experiment, base: str) -> str | None:
+        """The experiment's commit, or the same change as a commit on `base`; None where it conflicts."""
+        asked = experiment.asked
+        if asked["base"] == base:
+            return asked["commit"]
+        name = f"{experiment.n}-on-{base[:7]}"
+        known = git(
+            "rev-parse", "-q", "--verify", f"refs/autoresearch/{self.night.tag}/{name}", check=False
+        )
+        if known:
+            return known
+        files = [file_at(commit) for commit in (base, asked["base"], asked["commit"])]
+        content = merged(*files, experiment.folder)
+        if content is None:
+            return None
+        commit = commit_file(content, base, git("log", "-1", "--format=%B", asked["commit"]))
+        self.night.keep_ref(name, commit)
+        return commit
+
+    def clear(self, folder: Path):
+        """Removes what a run leaves beside its log."""
+        if (folder / "tree").exists():
+            git("worktree", "remove", "--force", "--force", str(folder / "tree"), check=False)
+        for name in ("tree", "home", "tmp"):
+            shutil.rmtree(folder / name, ignore_errors=True)
+
+    # what has ended
+
+    def take_up(self, experiment: Experiment):
+        """A run whose watcher died, by a kill or a power cut: it is queued again, but not for ever."""
+        runs = experiment.runs()
+        end_leftovers(runs[-1]["id"])
+        if len([run for run in runs if run.get("again", "cut off") == "cut off"]) >= CUT_OFF:
+            self.close(experiment, None, "crash", f"cut off {CUT_OFF} times")
+        else:
+            experiment.again("cut off")
+
+    def conclude(self) -> bool:
+        """Decides what has ended: the baseline first and as a whole, for all else is measured by it."""
+        experiments = self.night.open()
+        ended = [e for e in experiments if e.state() == "ended"]
+        baseline = [e for e in experiments if e.is_baseline]
+        if any(e not in ended for e in baseline):
+            return False
+        if baseline:
+            return self.conclude_baseline(baseline)
+        for experiment in ended:
+            self.judge(experiment)
+        return bool(ended)
+
+    def conclude_baseline(self, baseline: list[Experiment]) -> bool:
+        """A disturbed one would fix the noise floor for the whole night: it runs once more before."""
+        rates = [rate(run) for e in baseline for run in e.runs() if rate(run)]
+        slow = {e.n: disturbed(e.runs()[-1], rates) for e in baseline}
+        again = [e for e in baseline if slow[e.n] and not ran_again(e, "disturbed")]
+        for experiment in again:
+            experiment.again(f"disturbed ({slow[experiment.n]:.0%} of its rate)")
+        if not again:
+            for experiment in baseline:
+                self.judge(experiment)
+        return True
+
+    def judge(self, experiment: Experiment):
+        """Keeps, discards or repeats an experiment whose last run has ended."""
+        runs = [run for run in experiment.runs() if "code" in run]
+        last = runs[-1]
+        same = [run for run in runs if run["commit"] == last["commit"] and run["score"] is not None]
+        if last["score"] is None or experiment.dropped():
+            self.close(experiment, last, "crash", last["failure"] or "dropped")
+            return
+        share = disturbed(last, [rate(run) for run in same if rate(run)])
+        if share and not experiment.is_baseline and not ran_again(experiment, "disturbed"):
+            experiment.again(f"disturbed ({share:.0%} of its own rate)")
+            return
+        counted = max(same, key=lambda run: rate(run) or 0)  # of a disturbed run and its repeat
+        floor = noise_floor(self.records)
+        best = best_of(self.records)
+        simpler = experiment.asked["simpler"]
+        if best is None or best["commit"] == counted["base"]:
+            status, why = decide(counted["score"], best and best["score"], floor, simpler)
+            if experiment.is_baseline and best:
+                status, why = "discard", "measures the noise floor"
+            self.close(experiment, counted, status, why, share)
+            return
+        status, why = decide(counted["score"], self.score_of(counted["base"]), floor, simpler)
+        if status == "keep":
+            experiment.again(f"the best moved: on {counted['base'][:7]} it was {why}")
+        else:
+            self.close(
+                experiment,
+                counted,
+                status,
+                f"{why} (on the best before, {counted['base'][:7]})",
+                share,
+            )
+
+    def score_of(self, commit: str) -> float | None:
+        """The score with which a commit was kept."""
+        kept = [r for r in self.records if r["commit"] == commit and r["status"] == "keep"]
+        return kept[-1]["score"] if kept else None
+
+    def close(
+        self,
+        experiment: Experiment,
+        run: dict | None,
+        status: str,
+        why: str,
+        share: float | None = None,
+    ):
+        """Writes the experiment's one record: from here on it has ended, whatever is cut off after."""
+        asked, run = experiment.asked, run or {}
+        score = run.get("score") if status != "crash" else None
+        before = self.score_of(run.get("base", ""))
+        runs = experiment.runs()
+        record = {
+            **{
+                key: asked[key]
+                for key in ("n", "kind", "seed", "message", "simpler", "expect", "change")
+            },
+            "commit": run.get("commit", asked["commit"]),
+            "base": run.get("base", asked["base"]),
+            "status": status,
+            "why": one_line(why, 300),
+            "score": score,
+            "got": score - before if score is not None and before is not None else None,
+            "disturbed": share,
+            "again": [earlier["again"] for earlier in runs if "again" in earlier],
+            "run": run.get("id"),
+            "k": next((k for k, r in enumerate(runs, 1) if r["id"] == run.get("id")), len(runs)),
+            **{
+                key: run.get(key)
+                for key in ("tokens", "training_seconds", "wall_seconds", "steps", "began")
+            },
+            "memory_gb": run.get("memory_gb") or 0.0,
+            "ended": now(),
+        }
+        append_line(self.night.book, json.dumps(record))
+        self.records.append(record)
+        self.put_away(experiment)
+
+    def put_away(self, experiment: Experiment):
+        """The row, and the folder out of the queue. Said again after a kill, it does only what is missing."""
+        record = next(r for r in self.records if r["n"] == experiment.n)
+        self.write_row(row_of(record))
+        self.clear(experiment.folder)
+        os.replace(experiment.folder, self.night.done / str(experiment.n))
+
+    def write_row(self, row: str):
+        results = self.night.results
+        if results.is_file():
+            text = results.read_bytes().decode("utf-8-sig", "replace")
+        else:  # from the night's own book
+            text = "\n".join(["\t".join(COLUMNS), *(row_of(r) for r in self.records[:-1])]) + "\n"
+        if row in text.split("\n"):
+            return
+        if not text.endswith("\n"):
+            text += "\n"
+        write_once(results, (text + row + "\n").encode())
+
+
+def ran_again(experiment: Experiment, why: str) -> bool:
+    return any(run.get("again", "").startswith(why) for run in experiment.runs())
+
+
+def append_line(path: Path, line: str):
+    """One write; a line that an earlier power cut tore stays alone."""
+    with open(path, "ab+", buffering=0) as file:
+        end = file.seek(0, os.SEEK_END)
+        torn = end > 0 and os.pread(file.fileno(), 1, end - 1) != b"\n"
+        content = (b"\n" if torn else b"") + line.encode() + b"\n"
+        if file.write(content) != len(content):
+            raise OSError(28, f"only a part of a line was written to {path}: is the disk full?")
+        os.fsync(file.fileno())
+
+
+def supervise():
+    """The detached process: holds the lock, works, and looks once more after letting go of it."""
+    night = Night()
+    while True:
+        with night.hold("supervisor", 0) as lock:
+            if not lock:
+                return
+            Supervisor(night).work()
+        if not can_work(night):
+            return
+
+
+def can_work(night: Night) -> bool:
+    """Whether a supervisor would find something to do."""
+    experiments = night.open()
+    if any(e.state() != "waiting" or e.is_baseline for e in experiments):
+        return True
+    return bool(experiments) and best_of(night.records()) is not None
+
+
+def wake(night: Night):
+    """Starts a supervisor where there is work and none: it outlives command, terminal and agent."""
+    time_limit(), slots()  # a knob that cannot be read is said here, to somebody who reads it
+    if not can_work(night):
+        return
+    with night.hold("supervisor", 0) as lock:
+        if not lock:
+            return
+    with open(night.home / "supervisor.log", "ab") as log:
+        subprocess.Popen(
+            [sys.executable, __file__, "supervise"],
+            cwd=ROOT,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+
+
+# ----------------------------------------------------------------------------- what is said of it
+
+
+def progress(path: Path) -> list[tuple[float, float]]:
+    """(percent of the budget, loss) of a log's progress lines."""
+    found = []
+    for line in log_text(path).splitlines():
+        match = PROGRESS.match(line)
+        if match:
+            with contextlib.suppress(ValueError):
+                found.append((float(match[1]), float(match[2])))
+    return found
+
+
+def at_share(curve: list[tuple[float, float]], percent: float) -> float | None:
+    """The loss at the last progress line up to `percent`."""
+    return next((loss for share, loss in reversed(curve) if share <= percent), None)
+
+
+def phase(night: Night, experiment: Experiment, best_curve: list[tuple[float, float]]) -> str:
+    """`compiling`, `training 40%, loss 2.41 (best at 40%: 2.20)` or `scoring`."""
+    path = experiment.folder / f"run-{len(experiment.runs())}.log"
+    text = log_text(path)
+    curve = progress(path)
+    if any(SCORING.match(line) for line in text.splitlines()):
+        return "scoring"
+    if not curve:
+        return "compiling"
+    percent, loss = curve[-1]
+    same = at_share(best_curve, percent)
+    beside = f" (best at {percent:.0f}%: {same:.4g})" if same is not None else ""
+    return f"training {percent:.0f}%, loss {loss:.4g}{beside}"
+
+
+def log_of(night: Night, record: dict) -> Path:
+    folder = night.folder_of(record["n"]) or night.done
+    return folder / f"run-{record['k']}.log"
+
+
+def name_of(experiment: dict) -> str:
+    if experiment["kind"] == "baseline":
+        return f"baseline, seed {experiment['seed']}"
+    return one_line(experiment["message"], 70)
+
+
+def floor_words(records: list[dict]) -> str:
+    floor = noise_floor(records)
+    if floor is None:
+        return f"noise floor not measured yet ({UNMEASURED_FLOOR:.1%} of the best counts)"
+    return f"noise floor {floor:.6f}"
+
+
+def verdict(record: dict) -> list[str]:
+    """What a record says to the agent, in a few lines."""
+    if record["score"] is None:
+        lines = [f"{record['n']}: {record['status']}: {record['why']}  ({name_of(record)})"]
+    else:
+        lines = [
+            f"{record['n']}: {record['status']}  {SCORE} {record['score']:.6f}  {record['why']}  ({name_of(record)})"
+        ]
+    if record["expect"] is not None and record["got"] is not None:
+        lines.append(f"   expected {record['expect']:+.6f}, got {record['got']:+.6f}")
+    if record["disturbed"]:
+        lines.append(
+            f"   DISTURBED twice ({record['disturbed']:.0%} of its rate): the faster run counts"
+        )
+    for why in record["again"]:
+        lines.append(f"   ran again: {why}")
+    per_second = rate(record)
+    if per_second:
+        lines.append(
+            f"   {per_second:,.0f} tokens/s, {record['steps'] or '?'} steps, {record['wall_seconds']:.0f} s in all"
+        )
+    return lines
+
+
+def end_of_log(path: Path, most: int) -> list[str]:
+    lines = [one_line(line, WIDTH) for line in log_text(path).splitlines() if line.strip()]
+    return lines[-most:]
+
+
+def what_next(night: Night, records: list[dict], experiments: list[Experiment]) -> str:
+    waiting = [e for e in experiments if not e.is_baseline and e.state() == "waiting"]
+    capacity = max(LEAST_WAITING, len(slots()))
+    if best_of(records) is None and not any(e.is_baseline for e in experiments):
+        return "the baseline gave no score (see above): tell the human, or mend it and say begin"
+    if night.edits() is not None:
+        return f'{EDITED} has edits: finish them, then night.py try "..."; or night.py bring best'
+    if len(waiting) >= capacity:
+        return "the queue is full: night.py wait"
+    return f'edit {EDITED} and night.py try "what changes; what is expected"' + (
+        ", or night.py wait" if experiments else ""
+    )
+
+
+def standing(night: Night) -> list[str]:
+    """Where the night stands, what runs, what waits."""
+    records = night.records()
+    experiments = night.open()
+    best = best_of(records)
+    lines = []
+    if best:
+        lines.append(
+            f"best {best['score']:.6f}: {best['n']}, {best['commit'][:7]}, {name_of(best)}"
+        )
+        first = next(r for r in records if r["status"] == "keep")
+        kept = len([r for r in records if r["status"] == "keep"])
+        lines.append(
+            f"     from {first['score']:.6f}; {len(records)} ended, {kept} kept; {floor_words(records)}"
+        )
+        if first["steps"] and first["steps"] < FEW_STEPS:
+            lines.append(
+                f"     the baseline makes only {first['steps']} steps: such scores measure the machine more than the idea"
+            )
+    said, direction, size = calibration(records, noise_floor(records))
+    if said:
+        lines.append(f"     predictions: {direction} of {said} right in direction, {size} in size")
+    curve = progress(log_of(night, best)) if best else []
+    for experiment in experiments:
+        state = experiment.state()
+        words = state
+        if state == "running":
+            words = phase(night, experiment, curve)
+        elif state == "ended":
+            score = experiment.runs()[-1]["score"]
+            words = f"ended, {score:.6f}" if score is not None else "ended without a score"
+            words += "; decided when the baseline's runs have all ended"
+        runs = experiment.runs()
+        again = runs[-1].get("again") if runs else None
+        if again:
+            words += f"; again, because {again}"
+            if again.startswith("disturbed"):
+                words += ": see what else runs (ps, nvidia-smi)"
+        lines.append(f"{experiment.n}: {words}  ({name_of(experiment.asked)})")
+    return lines
+
+
+def show_lines(lines: list[str], most: int = SCREEN):
+    for line in lines[:most]:
+        print(line[:200])
+    if len(lines) > most:
+        print(f"... {len(lines) - most} more lines")
+
+
+# ---------------------------------------------------------------------------------- the commands
+
+
+def status(night: Night):
+    print(f"night {night.tag} on {night.branch}")
+    if not night.begun():
+        print("next: uv run night.py begin")
+        return
+    night.settle()
+    wake(night)
+    lines = standing(night)
+    recent = [f"  {row_of(record)[:WIDTH]}" for record in night.records()[-5:]]
+    if recent:
+        lines += ["last rows of results.tsv:", *recent]
+    with contextlib.suppress(FileNotFoundError):
+        words = (night.home / "isolation").read_text()
+        if words:
+            lines.append(words)
+    show_lines(lines)
+    print("next:", what_next(night, night.records(), night.open()))
+
+
+def begin(night: Night):
+    """Branch, table and baseline; what is there already stays."""
+    import prepare
+
+    prepared = prepare.manifest()  # ends with the command to type where nothing is prepared
+    time_limit(), slots()
+    if git("rev-parse", "-q", "--verify", "HEAD", check=False) is None:
+        raise Refused("this repository has no commit yet: git add -A && git commit, then begin")
+    changed = git("status", "--porcelain", "--untracked-files=no").splitlines()
+    others = [line[2:].strip() for line in changed if line[2:].strip() != EDITED]
+    if others:
+        raise Refused(
+            f"changed and not committed: {', '.join(others[:5])}: commit that, or git checkout it, then begin"
+        )
+    check_results(night)
+    head = git("symbolic-ref", "-q", "--short", "HEAD", check=False)
+    if head != night.branch:
+        if changed:
+            raise Refused(
+                f"{EDITED} has edits: git commit them as the baseline, or git checkout {EDITED}, then begin"
+            )
+        exists = git("rev-parse", "-q", "--verify", f"refs/heads/{night.branch}", check=False)
+        git("switch", "-q", *([] if exists else ["-c"]), night.branch)
+    for folder in (night.queue, night.done):
+        folder.mkdir(parents=True, exist_ok=True)
+    if not night.results.is_file():
+        write_once(night.results, ("\t".join(COLUMNS) + "\n").encode())
+    scored = [r for r in night.records() if r["kind"] == "baseline" and r["score"] is not None]
+    if not scored and not any(e.is_baseline for e in night.open()):
+        if changed:
+            raise Refused(
+                f"{EDITED} has edits: git commit them as the baseline, or git checkout {EDITED}, then begin"
+            )
+        for seed in BASELINE_SEEDS:
+            enqueue(
+                night,
+                "baseline",
+                git("rev-parse", "HEAD"),
+                git("rev-parse", "HEAD"),
+                "baseline",
+                seed=seed,
+            )
+    night.settle()
+    wake(night)
+    fixed = {key: prepared[key] for key in ("corpus", "seq_len", "vocab_size", "time_budget")}
+    print(
+        f"prepared: {', '.join(f'{key} {value}' for key, value in fixed.items())}; fingerprint {prepare.fingerprint()}"
+    )
+    status(night)
+
+
+def check_results(night: Night):
+    """Refuses a results.tsv that is not this night's: nothing is mixed, nothing overwritten."""
+    if not night.results.is_file() or night.begun():
+        return
+    lines = night.results.read_bytes().decode("utf-8-sig", "replace").splitlines()
+    if lines and lines[0].split("\t") != COLUMNS:
+        raise Refused(
+            "results.tsv has other columns than this night's: mv results.tsv results-before.tsv, then begin"
+        )
+    if len(lines) > 1:
+        raise Refused(
+            "results.tsv is of another night: mv results.tsv results-before.tsv, then begin"
+        )
+
+
+def enqueue(
+    night: Night, kind: str, commit: str, base: str, message: str, seed: int, **more
+) -> int:
+    n = night.next_number()
+    night.keep_ref(str(n), commit)
+    asked = {"n": n, "kind": kind, "commit": commit, "base": base, "message": message, "seed": seed}
+    asked |= {"simpler": False, "expect": None, "change": None, "asked": now(), **more}
+    making = night.queue / f"{n}.new"
+    shutil.rmtree(making, ignore_errors=True)
+    making.mkdir()
+    write_json(making / "experiment.json", asked)
+    os.replace(making, night.queue / str(n))
+    return n
+
+
+def try_(night: Night, message: str, simpler: bool, expect: float | None):
+    """The edits of EDITED as one experiment."""
+    if not message.strip():
+        raise Refused('say what changes and what is expected: night.py try "..."')
+    message = one_line(message, 2000)
+    content = night.edits()
+    if content is None:
+        night.settle()
+        raise Refused(
+            f"{EDITED} has no edits: change it first, or bring an experiment's change back: night.py bring N"
+        )
+    capacity = max(LEAST_WAITING, len(slots()))
+    waiting = [e for e in night.open() if not e.is_baseline and e.state() == "waiting"]
+    if len(waiting) >= capacity:
+        raise Refused(
+            f"{len(waiting)} experiments wait already, more would be stale: night.py wait, then try again"
+        )
+    base = night.tip()
+    commit = commit_file(content, base, message)
+    change = change_id(base, commit)
+    for experiment in night.open():
+        if experiment.asked["change"] == change:
+            raise Refused(
+                f"this is the change of experiment {experiment.n}, which has not ended: another idea"
+            )
+    for record in night.records():
+        if record["change"] == change and record["score"] is not None and not record["disturbed"]:
+            raise Refused(
+                f"this is the change of experiment {record['n']} ({record['status']}, {record['score']:.6f}): another idea"
+            )
+    n = enqueue(
+        night,
+        "try",
+        commit,
+        base,
+        message,
+        BASELINE_SEEDS[0],
+        simpler=simpler,
+        expect=expect,
+        change=change,
+    )
+    night.settle()
+    wake(night)
+    best = best_of(night.records())
+    where = f"the best, {best['commit'][:7]}" if best else f"the baseline, {night.tip()[:7]}"
+    print(f"{n}: queued as {commit[:7]}; {EDITED} stands at {where} again, free for the next idea")
+
+
+def wait(night: Night, seconds: float):
+    """Until something has ended that was not told yet, or the time is over."""
+    if not night.begun():
+        raise Refused("no night has begun: uv run night.py begin")
+    night.settle()
+    wake(night)
+    told = read_json(night.folder / "told") or {"records": 0, "ended": []}
+    end = time.monotonic() + seconds
+    size = -1
+    while True:
+        if night.book.is_file() and night.book.stat().st_size != size:
+            size = night.book.stat().st_size
+            count = len(night.records())
+        elif size < 0:
+            count = 0
+        experiments = night.open()
+        ended = [f"{e.n}-{len(e.runs())}" for e in experiments if e.state() == "ended"]
+        news = count > told["records"] or set(ended) - set(told["ended"])
+        if news or time.monotonic() >= end or not can_work(night):
+            break
+        time.sleep(4 * PAUSE)
+    night.settle()
+    wake(night)
+    records = night.records()
+    lines = []
+    fresh = records[told["records"] :]
+    if len(fresh) > 4:
+        lines.append(f"{len(fresh) - 4} more have ended since: night.py shows the last rows")
+    for record in fresh[-4:]:
+        lines += verdict(record)
+        if record["status"] == "crash" and record["run"]:
+            lines += [f"   | {line}" for line in end_of_log(log_of(night, record), 6)]
+    lines += standing(night)
+    show_lines(lines)
+    print("next:", what_next(night, records, night.open()))
+    write_json(night.folder / "told", {"records": len(records), "ended": ended})
+
+
+def find(night: Night, n: int) -> tuple[dict, Path]:
+    """An experiment's record, or what was asked for where it has not ended, and its folder."""
+    folder = night.folder_of(n) if night.begun() else None
+    if folder is None:
+        last = night.next_number() - 1 if night.begun() else 0
+        raise Refused(f"there is no experiment {n}: they go from 1 to {last}")
+    record = next((r for r in night.records() if r["n"] == n), None)
+    return record or read_json(folder / "experiment.json"), folder
+
+
+def show(night: Night, n: int):
+    record, folder = find(night, n)
+    lines = verdict(record) if "status" in record else [f"{n}: {name_of(record)}, not ended"]
+    diff = git("diff", f"{record['commit']}^", record["commit"], "--", EDITED, check=False) or ""
+    changed = [one_line(line, WIDTH) for line in diff.splitlines()[4:]]
+    if record["kind"] != "baseline":
+        lines += changed[:18]
+        if len(changed) > 18:
+            lines.append(f"... {len(changed) - 18} more lines: git show {record['commit'][:7]}")
+    logs = sorted(folder.glob("run-*.log"), key=lambda path: int(path.stem[4:]))
+    if logs:
+        best = best_of(night.records())
+        mine, other = progress(logs[-1]), progress(log_of(night, best)) if best else []
+        if mine:
+            cells = []
+            for percent in range(10, 101, 10):
+                loss, beside = at_share(mine, percent), at_share(other, percent)
+                if loss is not None and percent <= mine[-1][0] + 10:
+                    cells.append(
+                        f"{percent}% {loss:.3f} ({beside:.3f})"
+                        if beside is not None
+                        else f"{percent}% {loss:.3f}"
+                    )
+            lines += ["loss (the best's): " + " ".join(cells[:5]), "   " + " ".join(cells[5:])]
+        lines += ["end of the log:", *(f"   | {line}" for line in end_of_log(logs[-1], 10))]
+    show_lines(lines)
+
+
+def bring(night: Night, what: str):
+    """Into EDITED: N's change on top of the best, or the best itself. Edits are put aside, never lost."""
+    if what == "best":
+        content = night.edits()
+        if content is not None:
+            count = len(list(night.folder.glob("edits-*")))
+            aside = night.folder / f"edits-{count + 1}-{EDITED}"
+            write_once(aside, content)
+            write_once(night.edited, file_at(night.tip()))
+            print(f"the edits were put aside: {aside.relative_to(ROOT)}")
+        night.settle()
+        print(f"{EDITED} stands at the best, {night.tip()[:7]}")
+        return
+    if not what.isdigit():
+        raise Refused(f"bring {one_line(what, 20)}: it takes an experiment's number, or best")
+    record, folder = find(night, int(what))
+    if night.edits() is not None:
+        raise Refused(f"{EDITED} has edits: try them first, or put them aside: night.py bring best")
+    if record["kind"] == "baseline":
+        raise Refused(f"{what} is the baseline: it has no change; night.py bring best")
+    night.settle()
+    commit, tip = record["commit"], night.tip()
+    content = merged(file_at(tip), file_at(f"{commit}^"), file_at(commit), folder)
+    if content is None:
+        raise Refused(
+            f"{what}'s change no longer applies to the best, {tip[:7]}: read it (night.py show {what}) and make it by hand"
+        )
+    if content == file_at(tip):
+        raise Refused(f"{what}'s change is in the best already: another idea")
+    write_once(night.edited, content)
+    print(
+        f"{what}'s change is in {EDITED}, on top of the best, {tip[:7]}: edit further, then night.py try"
+    )
+
+
+def drop(night: Night, n: int):
+    record, folder = find(night, n)
+    if "status" in record:
+        raise Refused(f"{n} has ended ({record['status']}): there is nothing to drop")
+    if record["kind"] == "baseline":
+        raise Refused(f"{n} is the baseline: all else is measured by it")
+    (folder / "drop").touch()
+    wake(night)
+    print(f"{n} is dropped; night.py wait")
+
+
+def runs(count: int):
+    """The ledger's last runs as a table; a start without an end was cut off, or is running."""
+    import prepare
+
+    records, damaged = prepare.read_ledger()
+    rows = {}
+    for record in records:
+        rows[record.get("run")] = record  # the end replaces the start
+    table = "{:20}  {:8}  {:5}  {:>8}  {:>8}  {:>8}  {:>4}  {}"
+    print(table.format("time", "commit", "split", "score", "seconds", "M tokens", "seed", "status"))
+    for record in list(rows.values())[-count:]:
+        score, tokens = record.get("score"), record.get("tokens")
+        commit = (record.get("commit") or "-")[:7] + ("*" if record.get("changed") else "")
+        status = record.get("failure") or ("scored" if score is not None else "no end")
+        cells = [
+            record.get("time", "-"),
+            commit,
+            record.get("split", "-"),
+            "-" if score is None else f"{score:.6f}",
+            record.get("training_seconds", "-"),
+            "-" if tokens is None else f"{tokens / 1e6:.1f}",
+            record.get("seed", "-"),
+            status,
+        ]
+        print(one_line_cells(table, cells))
+    said = f"{len(rows)} runs"
+    if damaged:
+        said += f", {damaged} damaged lines skipped"
+    print(said + "; * has uncommitted changes")
+
+
+def one_line_cells(table: str, cells: list) -> str:
+    return "".join(c if c.isprintable() else "?" for c in table.format(*map(str, cells)))[:160]
+
+
+def main(argv: list[str] | None = None):
+    parser = argparse.ArgumentParser(
+        prog="night.py", description="The mechanics of the night.", allow_abbrev=False
+    )
+    commands = parser.add_subparsers(dest="command")
+    commands.add_parser(
+        "begin", help="the branch, the table, the baseline with three seeds; or goes on"
+    )
+    trying = commands.add_parser(
+        "try", help="the edits of train.py as one experiment", allow_abbrev=False
+    )
+    trying.add_argument("message", help="what changes; what is expected")
+    trying.add_argument(
+        "--simpler", action="store_true", help="the code gets simpler: an equal score is kept"
+    )
+    trying.add_argument(
+        "--expect", type=float, metavar="CHANGE", help="of the score, such as -0.003"
+    )
+    waiting = commands.add_parser("wait", help="until something ended")
+    waiting.add_argument("seconds", type=float, nargs="?", default=WAIT)
+    for name, words in (
+        ("show", "diff, losses, end of the log"),
+        ("drop", "gives up what waits or runs"),
+    ):
+        commands.add_parser(name, help=words).add_argument("n", type=int)
+    commands.add_parser("bring", help="N's change back into train.py, or `best`").add_argument(
+        "what"
+    )
+    commands.add_parser("runs", help="the ledger as a table").add_argument(
+        "count", type=int, nargs="?", default=30
+    )
+    commands.add_parser("supervise")  # by the other commands
+    args = parser.parse_args(argv)
+    if args.command == "runs":
+        return runs(args.count)
+    if args.command == "supervise":
+        return supervise()
+    night = Night()
+    if args.command not in (None, "begin") and not night.begun():
+        raise Refused("no night has begun: uv run night.py begin")
+    with night.hold("command", 10) as lock:
+        if not lock:
+            raise Refused("another night.py command has been at work for 10 s: say it again")
+        if args.command is None:
+            status(night)
+        elif args.command == "begin":
+            begin(night)
+        elif args.command == "try":
+            try_(night, args.message, args.simpler, args.expect)
+        elif args.command == "show":
+            show(night, args.n)
+        elif args.command == "bring":
+            bring(night, args.what)
+        elif args.command == "drop":
+            drop(night, args.n)
+    if args.command == "wait":
+        wait(night, args.seconds)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except OSError as error:
+        where = error.filename or ROOT
+        raise Refused(
+            f"{where}: {error.strerror or error}; nothing is lost: mend that, then say the same again"
+        ) from None
