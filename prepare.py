@@ -729,10 +729,10 @@ def _append_to_ledger(record: dict):
     except OSError as error:
         print(f"warning: the ledger {path} cannot be written ({error.strerror}); the run goes on", file=sys.stderr, flush=True)
 
-def read_ledger() -> tuple[list[dict], int]:
+def read_ledger(start=0) -> tuple[list[dict], int]:
     """(the ledger's records, oldest first; how many lines were damaged and skipped)."""
     path, records, damaged = cache_dir() / "autoresearch.jsonl", [], 0
-    for line in filter(None, path.read_bytes().split(b"\n") if path.is_file() else []):
+    for line in filter(None, path.read_bytes()[start:].split(b"\n") if path.is_file() else []):
         try:
             records.append(parse_signed(line))
         except ValueError:
