@@ -40,6 +40,7 @@ import sys
 import time
 import traceback
 import uuid
+from collections import Counter
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -1074,7 +1075,8 @@ def verdict(record: dict) -> list[str]:
         lines = [f"{record['n']}: {record['status']}: {record['why']}  ({name_of(record)})"]
     else:
         lines = [
-            f"{record['n']}: {record['status']}  {SCORE} {record['score']:.6f}  {record['why']}  ({name_of(record)})"
+            f"{record['n']}: {record['status']}  {SCORE} {record['score']:.6f}  {record['why']}"
+            f"  ({name_of(record)})"
         ]
     if record["expect"] is not None and record["got"] is not None:
         lines.append(f"   expected {record['expect']:+.6f}, got {record['got']:+.6f}")
@@ -1158,6 +1160,371 @@ def show_lines(lines: list[str], most: int = SCREEN):
         print(line[:200])
     if len(lines) > most:
         print(f"... {len(lines) - most} more lines")
+
+
+# ---------------------------------------------------------------------- results.tsv, and the audit
+
+STATUSES = ("keep", "discard", "crash")
+START_UP = 1200  # seconds before the first batch that no compiler needs
+UNEXPLAINED = 60  # seconds of a run that start-up, training and scoring do not explain
+Finding = tuple[bool, str]  # (speaks it for the results?, the sentence)
+
+
+def read_results(path: Path) -> tuple[list[dict], Counter]:
+    """(rows, reasons why others are broken) of any results.tsv. Columns go by their names.
+
+    A row: n (from 1, in order), commit (any text), score (None for a crash), memory_gb, status, what.
+    Raises Refused where the table has no column of the metric.
+    """
+    text = path.read_bytes().decode("utf-8-sig", "replace") if path.is_file() else ""
+    lines = [[cell.strip() for cell in line.split("\t")] for line in text.splitlines()]
+    lines = [cells for cells in lines if any(cells)]
+    names = list(COLUMNS)
+    if lines and "status" in map(str.lower, lines[0]):
+        names = [cell.lower() for cell in lines.pop(0)]
+        if SCORE not in names:
+            columns = ", ".join(names)[:200]
+            raise Refused(
+                f"{path.name} has the columns {columns}, and none is {SCORE}: rename one, or SCORE in night.py"
+            )
+    rows, broken = [], Counter()
+    for cells in lines:
+        found = {**dict.fromkeys(COLUMNS, ""), **dict(zip(names, cells))}
+        status = found["status"].lower()
+        score = number(found[SCORE])
+        if status not in STATUSES:
+            broken[
+                f"status {one_line(found['status'], 20)!r} is none of {', '.join(STATUSES)}"
+            ] += 1
+        elif status != "crash" and score is None:
+            broken[f"no score: {one_line(found[SCORE], 20)!r}"] += 1
+        else:
+            row = {
+                "n": len(rows) + 1,
+                "commit": found["commit"],
+                "status": status,
+                "what": found["description"],
+            }
+            row["score"] = None if status == "crash" else score
+            row["memory_gb"] = number(found["memory_gb"])
+            rows.append(row)
+    return rows, broken
+
+
+def number(text: str) -> float | None:
+    """A positive, finite number, or None."""
+    try:
+        value = float(text)
+    except ValueError:
+        return None
+    return value if 0 < value < float("inf") else None
+
+
+def some(items, most: int = 6) -> str:
+    items = [str(item) for item in items]
+    more = f" and {len(items) - most} more" if len(items) > most else ""
+    return ", ".join(items[:most]) + more
+
+
+def seconds_of(time_of_day: str) -> float:
+    return (
+        datetime.strptime(time_of_day, "%Y-%m-%dT%H:%M:%SZ")
+        .replace(tzinfo=timezone.utc)
+        .timestamp()
+    )
+
+
+def ledger_runs(ledger: list[dict], commits: set[str]) -> list[dict]:
+    """One dictionary a run of this repository or of these commits, start and end together; oldest first."""
+    runs: dict[str, dict] = {}
+    for record in ledger:
+        if "run" in record:
+            before = runs.setdefault(record["run"], {})
+            start = {"start": record["time"]} if record.get("event") == "start" else {}
+            runs[record["run"]] = {**before, **record, **start}
+    here = f"{ROOT}{os.sep}"
+    return [
+        run
+        for run in runs.values()
+        if f"{run.get('repo') or ''}{os.sep}".startswith(here)
+        or (run.get("commit") or "")[:7] in commits
+    ]
+
+
+def run_name(run: dict) -> str:
+    return f"{(run.get('commit') or '-')[:7]} at {run.get('time')}"
+
+
+def audit_scores(rows: list[dict], runs: list[dict]) -> list[Finding]:
+    """Claims against measurements."""
+    used: set[str] = set()
+    wrong, edited = [], []
+    scored = [row for row in rows if row["score"] is not None]
+    for row in scored:
+        mine = [
+            r
+            for r in runs
+            if (r.get("commit") or "").startswith(row["commit"]) and r["run"] not in used
+        ]
+        measured = [r for r in mine if r.get("score") is not None]
+        match = next((r for r in measured if abs(r["score"] - row["score"]) < 1.5e-6), None)
+        if match:
+            used.add(match["run"])
+            if match.get("changed"):
+                edited.append(row["n"])
+        else:
+            known = " and ".join(f"{r['score']:.6f}" for r in measured) or "nothing"
+            wrong.append(
+                f"{row['n']} ({row['commit']}: {row['score']:.6f} claimed, {known} measured)"
+            )
+    said = []
+    if scored:
+        words = f"{len(scored) - len(wrong)} of {len(scored)} scores match the ledger"
+        said.append((not wrong, words + (f"; not experiments {some(wrong)}" if wrong else "")))
+    if edited:
+        said.append(
+            (
+                False,
+                f"{EDITED} had uncommitted changes when these were measured: experiments {some(edited)}",
+            )
+        )
+    repeated = {row["commit"][:7] for row in rows}
+    vanished = [
+        r
+        for r in runs
+        if r.get("score") is not None
+        and r["run"] not in used
+        and (r.get("commit") or "")[:7] not in repeated
+    ]
+    if vanished:
+        names = some(f"{r['score']:.6f} ({run_name(r)})" for r in vanished)
+        said.append((False, f"{len(vanished)} measured scores have no row: {names}"))
+    silent = [
+        r for r in runs if r.get("score") is None and (r.get("commit") or "")[:7] not in repeated
+    ]
+    if silent:
+        names = some(f"{run_name(r)}: {one_line(r.get('failure') or 'no end', 60)}" for r in silent)
+        said.append((True, f"{len(silent)} runs started, gave no score and left no row: {names}"))
+    return said
+
+
+def audit_sameness(runs: list[dict]) -> list[Finding]:
+    """What makes two scores comparable."""
+    said = []
+    for key, words in (("fingerprint", "fingerprint"), ("device", "device")):
+        values = Counter(r[key] for r in runs if r.get(key) and r.get("score") is not None)
+        if len(values) == 1 and key == "fingerprint":
+            said.append((True, f"one fingerprint throughout: {next(iter(values))}"))
+        elif len(values) > 1:
+            names = some(f"{value} ({count} runs)" for value, count in values.most_common())
+            said.append(
+                (False, f"{len(values)} {words}s, whose scores cannot be compared: {names}")
+            )
+    return said
+
+
+def audit_clock(runs: list[dict], records: list[dict], budget: float | None) -> list[Finding]:
+    """Seconds: the run's own, the times of day, the supervisor's clock."""
+    wall = {record["run"]: record["wall_seconds"] for record in records if record.get("run")}
+    scored = [r for r in runs if r.get("score") is not None and "training_seconds" in r]
+    usual = median([r.get("startup_seconds") or 0 for r in scored])
+    passes = median([r["scoring_passes"] for r in scored if "scoring_passes" in r])
+    found: dict[str, list[dict]] = {}
+
+    def doubt(words: str, run: dict):
+        found.setdefault(words, []).append(run)
+
+    for run in scored:
+        training, start_up = run["training_seconds"], run.get("startup_seconds") or 0
+        scoring = run.get("scoring_seconds") or 0
+        step = max(run.get("longest_step_seconds") or 0, 0.01 * (budget or 0))
+        if start_up > min(60 + 3 * usual, START_UP):
+            doubt(
+                f"start-ups out of line (the usual is {usual:.0f} s), in which nothing is measured",
+                run,
+            )
+        if not run.get("tokens"):
+            doubt("no tokens were drawn for training", run)
+        if budget and training > budget + step:
+            doubt(f"trained for more than one step beyond the budget of {budget:g} s", run)
+        if budget and training < budget / 2:
+            doubt(f"trained for less than half of the budget of {budget:g} s", run)
+        if run.get("start"):
+            passed = seconds_of(run["time"]) - seconds_of(run["start"])
+            if not -2 <= passed - training <= UNEXPLAINED + scoring + training:
+                doubt("training seconds that the times of day contradict", run)
+        left = (wall.get(run["run"]) or 0) - start_up - training - scoring
+        if left > UNEXPLAINED + 0.2 * training:
+            doubt("wall time that start-up, training and scoring do not explain", run)
+        if passes and run.get("scoring_passes", passes) != passes:
+            doubt(f"forward passes while scoring other than the usual {passes:.0f}", run)
+        if scoring > UNEXPLAINED + 3 * median([r.get("scoring_seconds") or 0 for r in scored]):
+            doubt("scoring out of line", run)
+    return [(False, f"{words}: {some(map(run_name, them))}") for words, them in found.items()]
+
+
+def median(values: list[float]) -> float:
+    values = sorted(values)
+    return values[len(values) // 2] if values else 0
+
+
+def audit_code(runs: list[dict]) -> list[Finding]:
+    """What ran, against what git holds under its commit; and what stands beside it."""
+    other, strangers = [], []
+    for run in runs:
+        commit, script = run.get("commit"), run.get("script", EDITED)
+        if not commit or run.get("score") is None:
+            continue
+        source = git_bytes("cat-file", "blob", f"{commit}:{script}", check=False)
+        if source is None or hashlib.sha256(source).hexdigest() != run.get("train_sha256"):
+            other.append(run)
+        for name, sha256 in (run.get("imported") or {}).items():
+            held = git_bytes("cat-file", "blob", f"{commit}:{name}", check=False)
+            if held is None or not hashlib.sha256(held).hexdigest().startswith(sha256):
+                strangers.append(f"{name} (in {run_name(run)})")
+    said = []
+    if other:
+        said.append(
+            (False, f"what ran is not the {EDITED} of its commit: {some(map(run_name, other))}")
+        )
+    if strangers:
+        said.append((False, f"imported, and not in the commit: {some(strangers)}"))
+    beside = git("ls-files", "--others", "--", "*.py", "*.so", check=False) or ""
+    beside = [name for name in beside.splitlines() if not name.startswith((".night/", ".venv/"))]
+    if beside:
+        said.append((False, f"code beside the files that git holds: {some(beside)}"))
+    return said
+
+
+def audit_branch(rows: list[dict], branch: str | None) -> list[Finding]:
+    """Kept commits on the branch, and nothing else on it; no locked file touched."""
+    kept = [row for row in rows if row["status"] == "keep"]
+    said = []
+    history = (git("rev-list", branch or "HEAD", check=False) or "").split()
+    full = {
+        row["commit"]: next((h for h in history if h.startswith(row["commit"])), None)
+        for row in kept
+    }
+    unknown = [
+        row["commit"]
+        for row in kept
+        if git("cat-file", "-e", f"{row['commit']}^{{commit}}", check=False) is None
+    ]
+    missing = [commit for commit, found in full.items() if not found and commit not in unknown]
+    if unknown:
+        said.append((False, f"kept, but git knows no such commit: {some(unknown)}"))
+    if missing:
+        said.append((False, f"kept, but not on the branch: {some(missing)}"))
+    start = full.get(kept[0]["commit"]) if kept else None
+    if start:
+        since = (git("rev-list", "--reverse", f"{start}..{branch or 'HEAD'}") or "").split()
+        extra = [commit[:7] for commit in since if commit not in full.values()]
+        if extra:
+            said.append((False, f"on the branch, but in no row as kept: {some(extra)}"))
+        beyond = []
+        for commit in since:
+            files = set((git("diff", "--name-only", f"{commit}~1", commit) or "").split("\n")) - {
+                EDITED,
+                "",
+            }
+            if files:
+                beyond.append(f"{commit[:7]} ({some(sorted(files), 3)})")
+        if beyond:
+            said.append((False, f"commits that touch more than {EDITED}: {some(beyond)}"))
+        if not (unknown or missing or extra or beyond):
+            said.append((True, f"every kept commit is on the branch and touches only {EDITED}"))
+    free = {EDITED, "program.md", "analysis.ipynb", "README.md", ""}
+    locked = set((git("diff", "--name-only", "HEAD", check=False) or "").split("\n")) - free
+    if locked:
+        said.append((False, f"changed and not committed: {some(sorted(locked))}"))
+    return said
+
+
+def audit_keeping(rows: list[dict], floor: float | None) -> list[Finding]:
+    best, unearned = None, []
+    for row in rows:
+        if row["status"] == "keep":
+            status, _ = decide(row["score"], best, floor or 0.0, row["what"].startswith("simpler"))
+            if status != "keep":
+                unearned.append(row["n"])
+            best = row["score"]
+    if unearned:
+        return [
+            (
+                False,
+                f"kept without being better by more than the noise floor: experiments {some(unearned)}",
+            )
+        ]
+    return []
+
+
+def audit_refs(records: list[dict], tag: str) -> list[Finding]:
+    """Every experiment of this night has its ref and its row's record."""
+    names = (
+        git(
+            "for-each-ref", "--format=%(refname:lstrip=3)", f"refs/autoresearch/{tag}/", check=False
+        )
+        or ""
+    ).split()
+    gone = [record["n"] for record in records if str(record["n"]) not in set(names)]
+    return (
+        [(False, f"experiments without their ref, so their code may be lost: {some(gone)}")]
+        if gone
+        else []
+    )
+
+
+def audit(
+    rows: list[dict], records: list[dict], ledger: list[dict], damaged: int, budget: float | None
+) -> list[Finding]:
+    """All that was looked at, in sentences; False where one speaks against the results.
+
+    rows: of read_results; records: the night's (or none); ledger, damaged: of prepare.read_ledger;
+    budget: seconds of training, where a set is prepared.
+    """
+    runs = ledger_runs(ledger, {row["commit"][:7] for row in rows})
+    val = [run for run in runs if run.get("split") == "val"]
+    tests = [run for run in runs if run.get("split") == "test" and run.get("score") is not None]
+    said: list[Finding] = []
+    if rows and not val:
+        said.append((False, "the ledger holds no run of this repository: no score can be checked"))
+    else:
+        said += audit_scores(rows, val) + audit_sameness(val) + audit_clock(val, records, budget)
+    if damaged:
+        said.append((False, f"{damaged} lines of the ledger are damaged"))
+    if tests:
+        said.append((len(tests) <= 6, f"the test split was scored {len(tests)} times"))
+    if git("rev-parse", "--is-inside-work-tree", check=False) == "true":
+        tag = knob("tag", "")
+        branch = f"autoresearch/{tag}"
+        if git("rev-parse", "-q", "--verify", f"refs/heads/{branch}", check=False) is None:
+            branch = None
+        said += audit_code(val) + audit_branch(rows, branch) + audit_refs(records, tag)
+    else:
+        said.append((False, "this is no git repository: what the commits touch cannot be checked"))
+    return said + audit_keeping(rows, noise_floor(records))
+
+
+def say_audit():
+    """Prints the audit of the night in this folder."""
+    import prepare
+
+    rows, broken = read_results(ROOT / "results.tsv")
+    for reason, count in broken.items():
+        print(f"! {count} rows of results.tsv are broken: {reason}")
+    try:
+        budget = prepare.manifest()["time_budget"]
+    except prepare.Stop:
+        budget = None
+    findings = audit(rows, Night().records(), *prepare.read_ledger(), budget)
+    for fine, sentence in findings:
+        print(" " if fine else "!", sentence)
+    doubts = sum(not fine for fine, _ in findings)
+    print(
+        f"{doubts} things to look at"
+        if doubts
+        else "Nothing found that speaks against these numbers."
+    )
 
 
 # ---------------------------------------------------------------------------------- the commands
@@ -1499,10 +1866,13 @@ def main(argv: list[str] | None = None):
     commands.add_parser("runs", help="the ledger as a table").add_argument(
         "count", type=int, nargs="?", default=30
     )
+    commands.add_parser("audit", help="what speaks against the results")
     commands.add_parser("supervise")  # by the other commands
     args = parser.parse_args(argv)
     if args.command == "runs":
         return runs(args.count)
+    if args.command == "audit":
+        return say_audit()
     if args.command == "supervise":
         return supervise()
     night = Night()
