@@ -1,4 +1,5 @@
 """Downloads against a real HTTP server on loopback that misbehaves on command."""
+
 import hashlib
 import io
 import json
@@ -12,6 +13,7 @@ import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import MappingProxyType
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -21,14 +23,27 @@ from conftest import ROOT, WORDS
 import prepare
 
 TOKEN = "hf_verysecret"
-CONSTANTS = dict(TEST_SHARD=3, VAL_SHARD=4, BACKOFF=0.01, MAX_WAIT=0.05, CONNECT_TIMEOUT=2, READ_TIMEOUT=0.4, MAX_TRIES=4)
+CONSTANTS = dict(
+    TEST_SHARD=3,
+    VAL_SHARD=4,
+    BACKOFF=0.01,
+    MAX_WAIT=0.05,
+    CONNECT_TIMEOUT=2,
+    READ_TIMEOUT=0.4,
+    MAX_TRIES=4,
+)
 NAMES = [f"shard_{number:05d}.parquet" for number in range(5)]
 
 
 def shard(number: int, documents: int = 400) -> bytes:
     draw = random.Random(number)
-    texts = [f"{number}-{i} " + " ".join(draw.choices(WORDS, k=draw.randrange(5, 80))) for i in range(documents)]
-    pq.write_table(pa.table({"text": texts}), buffer := io.BytesIO(), row_group_size=150, compression="none")
+    texts = [
+        f"{number}-{i} " + " ".join(draw.choices(WORDS, k=draw.randrange(5, 80)))
+        for i in range(documents)
+    ]
+    pq.write_table(
+        pa.table({"text": texts}), buffer := io.BytesIO(), row_group_size=150, compression="none"
+    )
     return buffer.getvalue()
 
 
@@ -36,7 +51,10 @@ FILES = {name: shard(number) for number, name in enumerate(NAMES)}
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Serves FILES with ranges and X-Linked-ETag, unless `server.hub.misbehave(self, nth request of the file)` answers."""
+    """Serves FILES with ranges and X-Linked-ETag, unless the hub misbehaves.
+
+    That is, unless `server.hub.misbehave(self, nth request of the file)` answers.
+    """
 
     protocol_version = "HTTP/1.1"
 
@@ -46,7 +64,14 @@ class Handler(BaseHTTPRequestHandler):
         self.body, self.start = FILES.get(self.name), 0
         with hub.lock:
             nth = sum(name == self.name for _, name, _, _ in hub.requests)
-            hub.requests.append((self.server.server_port, self.name, self.headers.get("Range"), self.headers.get("Authorization")))
+            hub.requests.append(
+                (
+                    self.server.server_port,
+                    self.name,
+                    self.headers.get("Range"),
+                    self.headers.get("Authorization"),
+                )
+            )
         hub.asked.set()
         try:
             if not hub.misbehave(self, nth):
@@ -65,7 +90,18 @@ class Handler(BaseHTTPRequestHandler):
             return self.reply(206, self.body[self.start :], {"Content-Range": of}, **how)
         self.reply(200, self.body, **how)
 
-    def reply(self, status, body, headers={}, cut=None, reset=False, pause=0.0, piece=1 << 20, hang=0.0, length=None):
+    def reply(
+        self,
+        status,
+        body,
+        headers=MappingProxyType({}),
+        cut=None,
+        reset=False,
+        pause=0.0,
+        piece=1 << 20,
+        hang=0.0,
+        length=None,
+    ):
         """Sends the body, or its first `cut` bytes, in pieces with pauses, and then hangs up."""
         self.send_response(status)
         self.send_header("Content-Length", str(len(body) if length is None else length))
@@ -100,7 +136,9 @@ class Hub:
         for server in self.servers:
             server.hub, server.daemon_threads = self, True
             server.handle_error = lambda *_: None
-            threading.Thread(target=server.serve_forever, kwargs=dict(poll_interval=0.02), daemon=True).start()
+            threading.Thread(
+                target=server.serve_forever, kwargs=dict(poll_interval=0.02), daemon=True
+            ).start()
         self.ports = [server.server_port for server in self.servers]
         self.url = f"http://127.0.0.1:{self.ports[0]}"
 
@@ -119,7 +157,9 @@ def hub(monkeypatch, tmp_path):
         monkeypatch.setattr(prepare, name, value)
     hub = Hub()
     (tmp_path / "cache").mkdir()
-    for name, value in dict(HF_ENDPOINT=hub.url, AUTORESEARCH_CACHE=str(tmp_path / "cache"), NO_PROXY="127.0.0.1").items():
+    for name, value in dict(
+        HF_ENDPOINT=hub.url, AUTORESEARCH_CACHE=str(tmp_path / "cache"), NO_PROXY="127.0.0.1"
+    ).items():
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("HF_TOKEN", raising=False)
     yield hub
@@ -147,6 +187,7 @@ def wrong(request):
 
 def range_only(act):
     """A first reply cut in the middle; then, as long as a range is asked for, `act`."""
+
     def misbehave(request, nth):
         if request.name != NAMES[0]:
             return False
@@ -157,6 +198,7 @@ def range_only(act):
         else:
             return False
         return True
+
     return misbehave
 
 
@@ -169,10 +211,18 @@ RECOVERS = {
     "sends wrong bytes": first(2, wrong),
     "sends a page instead": first(1, lambda r: r.reply(200, b"<html>please log in</html>")),
     "ignores a range": range_only(lambda r: r.reply(200, r.body)),
-    "ignores a range and drops": range_only(lambda r: r.reply(200, r.body, cut=None if random.random() < 0.5 else len(r.body) // 4)),
+    "ignores a range and drops": range_only(
+        lambda r: r.reply(200, r.body, cut=None if random.random() < 0.5 else len(r.body) // 4)
+    ),
     "answers 416 to a range": range_only(lambda r: r.reply(416, b"")),
-    "answers 416 with another size": range_only(lambda r: r.reply(416, b"", {"Content-Range": "bytes */5"})),
-    "goes on at another byte": range_only(lambda r: r.reply(206, r.body[9:], {"Content-Range": f"bytes 9-{len(r.body) - 1}/{len(r.body)}"})),
+    "answers 416 with another size": range_only(
+        lambda r: r.reply(416, b"", {"Content-Range": "bytes */5"})
+    ),
+    "goes on at another byte": range_only(
+        lambda r: r.reply(
+            206, r.body[9:], {"Content-Range": f"bytes 9-{len(r.body) - 1}/{len(r.body)}"}
+        )
+    ),
     "answers 206 without a place": range_only(lambda r: r.reply(206, r.body[9:])),
     "500 three times": first(3, lambda r: r.reply(500, b"oops")),
     "stalls before the reply": first(1, lambda r: time.sleep(20)),
@@ -188,13 +238,19 @@ def test_right_bytes_in_spite_of_a_server_that(hub, name):
     sources = prepare.climbmix_sources(2)
     assert time.monotonic() - began < 10  # well before a stalled server hangs up
     assert [(source.name, source.split) for source in sources] == [
-        (NAMES[0], "train"), (NAMES[1], "train"), (NAMES[4], "val"), (NAMES[3], "test")]
+        (NAMES[0], "train"),
+        (NAMES[1], "train"),
+        (NAMES[4], "val"),
+        (NAMES[3], "test"),
+    ]
     assert_whole()
     assert all(hub.asked_for(NAMES[number]) == 1 for number in (1, 3, 4))
     if name == "is slow":
         assert hub.asked_for(NAMES[0]) == 1
     if name == "drops again and again, but moves on":  # what had arrived was not sent again
-        assert hub.sent < sum(len(FILES[NAMES[number]]) for number in (0, 1, 3, 4)) + 6 * 20_000 - 3 * (1 << 14)
+        assert hub.sent < sum(
+            len(FILES[NAMES[number]]) for number in (0, 1, 3, 4)
+        ) + 6 * 20_000 - 3 * (1 << 14)
         assert max(int(range[6:-1]) for _, _, range, _ in hub.requests if range) >= 3 * (1 << 14)
     hub.requests.clear()
     hub.misbehave = lambda request, nth: False
@@ -204,14 +260,23 @@ def test_right_bytes_in_spite_of_a_server_that(hub, name):
 
 FAILS = {
     "sends wrong bytes always": (first(99, wrong), "sha256"),
-    "sends a page without a checksum": (first(99, lambda r: r.reply(200, b"<html>" * 99, {"X-Linked-ETag": ""})), "parquet"),
+    "sends a page without a checksum": (
+        first(99, lambda r: r.reply(200, b"<html>" * 99, {"X-Linked-ETag": ""})),
+        "parquet",
+    ),
     "answers 500 always": (first(99, lambda r: r.reply(500, b"")), "500"),
     "has no such file": (first(99, lambda r: r.reply(404, b"")), "404"),
     "wants another token": (first(99, lambda r: r.reply(401, b"")), "HF_TOKEN"),
     "stalls always": (first(99, lambda r: r.honest(cut=0, hang=20)), "127.0.0.1"),
     "drops always": (first(99, lambda r: r.honest(cut=0)), "127.0.0.1"),
-    "ignores a range and drops always": (first(99, lambda r: r.reply(200, r.body, cut=r.body and random.randrange(9000))), "127.0.0.1"),
-    "redirects in a circle": (first(9999, lambda r: r.reply(302, b"", {"Location": r.path})), "127.0.0.1"),
+    "ignores a range and drops always": (
+        first(99, lambda r: r.reply(200, r.body, cut=r.body and random.randrange(9000))),
+        "127.0.0.1",
+    ),
+    "redirects in a circle": (
+        first(9999, lambda r: r.reply(302, b"", {"Location": r.path})),
+        "127.0.0.1",
+    ),
 }
 
 
@@ -234,7 +299,10 @@ def test_a_clear_word_about_a_server_that(hub, name, monkeypatch):
 
 
 def test_a_failure_does_not_wait_for_slow_neighbours(hub):
-    hub.misbehave = lambda r, nth: (r.reply(404, b"") if r.name == NAMES[1] else r.honest(piece=5_000, pause=0.3), True)[1]
+    hub.misbehave = lambda r, nth: (
+        r.reply(404, b"") if r.name == NAMES[1] else r.honest(piece=5_000, pause=0.3),
+        True,
+    )[1]
     began = time.monotonic()
     with pytest.raises(prepare.Stop, match=NAMES[1]):
         prepare.climbmix_sources(2)
@@ -249,7 +317,9 @@ def test_a_complete_part_only_lacked_its_name(hub):
     assert hub.sent == len(FILES[NAMES[3]]) + len(FILES[NAMES[4]])
 
 
-@pytest.mark.parametrize("asked, least", [("1", 0.9), ("Sat, 21 Nov 2026 00:00:00 GMT", 0), ("soon", 0)])
+@pytest.mark.parametrize(
+    "asked, least", [("1", 0.9), ("Sat, 21 Nov 2026 00:00:00 GMT", 0), ("soon", 0)]
+)
 def test_retry_after(hub, asked, least):
     hub.misbehave = first(1, lambda r: r.reply(429, b"", {"Retry-After": asked}))
     began = time.monotonic()
@@ -269,11 +339,20 @@ def test_nobody_listens(hub, monkeypatch):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{free.getsockname()[1]}")
-    with pytest.raises(prepare.Stop, match="shard_0000. *.parquet.*ConnectionError".replace(" *", "")):
+    with pytest.raises(
+        prepare.Stop, match="shard_0000. *.parquet.*ConnectionError".replace(" *", "")
+    ):
         prepare.climbmix_sources(1)
 
 
-@pytest.mark.parametrize("setting", [dict(HF_ENDPOINT="localhost:80"), dict(HF_ENDPOINT="http://[::1"), dict(HF_TOKEN="hf_verysecret\nü€")])
+@pytest.mark.parametrize(
+    "setting",
+    [
+        dict(HF_ENDPOINT="localhost:80"),
+        dict(HF_ENDPOINT="http://[::1"),
+        dict(HF_TOKEN="hf_verysecret\nü€"),
+    ],
+)
 def test_settings_that_cannot_work_fail_at_once(hub, monkeypatch, setting):
     monkeypatch.setattr(prepare, "BACKOFF", 60)
     monkeypatch.setattr(prepare, "MAX_WAIT", 60)
@@ -288,7 +367,14 @@ def as_typed(*arguments, cache, **environment) -> subprocess.CompletedProcess:
     """prepare.py's command line in a process of its own, with short pauses."""
     code = f"import sys, prepare; vars(prepare).update({CONSTANTS!r}); prepare.main(sys.argv[1:])"
     env = {**os.environ, "AUTORESEARCH_CACHE": str(cache), **environment}
-    return subprocess.run([sys.executable, "-c", code, *arguments], cwd=ROOT, env=env, capture_output=True, text=True, timeout=60)
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        cwd=ROOT,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
 
 
 def test_the_token_goes_to_its_host_only(hub, tmp_path):
@@ -303,22 +389,32 @@ def test_the_token_goes_to_its_host_only(hub, tmp_path):
         hub.broken_once = True
         request.honest(cut=5000 if broken else None)
         return True
+
     hub.misbehave = redirect
     small = ["--num-shards", "2", "--seq-len", "64", "--vocab-size", "300", "--eval-tokens", "1024"]
     done = as_typed(*small, cache=tmp_path / "cache", HF_TOKEN=TOKEN)
     assert done.returncode == 0, done.stderr
     assert_whole()
-    assert {authorization for port, _, _, authorization in hub.requests if port == hub.ports[0]} == {f"Bearer {TOKEN}"}
-    assert {authorization for port, _, _, authorization in hub.requests if port == hub.ports[1]} == {None}
+    assert {
+        authorization for port, _, _, authorization in hub.requests if port == hub.ports[0]
+    } == {f"Bearer {TOKEN}"}
+    assert {
+        authorization for port, _, _, authorization in hub.requests if port == hub.ports[1]
+    } == {None}
     prepared = json.loads((tmp_path / "cache" / "manifest.json").read_bytes())
     assert [(entry["name"], entry["sha256"]) for entry in prepared["files"]] == [
-        (NAMES[number], hashlib.sha256(FILES[NAMES[number]]).hexdigest()) for number in (0, 1, 4, 3)]
-    assert [[split for split, count in entry["tokens"].items() if count] for entry in prepared["tokens"]] == [["train"], ["train"], ["val"], ["test"]]
+        (NAMES[number], hashlib.sha256(FILES[NAMES[number]]).hexdigest()) for number in (0, 1, 4, 3)
+    ]
+    assert [
+        [split for split, count in entry["tokens"].items() if count] for entry in prepared["tokens"]
+    ] == [["train"], ["train"], ["val"], ["test"]]
     again = as_typed(*small, cache=tmp_path / "cache", HF_TOKEN=TOKEN)
     assert again.returncode == 0 and "nothing to do" in again.stdout
     hub.misbehave = lambda r, nth: (r.reply(401, TOKEN.encode()), True)[1]
     refused = as_typed("--num-shards", "3", "--force", cache=tmp_path / "cache", HF_TOKEN=TOKEN)
-    assert refused.returncode == 1 and refused.stderr.splitlines()[-1].startswith("FAIL: shard_00002.parquet: ")
+    assert refused.returncode == 1 and refused.stderr.splitlines()[-1].startswith(
+        "FAIL: shard_00002.parquet: "
+    )
     for run in (done, again, refused):
         assert TOKEN not in run.stdout + run.stderr and "alsosecret" not in run.stdout + run.stderr
 
@@ -330,8 +426,9 @@ def fetch(url: str, cache: str):
 
 
 def test_killed_thirty_times(hub, tmp_path, monkeypatch):
-    """Each process is forked from one that has everything imported, and killed at a random moment of its transfers."""
-    monkeypatch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{ROOT / 'tests'}")  # where the one that forks finds what to import
+    """Processes forked from one that has everything imported, killed in their transfers."""
+    # Where the one that forks finds what to import.
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{ROOT / 'tests'}")
     processes = multiprocessing.get_context("forkserver")
     processes.set_forkserver_preload(["prepare", "requests", "pyarrow.parquet", "test_downloads"])
     draw = random.Random(1)
@@ -346,7 +443,9 @@ def test_killed_thirty_times(hub, tmp_path, monkeypatch):
         process.kill()
         process.join()
         killed += process.exitcode == -9
-        if process.exitcode == 0:  # all there: one is taken away, so that there is something to kill
+        if (
+            process.exitcode == 0
+        ):  # all there: one is taken away, so that there is something to kill
             (shards() / draw.choice(NAMES)).unlink()
     assert killed >= 25
     time.sleep(0.1)

@@ -1,4 +1,5 @@
 """Packing against a packer that scans a list, and the loader's thread at work, in failure and at exit."""
+
 import gc
 import hashlib
 import itertools
@@ -24,11 +25,17 @@ import prepare as module
 CPU = torch.device("cpu")
 
 
-def brute_force(groups: list[list[list[int]]], row_length: int, repeat: bool, batch_docs=128, pool_docs=1000):
-    """Yields (row, epoch) by the rule as it is written down: groups of documents of tokens, scanned one by one."""
-    batches = [group[i : i + batch_docs] for group in groups for i in range(0, len(group), batch_docs)]
-    stream = ((epoch, batch) for epoch in (itertools.count(1) if repeat else [1]) for batch in batches)
-    pool, epoch = [], 1  # in the order they were added: min and max take the earliest on a tie
+def brute_force(groups: list[list[list[int]]], row_length, repeat, batch_docs=128, pool_docs=1000):
+    """Yields (row, epoch) by the rule as it is written down.
+
+    groups of documents of tokens, scanned one by one.
+    """
+    batches = []
+    for group in groups:
+        batches += [group[i : i + batch_docs] for i in range(0, len(group), batch_docs)]
+    epochs = itertools.count(1) if repeat else [1]
+    stream = ((epoch, batch) for epoch in epochs for batch in batches)
+    pool, epoch = [], 1  # in the order they were added: index() takes the earliest on a tie
     while True:
         row = []
         while len(row) < row_length:
@@ -37,50 +44,89 @@ def brute_force(groups: list[list[list[int]]], row_length: int, repeat: bool, ba
                 pool += more[1]
             if not pool:
                 return
-            fitting = [i for i, document in enumerate(pool) if len(document) <= row_length - len(row)]
-            length = lambda i: len(pool[i])
-            chosen = max(fitting, key=length) if fitting else min(range(len(pool)), key=length)
-            row += pool.pop(chosen)[: row_length - len(row)]
+            space = row_length - len(row)
+            lengths = [len(document) for document in pool]
+            fitting = [length for length in lengths if length <= space]
+            chosen = max(fitting) if fitting else min(lengths)
+            row += pool.pop(lengths.index(chosen))[:space]
         yield row, epoch
 
 
 def write(directory, sources) -> list[dict]:
-    """The token cache's files as their description has them; sources: lists of (split number, group, tokens)."""
+    """The token cache's files as their description has them.
+
+    sources: lists of (split number, group, tokens).
+    """
     entries = []
     for number, documents in enumerate(sources):
-        tokens = np.array([token for _, _, document in documents for token in document], dtype=np.uint16).tobytes()
-        index = np.array([(split, group, len(document)) for split, group, document in documents], dtype=np.int32).tobytes()
+        flat = [token for _, _, document in documents for token in document]
+        tokens = np.array(flat, dtype=np.uint16).tobytes()
+        rows = [(split, group, len(document)) for split, group, document in documents]
+        index = np.array(rows, dtype=np.int32).tobytes()
         (directory / f"{number:05d}.bin").write_bytes(tokens)
         (directory / f"{number:05d}.idx").write_bytes(index)
-        of = {split: [len(d) for s, _, d in documents if s == i] for i, split in enumerate(("train", "val", "test"))}
-        entries.append({"name": f"{number:05d}", "sha256": hashlib.sha256(tokens).hexdigest(),
-                        "index_sha256": hashlib.sha256(index).hexdigest(), "tokens": {s: sum(of[s]) for s in of}})
+        of = {}
+        for place, split in enumerate(("train", "val", "test")):
+            of[split] = sum(len(document) for s, _, document in documents if s == place)
+        entries.append(
+            {
+                "name": f"{number:05d}",
+                "sha256": hashlib.sha256(tokens).hexdigest(),
+                "index_sha256": hashlib.sha256(index).hexdigest(),
+                "tokens": of,
+            }
+        )
     return entries
 
 
 def groups_of(sources, split: int) -> list[list[list[int]]]:
-    return [[d for s, g, d in documents if s == split and g == group]
-            for documents in sources for group in sorted({g for _, g, _ in documents})]
+    return [
+        [d for s, g, d in documents if s == split and g == group]
+        for documents in sources
+        for group in sorted({g for _, g, _ in documents})
+    ]
 
 
 def random_sources(draw: random.Random, lengths, sources: int, groups: int, documents: int):
     tokens = itertools.count()
-    return [[(draw.choices((0, 1, 2), (8, 1, 1))[0], group, [next(tokens) % 65536 for _ in range(draw.choice(lengths))])
-             for group in range(draw.randrange(1, groups + 1)) for _ in range(draw.randrange(0, documents))]
-            for _ in range(sources)]
+    made = []
+    for _ in range(sources):
+        source = []
+        for group in range(draw.randrange(1, groups + 1)):
+            for _ in range(draw.randrange(0, documents)):
+                split = draw.choices((0, 1, 2), (8, 1, 1))[0]
+                document = [next(tokens) % 65536 for _ in range(draw.choice(lengths))]
+                source.append((split, group, document))
+        made.append(source)
+    return made
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(draw=st.randoms(use_true_random=False), row_length=st.integers(2, 40), lengths=st.lists(st.integers(1, 60), min_size=1, max_size=8),
-       batch_docs=st.integers(1, 6), pool_docs=st.integers(1, 12), split=st.sampled_from([0, 1]), chunk=st.integers(1, 7))
-def test_packer_against_brute_force(tmp_path, draw, row_length, lengths, batch_docs, pool_docs, split, chunk):
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    draw=st.randoms(use_true_random=False),
+    row_length=st.integers(2, 40),
+    lengths=st.lists(st.integers(1, 60), min_size=1, max_size=8),
+    batch_docs=st.integers(1, 6),
+    pool_docs=st.integers(1, 12),
+    split=st.sampled_from([0, 1]),
+    chunk=st.integers(1, 7),
+)
+def test_packer_against_brute_force(
+    tmp_path, draw, row_length, lengths, batch_docs, pool_docs, split, chunk
+):
     sources = random_sources(draw, lengths, sources=3, groups=3, documents=15)
     entries = write(tmp_path, sources)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "BATCH_DOCS", batch_docs)
         patch.setattr(module, "POOL_DOCS", pool_docs)
-        packer = module.Packer(tmp_path, entries, ("train", "val")[split], row_length, repeat=split == 0)
-        expected = brute_force(groups_of(sources, split), row_length, split == 0, batch_docs, pool_docs)
+        packer = module.Packer(
+            tmp_path, entries, ("train", "val")[split], row_length, repeat=split == 0
+        )
+        expected = brute_force(
+            groups_of(sources, split), row_length, split == 0, batch_docs, pool_docs
+        )
         for _ in range(12 if any(groups_of(sources, split)) else 0):
             rows = np.empty((chunk, row_length), dtype=np.uint16)
             count = packer.fill(rows)
@@ -93,7 +139,10 @@ def test_packer_at_its_real_size(tmp_path):
     sources = random_sources(draw, [*range(1, 90), 300, 700], sources=2, groups=3, documents=1200)
     entries = write(tmp_path, sources)
     assert sum(map(len, groups_of(sources, 0))) > 1500  # more than a pool
-    packer, rows = module.Packer(tmp_path, entries, "train", 257, repeat=True), np.empty((900, 257), dtype=np.uint16)
+    packer, rows = (
+        module.Packer(tmp_path, entries, "train", 257, repeat=True),
+        np.empty((900, 257), dtype=np.uint16),
+    )
     assert packer.fill(rows) == 900
     wanted = list(itertools.islice(brute_force(groups_of(sources, 0), 257, True), 900))
     assert rows.tolist() == [row for row, _ in wanted] and packer.epoch == wanted[-1][1] > 1
@@ -105,57 +154,85 @@ def parquet_cache(tmp_path_factory):
     base, draw = tmp_path_factory.mktemp("packing"), random.Random(3)
     (base / "data").mkdir()
     texts = {}
-    for name, documents, group in (("a", 1500, 301), ("b", 700, 128), ("val", 600, 100), ("test", 90, 1000)):
-        texts[name] = [f"{name}{i} " + " ".join(draw.choices(WORDS, k=draw.randrange(60))) for i in range(documents)]
-        texts[name] = [texts[name][i : i + group] for i in range(0, documents, group)]
-        table = pa.table({"text": [text for some in texts[name] for text in some]})
+    for name, documents, group in (
+        ("a", 1500, 301),
+        ("b", 700, 128),
+        ("val", 600, 100),
+        ("test", 90, 1000),
+    ):
+        flat = []
+        for i in range(documents):
+            flat.append(f"{name}{i} " + " ".join(draw.choices(WORDS, k=draw.randrange(60))))
+        texts[name] = [flat[i : i + group] for i in range(0, documents, group)]
+        table = pa.table({"text": flat})
         pq.write_table(table, base / "data" / f"{name}.parquet", row_group_size=group)
-    done = run("prepare.py", "--data", base / "data", "--seq-len", 32, "--vocab-size", 280, "--eval-tokens", 1 << 20, cache=base / "cache")
+    small = ("--seq-len", 32, "--vocab-size", 280, "--eval-tokens", 1 << 20)
+    done = run("prepare.py", "--data", base / "data", *small, cache=base / "cache")
     assert done.returncode == 0, done.stderr
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("AUTORESEARCH_CACHE", str(base / "cache"))
         tokenizer = module.Tokenizer.from_directory()
         bos = tokenizer.get_bos_token_id()
-        encoded = lambda *names: [[tokenizer.encode(text, prepend=bos) for text in some] for name in names for some in texts[name]]
-        yield base / "cache", {"train": encoded("a", "b"), "val": encoded("val"), "test": encoded("test")}
+
+        def encoded(*names):
+            groups = [group for name in names for group in texts[name]]
+            return [[tokenizer.encode(text, prepend=bos) for text in group] for group in groups]
+
+        train = encoded("a", "b")
+        yield base / "cache", {"train": train, "val": encoded("val"), "test": encoded("test")}
 
 
 @pytest.fixture
 def on_parquet(parquet_cache, monkeypatch):
     monkeypatch.setenv("AUTORESEARCH_CACHE", str(parquet_cache[0]))
-    monkeypatch.setattr(module, "clock", module.Clock())
     return parquet_cache[1]
 
 
-def load(split, B, rows=10**9):
-    loader = module.make_dataloader(module.Tokenizer.from_directory(), B, 32, split, CPU)
-    got = []
-    for inputs, targets, epoch in loader:
-        assert inputs.dtype == targets.dtype == torch.int64 and (inputs[:, 1:] == targets[:, :-1]).all()
-        assert len(inputs) == B or split != "train"
-        got += [(row, epoch) for row in torch.cat([inputs, targets[:, -1:]], dim=1).tolist()]
-        if len(got) >= rows:
-            break
-    return got[:rows]
+def load(B: int, count: int) -> list[tuple[list[int], int]]:
+    """The first `count` rows of the training loader, each with its epoch."""
+    loader = module.make_dataloader(module.Tokenizer.from_directory(), B, 32, "train", CPU)
+    rows = []
+    while len(rows) < count:
+        inputs, targets, epoch = next(loader)
+        assert inputs.dtype == targets.dtype == torch.int64
+        assert inputs.shape == targets.shape == (B, 32)
+        assert (inputs[:, 1:] == targets[:, :-1]).all()
+        whole = torch.cat([inputs, targets[:, -1:]], dim=1)
+        rows += [(row, epoch) for row in whole.tolist()]
+    return rows[:count]
+
+
+def packed(split: str, B: int) -> list[list[int]]:
+    """All rows of one pass over a split, as the evaluation packs them."""
+    prepared = module.manifest()
+    packer = module.Packer(module.set_dir(), prepared["tokens"], split, 33, repeat=False)
+    rows = []
+    batches = module.pack_batches(packer, B, 32, prepared["vocab_size"], pinned=False)
+    for (inputs, targets), _ in batches:
+        assert (inputs[:, 1:] == targets[:, :-1]).all()
+        rows += torch.cat([inputs, targets[:, -1:]], dim=1).tolist()
+    return rows
 
 
 @pytest.mark.parametrize("B", [1, 5, 64])
 def test_loader_from_parquet_to_rows(on_parquet, B):
     total = sum(len(document) for group in on_parquet["train"] for document in group)
-    wanted = list(itertools.islice(brute_force(on_parquet["train"], 33, True), 2 * total // 33))
-    got = load("train", B, len(wanted))
-    assert [row for row, _ in got] == [row for row, _ in wanted]
+    rule = brute_force(on_parquet["train"], 33, repeat=True)
+    wanted = list(itertools.islice(rule, 2 * total // 33))
+    found = load(B, len(wanted))
+    assert [row for row, _ in found] == [row for row, _ in wanted]
     if B == 1:
-        assert got == wanted and got[-1][1] >= 2
-    assert {epoch for _, epoch in got} == {epoch for _, epoch in wanted} and all(row[0] == got[0][0][0] for row, _ in got)
+        assert found == wanted and found[-1][1] >= 2
+    assert {epoch for _, epoch in found} == {epoch for _, epoch in wanted}
+    assert len({row[0] for row, _ in found}) == 1  # BOS
 
 
 @pytest.mark.parametrize("split", ["val", "test"])
 def test_held_out_splits_are_one_pass(on_parquet, split):
-    wanted = [row for row, _ in brute_force(on_parquet[split], 33, False)]
+    wanted = [row for row, _ in brute_force(on_parquet[split], 33, repeat=False)]
     assert module.manifest()["eval_rows"][split] == len(wanted)
     for B in (1, 7, 4096):
-        assert [row for row, _ in load(split, B)] == wanted
+        assert packed(split, B) == wanted
 
 
 def test_first_batch_comes_quickly(on_parquet):
@@ -190,28 +267,49 @@ def test_memory_does_not_grow_over_epochs(on_parquet):
     assert late - early < 1024  # kB; an epoch's documents are 100 kB of tokens and their index
 
 
-def test_exceptions_come_to_the_caller(on_parquet):
+def test_exceptions_come_to_the_caller():
     def batches():
-        yield torch.zeros((2, 1, 8), dtype=torch.int64), 1
+        yield 1
         raise module.Stop("the disk is gone")
 
-    loader = module.DataLoader(batches(), CPU, False)
-    next(loader)
-    for _ in range(2):
-        with pytest.raises(module.Stop, match="the disk is gone"):
-            next(loader)
+    ahead = module.prefetch(batches())
+    assert next(ahead) == 1
+    with pytest.raises(module.Stop, match="the disk is gone"):
+        next(ahead)
+
+
+def test_the_next_is_made_while_the_one_before_is_used():
+    made = []
+
+    def batches():
+        for number in range(3):
+            made.append(number)
+            yield number
+
+    def wait_until(count: int):
+        deadline = time.monotonic() + 10
+        while len(made) < count and time.monotonic() < deadline:
+            time.sleep(0.001)
+        assert len(made) == count
+
+    ahead = module.prefetch(batches())
+    wait_until(1)  # before anybody asks
+    assert next(ahead) == 0
+    wait_until(2)
+    assert list(ahead) == [1, 2]
 
 
 @pytest.mark.parametrize("damage", ["index", "short", "val tokens", "missing", "ids"])
 def test_damage_is_found(parquet_cache, tmp_path, monkeypatch, damage):
     shutil.copytree(parquet_cache[0], tmp_path / "cache")
     monkeypatch.setenv("AUTORESEARCH_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(module, "clock", module.Clock())
-    split, number = ("val", 3) if damage == "val tokens" else ("train", 0)
+    number = 3 if damage == "val tokens" else 0
     path = module.set_dir() / f"{number:05d}.bin"
     content = bytearray(path.read_bytes())
     if damage == "index":
-        path.with_suffix(".idx").write_bytes(path.with_suffix(".idx").read_bytes()[:-4] + b"\7\0\0\0")
+        path.with_suffix(".idx").write_bytes(
+            path.with_suffix(".idx").read_bytes()[:-4] + b"\7\0\0\0"
+        )
     elif damage == "short":
         path.write_bytes(content[:-2])
     elif damage == "missing":
@@ -220,23 +318,43 @@ def test_damage_is_found(parquet_cache, tmp_path, monkeypatch, damage):
         content[2:4] = b"\xff\xff"
         path.write_bytes(content)
     with pytest.raises(module.Stop, match="--force") as stop:
-        load(split, 8, 2000)
+        if damage == "val tokens":
+            packed("val", 8)
+        else:
+            load(8, 2000)
     assert "\n" not in str(stop.value)
 
 
-ENDS = {"returns": "", "fails with the loader in a traceback": "def f(held):\n    next(held)\n    raise RuntimeError('as it should')\nf(loaders[0])"}
+ALIVE = """
+import prepare, torch
+tokenizer = prepare.Tokenizer.from_directory()
+def loader(B):
+    return prepare.make_dataloader(tokenizer, B, 32, "train", torch.device("cpu"))
+loaders = [loader(4), loader(20_000)]
+next(loaders[0]), next(loaders[0])
+print("alive", flush=True)
+"""
+FAILS_WITH_THE_LOADER_IN_A_TRACEBACK = """
+def f(held):
+    next(held)
+    raise RuntimeError("as it should")
+f(loaders[0])
+"""
 
 
-def test_no_hang_at_the_end_of_the_process(parquet_cache):
-    """Two training loaders and a validation loader alive, one of them in the middle of a large batch."""
-    code = ("import sys, torch, prepare\ntok = prepare.Tokenizer.from_directory()\nloaders = [prepare.make_dataloader(tok, B, 32, split, torch.device('cpu')) "
-            "for B, split in ((4, 'train'), (20_000, 'train'), (4, 'val'))]\nnext(loaders[0]), next(loaders[2]), next(loaders[0])\n"
-            "print('alive', flush=True)\n")
-    env = {**os.environ, "AUTORESEARCH_CACHE": str(parquet_cache[0]), "PYTHONPATH": str(ROOT)}
-    started = [(name, subprocess.Popen([sys.executable, "-c", code + end], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
-               for name, end in ENDS.items()]
-    for name, process in started:
-        out, error = process.communicate(timeout=60)
-        assert out == "alive\n", error
-        assert process.returncode == (name != "returns")
-        assert ("as it should" in error) == (name != "returns")
+@pytest.mark.parametrize(
+    "end", ["", FAILS_WITH_THE_LOADER_IN_A_TRACEBACK], ids=["returns", "fails"]
+)
+def test_no_hang_at_the_end_of_the_process(parquet_cache, end):
+    """Two loaders alive, one of them in the middle of a large batch."""
+    own = {"AUTORESEARCH_CACHE": str(parquet_cache[0]), "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", ALIVE + end],
+        env={**os.environ, **own},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.stdout == "alive\n", done.stderr
+    assert done.returncode == (1 if end else 0)
+    assert ("as it should" in done.stderr) == bool(end)

@@ -1,15 +1,17 @@
 """The whole path on a miniature prepared set, as a user types it."""
+
 import re
 
 from conftest import run
+
+KEYS = """val_bpb training_seconds total_seconds peak_vram_mb mfu_percent total_tokens_M num_steps
+num_params_M depth device attention device_batch_size seed fingerprint loss_curve""".split()
 
 
 def test_from_nothing_to_a_score(miniature):
     done = run("train.py", cache=miniature, TORCH_COMPILE_DISABLE="1")
     assert done.returncode == 0, done.stderr
     log, summary = done.stdout.split("---\n")
-    keys = [line.split(": ")[0] for line in summary.splitlines()]
-    assert keys == ["val_bpb", "training_seconds", "total_seconds", "peak_vram_mb", "mfu_percent", "total_tokens_M", "num_steps",
-                    "num_params_M", "depth", "device", "attention", "device_batch_size", "seed", "fingerprint", "loss_curve"]
+    assert [line.split(": ")[0] for line in summary.splitlines()] == KEYS
     assert re.search(r"^val_bpb: \d\.\d{6}$", summary, re.M)
     assert len(log.splitlines()) < 40

@@ -1,4 +1,5 @@
 """Own text at its edges and bad input, through the command line as a user types it."""
+
 import contextlib
 import hashlib
 import json
@@ -35,7 +36,9 @@ def fails(done: subprocess.CompletedProcess, *words: str, code=1):
     """One line starting with FAIL: on stderr, the last; the exit code; nothing like a traceback."""
     lines = done.stderr.strip().splitlines()
     assert done.returncode == code, done.stdout + done.stderr
-    assert lines[-1].startswith("FAIL: ") and sum(line.startswith("FAIL") for line in lines) == 1, done.stderr
+    assert lines[-1].startswith("FAIL: ") and sum(line.startswith("FAIL") for line in lines) == 1, (
+        done.stderr
+    )
     assert "Traceback" not in done.stderr and "panicked" not in done.stderr
     for word in words:
         assert word in lines[-1], done.stderr
@@ -49,15 +52,24 @@ def documents_in(cache) -> dict[str, list[str]]:
     """The prepared documents' texts by split, decoded from the token cache."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("AUTORESEARCH_CACHE", str(cache))
-        tokenizer, bos = module.Tokenizer.from_directory(), module.Tokenizer.from_directory().get_bos_token_id()
+        tokenizer, bos = (
+            module.Tokenizer.from_directory(),
+            module.Tokenizer.from_directory().get_bos_token_id(),
+        )
         found = {"train": [], "val": [], "test": []}
         for entry in module.manifest()["tokens"]:
             path = module.set_dir() / entry["name"]
             tokens = np.fromfile(path.with_suffix(".bin"), dtype=np.uint16)
             index = np.fromfile(path.with_suffix(".idx"), dtype=np.int32).reshape(-1, 3)
-            assert (tokens[np.cumsum(index[:, 2]) - index[:, 2]] == bos).all() and (tokens == bos).sum() == len(index)
-            for document, (split, _, _) in zip(np.split(tokens, np.flatnonzero(tokens == bos)[1:]), index):
-                found[("train", "val", "test")[split]].append(tokenizer.decode(document[1:].tolist()))
+            assert (tokens[np.cumsum(index[:, 2]) - index[:, 2]] == bos).all() and (
+                tokens == bos
+            ).sum() == len(index)
+            for document, (split, _, _) in zip(
+                np.split(tokens, np.flatnonzero(tokens == bos)[1:]), index
+            ):
+                found[("train", "val", "test")[split]].append(
+                    tokenizer.decode(document[1:].tolist())
+                )
     return found
 
 
@@ -72,8 +84,16 @@ def texts(tmp_path_factory) -> Path:
 def test_same_again_another_and_by_force(texts, tmp_path):
     cache = tmp_path / "cache"
     first = prepare(texts, cache)
-    assert first.returncode == 0 and "prepared text" in first.stdout and "uv run train.py" in first.stdout
-    before = {path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in cache.rglob("*") if path.is_file() and path.name != "lock"}
+    assert (
+        first.returncode == 0
+        and "prepared text" in first.stdout
+        and "uv run train.py" in first.stdout
+    )
+    before = {
+        path: (path.stat().st_mtime_ns, path.stat().st_ino)
+        for path in cache.rglob("*")
+        if path.is_file() and path.name != "lock"
+    }
     again = prepare(texts, cache)
     assert again.returncode == 0 and "nothing to do" in again.stdout and not again.stderr
     fails(prepare(texts, cache, "--seq-len", 64), "AUTORESEARCH_CACHE", "--force")
@@ -97,8 +117,15 @@ def test_a_manifest_that_cannot_be_read(texts, tmp_path, miniature, damage):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "FORMAT", 99)
         record = {**module.parse_signed(raw), "format": 99}
-    (cache / "manifest.json").write_bytes({"format": module.signed(record), "cut": raw[:99], "edited": raw.replace(b'"seq_len": 64', b'"seq_len": 65'),
-                                           "not JSON": b"[]\n", "binary": bytes(range(256))}[damage])
+    (cache / "manifest.json").write_bytes(
+        {
+            "format": module.signed(record),
+            "cut": raw[:99],
+            "edited": raw.replace(b'"seq_len": 64', b'"seq_len": 65'),
+            "not JSON": b"[]\n",
+            "binary": bytes(range(256)),
+        }[damage]
+    )
     fails(prepare(texts, cache), "manifest.json", "--force")
     if damage == "format":
         fails(run("train.py", cache=cache), "manifest.json", "--force", "99")
@@ -130,7 +157,12 @@ def cut_parquet(path):
 
 def spoiled_parquet(path):
     draw = random.Random(0)
-    pq.write_table(pa.table({"text": ["".join(draw.choices("abcdefgh", k=500)) for _ in range(400)]}), path, use_dictionary=False, compression="zstd")
+    pq.write_table(
+        pa.table({"text": ["".join(draw.choices("abcdefgh", k=500)) for _ in range(400)]}),
+        path,
+        use_dictionary=False,
+        compression="zstd",
+    )
     raw = bytearray(path.read_bytes())
     raw[5000:9000] = bytes(4000)
     path.write_bytes(raw)
@@ -141,7 +173,10 @@ BROKEN = {
     "cut.parquet": (cut_parquet, "parquet"),
     "spoiled.parquet": (spoiled_parquet, "parquet"),
     "no.parquet": (lambda path: put(path, "PAR1 not really"), "parquet"),
-    "column.parquet": (lambda path: parquet(path, content=["a"], body=["b"]), "no column `text`, only: content, body"),
+    "column.parquet": (
+        lambda path: parquet(path, content=["a"], body=["b"]),
+        "no column `text`, only: content, body",
+    ),
     "bytes.parquet": (lambda path: parquet(path, text=[b"\xff\xfe\xfd"]), "parquet"),
     "lists.parquet": (lambda path: parquet(path, text=[["a"], ["b"]]), "parquet"),
     "line.jsonl": (lambda path: put(path, GOOD * 6 + b'{"text": "the d\n' + GOOD), "line 7"),
@@ -189,14 +224,30 @@ def test_no_text(tmp_path):
 
 def test_too_small_says_how_much_is_missing(tmp_path):
     put(tmp_path / "data" / "train.txt", words(random.Random(0), 3000))
-    put(tmp_path / "data" / "val.txt", "zq" * 5)  # ten letters that nothing else has, and BOS: 11 tokens
-    fails(prepare(tmp_path / "data", tmp_path / "cache"), "the val split has 11 tokens", "one row needs 33", "22 are missing")
+    put(
+        tmp_path / "data" / "val.txt", "zq" * 5
+    )  # ten letters that nothing else has, and BOS: 11 tokens
+    fails(
+        prepare(tmp_path / "data", tmp_path / "cache"),
+        "the val split has 11 tokens",
+        "one row needs 33",
+        "22 are missing",
+    )
     put(tmp_path / "data" / "val.txt", "zq" * 16)  # 32 and BOS: exactly one row
     assert prepare(tmp_path / "data", tmp_path / "cache").returncode == 0
     assert read_manifest(tmp_path / "cache")["eval_rows"]["val"] == 1
 
 
-@pytest.mark.parametrize("arguments", [("--seq-len", 8), ("--vocab-size", 259), ("--vocab-size", 1 << 17), ("--eval-tokens", 0), ("--num-shards", 0)])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--seq-len", 8),
+        ("--vocab-size", 259),
+        ("--vocab-size", 1 << 17),
+        ("--eval-tokens", 0),
+        ("--num-shards", 0),
+    ],
+)
 def test_settings_out_of_range(tmp_path, monkeypatch, arguments):
     monkeypatch.setenv("AUTORESEARCH_CACHE", str(tmp_path))
     with pytest.raises(module.Stop, match=arguments[0]):
@@ -209,7 +260,9 @@ def test_settings_out_of_range(tmp_path, monkeypatch, arguments):
 @contextlib.contextmanager
 def mounted(at: Path, options: str):
     at.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", at], capture_output=True).returncode:
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", options, "tmpfs", at], capture_output=True
+    ).returncode:
         pytest.skip("needs the right to mount")
     try:
         yield
@@ -233,8 +286,14 @@ def test_disk_full(texts, tmp_path):
 def test_no_file_may_grow(texts, tmp_path):
     """The same without the right to mount: writing fails when a file reaches 40 kB."""
     env = {**os.environ, "AUTORESEARCH_CACHE": str(tmp_path / "cache")}
-    done = subprocess.run([sys.executable, "prepare.py", "--data", texts, *map(str, SMALL)], cwd=ROOT, env=env, capture_output=True, text=True,
-                          preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000)))
+    done = subprocess.run(
+        [sys.executable, "prepare.py", "--data", texts, *map(str, SMALL)],
+        cwd=ROOT,
+        env=env,
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000)),
+    )
     fails(done, "File too large", "AUTORESEARCH_CACHE")
     assert prepare(texts, tmp_path / "cache").returncode == 0
 
@@ -252,11 +311,16 @@ def test_unwritable_cache(texts, tmp_path):
 
 @pytest.fixture(scope="module")
 def larger(tmp_path_factory) -> tuple[Path, dict]:
-    """A folder of twelve parquet files that takes a second or more, and the manifest of an undisturbed run."""
+    """A folder of twelve parquet files, a second or more of work, and its manifest undisturbed."""
     base, draw = tmp_path_factory.mktemp("larger"), random.Random(5)
-    vocabulary = ["".join(draw.choices("abcdefghijklmnop", k=draw.randrange(2, 12))) for _ in range(3000)]
+    vocabulary = [
+        "".join(draw.choices("abcdefghijklmnop", k=draw.randrange(2, 12))) for _ in range(3000)
+    ]
     for number in range(12):
-        parquet(base / "data" / f"{number:02d}.parquet", text=[" ".join(draw.choices(vocabulary, k=300)) for _ in range(250)])
+        parquet(
+            base / "data" / f"{number:02d}.parquet",
+            text=[" ".join(draw.choices(vocabulary, k=300)) for _ in range(250)],
+        )
     done = prepare(base / "data", base / "cache", small=LARGER)
     assert done.returncode == 0, done.stderr
     return base / "data", read_manifest(base / "cache")
@@ -267,9 +331,18 @@ LARGER = ("--seq-len", 128, "--vocab-size", 1000, "--eval-tokens", 4096)
 
 def start(data, cache) -> subprocess.Popen:
     env = {**os.environ, "AUTORESEARCH_CACHE": str(cache)}
-    process = subprocess.Popen([sys.executable, "prepare.py", "--data", data, *map(str, LARGER)], cwd=ROOT, env=env,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    wait_for(process, lambda: (cache / "lock").exists() and (cache / "lock").read_text() == str(process.pid))
+    process = subprocess.Popen(
+        [sys.executable, "prepare.py", "--data", data, *map(str, LARGER)],
+        cwd=ROOT,
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    wait_for(
+        process,
+        lambda: (cache / "lock").exists() and (cache / "lock").read_text() == str(process.pid),
+    )
     return process
 
 
@@ -285,8 +358,16 @@ def test_killed_in_the_middle(larger, tmp_path):
     wait_for(process, lambda: len(list(cache.glob("*/*.idx"))) >= 3)
     process.kill()
     process.wait()
-    kept = {path: path.stat().st_mtime_ns for path in [*cache.glob("*/*.idx"), *cache.glob("*/tokenizer.tiktoken")]}
-    kept.update({path.with_suffix(".bin"): path.with_suffix(".bin").stat().st_mtime_ns for path in cache.glob("*/*.idx")})
+    kept = {
+        path: path.stat().st_mtime_ns
+        for path in [*cache.glob("*/*.idx"), *cache.glob("*/tokenizer.tiktoken")]
+    }
+    kept.update(
+        {
+            path.with_suffix(".bin"): path.with_suffix(".bin").stat().st_mtime_ns
+            for path in cache.glob("*/*.idx")
+        }
+    )
     assert 4 <= len(kept) < 25 and not (cache / "manifest.json").exists()
     fails(run("train.py", cache=cache), "uv run prepare.py")
     done = prepare(data, cache, small=LARGER)
@@ -306,7 +387,12 @@ def test_ctrl_c_at_random_moments(larger, tmp_path):
         if process.returncode == 0:  # it was faster
             shutil.rmtree(cache)
             continue
-        fails(subprocess.CompletedProcess([], process.returncode, out, error), "interrupted", "again", code=130)
+        fails(
+            subprocess.CompletedProcess([], process.returncode, out, error),
+            "interrupted",
+            "again",
+            code=130,
+        )
         interrupted += 1
     assert interrupted >= 4
     done = prepare(data, cache, small=LARGER)
@@ -339,7 +425,10 @@ def test_every_document_on_its_side(tmp_path):
     for i, piece in enumerate(pieces):
         put(data / f"{i % 10}" / f"{i % 7}" / "deep" / f"{i}.{'md' if i % 3 else 'txt'}", piece)
     twice = draw.sample(pieces, 600)
-    put(data / "copies.jsonl", "".join(json.dumps({"text": text}) + "\n" for text in ["", *twice[:300]]))
+    put(
+        data / "copies.jsonl",
+        "".join(json.dumps({"text": text}) + "\n" for text in ["", *twice[:300]]),
+    )
     parquet(data / "copies.parquet", text=["", None, *twice[200:]])
     put(data / "empty.txt", "")
     put(data / "picture.jpeg", b"\xff\xd8")
@@ -352,7 +441,9 @@ def test_every_document_on_its_side(tmp_path):
     expected = {"train": [], "val": [], "test": []}
     for piece in [*pieces, *twice[:300], *twice[200:], "an odd name"]:
         expected[share_of(piece.encode())].append(piece)
-    assert {split: sorted(found) for split, found in documents_in(tmp_path / "cache").items()} == {s: sorted(of) for s, of in expected.items()}
+    assert {split: sorted(found) for split, found in documents_in(tmp_path / "cache").items()} == {
+        s: sorted(of) for s, of in expected.items()
+    }
 
 
 @pytest.mark.parametrize("named", [("val",), ("test",), ("val", "test")])
@@ -360,24 +451,39 @@ def test_named_files_and_duplicates(tmp_path, named):
     draw = random.Random(8)
     texts = [f"{i} {words(draw, 9)}" for i in range(900)]
     for number, split in enumerate(named):  # both hold documents of the rest, and of each other
-        put(tmp_path / "data" / "sub" / f"{split}-a.jsonl", "".join(json.dumps({"text": t}) + "\n" for t in texts[100 * number : 100 * number + 150]))
+        put(
+            tmp_path / "data" / "sub" / f"{split}-a.jsonl",
+            "".join(
+                json.dumps({"text": t}) + "\n" for t in texts[100 * number : 100 * number + 150]
+            ),
+        )
     put(tmp_path / "data" / "rest.jsonl", "".join(json.dumps({"text": t}) + "\n" for t in texts))
     assert prepare(tmp_path / "data", tmp_path / "cache").returncode == 0
     found = {split: set(texts) for split, texts in documents_in(tmp_path / "cache").items()}
-    assert set().union(*found.values()) == set(texts) and sum(map(len, found.values())) == len(texts)
-    held = {split: set(texts[100 * number : 100 * number + 150]) for number, split in enumerate(named)}
+    assert set().union(*found.values()) == set(texts) and sum(map(len, found.values())) == len(
+        texts
+    )
+    held = {
+        split: set(texts[100 * number : 100 * number + 150]) for number, split in enumerate(named)
+    }
     for split in held:
         assert found[split] <= held[split] and len(found[split]) >= 100
     if len(named) == 1:
         other = {"val": "test", "test": "val"}[named[0]]
-        assert found[named[0]] == held[named[0]] and found[other] == {t for t in texts if share_of(t.encode()) == other} - held[named[0]]
+        drawn = {text for text in texts if share_of(text.encode()) == other}
+        assert found[named[0]] == held[named[0]] and found[other] == drawn - held[named[0]]
 
 
 def test_long_documents(tmp_path):
-    """A million characters: without a line end, of blanks only, as one document of a parquet file, and a file cut at blank lines."""
+    """A million characters: without a line end, of blanks only, or cut at blank lines."""
     draw, data = random.Random(9), tmp_path / "data"
     story = "".join(f"{words(draw, 20)}.\n" + "\n" * (i % 3 == 0) for i in range(8000))
-    long = {"line.txt": words(draw, 230_000)[:1_000_000], "story.md": story, "val.txt": words(draw, 2000), "test.txt": words(draw, 999)}
+    long = {
+        "line.txt": words(draw, 230_000)[:1_000_000],
+        "story.md": story,
+        "val.txt": words(draw, 2000),
+        "test.txt": words(draw, 999),
+    }
     for name, text in long.items():
         put(data / name, text)
     parquet(data / "one.parquet", text=["x" * 1_000_000, " " * 1_000_000 + "\n"])
