@@ -1,210 +1,379 @@
 """
-What this machine does, as plain figures with their spread. Nothing here is a test, nothing is timed against a limit.
+What this machine does, as plain figures with their spread. Nothing here is a test, nothing is
+timed against a limit.
 
     uv run bench/bench.py                 the table, on the prepared set
-    uv run bench/bench.py --experiment    where the seconds of one experiment go, compiler cache cold and warm (a few minutes)
-    uv run bench/bench.py --edits         what ten typical edits of train.py cost before the first step (ten minutes)
-    uv run bench/bench.py --scale DIR     preparing 10 shards of 250 million characters made from DIR/*.parquet: time and memory
+    uv run bench/bench.py --experiment    where the seconds of one experiment go, compiler cache
+                                          cold and warm (a few minutes)
+    uv run bench/bench.py --edits         what ten typical edits of train.py cost before the first
+                                          step (ten minutes)
+    uv run bench/bench.py --scale DIR     preparing 10 shards of 250 million characters made from
+                                          DIR/*.parquet: time and memory
     ... --json                            the same for programs
 
-Two ways of doing one thing are always measured in the same run, in turn, and compared as a ratio: machines are noisy.
+Two ways of doing one thing are always measured in the same run, in turn, and compared as a ratio:
+machines are noisy.
 """
+
+# ruff: noqa: E402  (the repository goes on the path first)
 from __future__ import annotations
 
-import argparse, json, math, os, re, shutil, statistics, subprocess, sys, tempfile, time
+import argparse
+import json
+import os
+import re
+import resource
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
-import torch.nn.functional as F
 
-import prepare, train
+import prepare
+import train
+
 
 def times(functions: dict, rounds: int, device: torch.device) -> dict[str, list[float]]:
     """Seconds of each function, called in turn, `rounds` times after two unmeasured ones."""
+
+    def wait():
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
     seconds = {name: [] for name in functions}
     for turn in range(rounds + 2):
         for name, function in functions.items():
-            torch.cuda.synchronize() if device.type == "cuda" else None
+            wait()
             began = time.perf_counter()
             function()
-            torch.cuda.synchronize() if device.type == "cuda" else None
+            wait()
             if turn >= 2:
                 seconds[name].append(time.perf_counter() - began)
     return seconds
+
 
 class Table:
     def __init__(self):
         self.rows = []
 
-    def add(self, what: str, amount: float, seconds: list[float], unit: str, note: str = ""):
+    def add(
+        self, what: str, amount: float, seconds: list[float], unit: str, note: str = ""
+    ) -> float:
         """`amount` of work done in each of `seconds`: the median rate, and the range of the rates."""
         rates = sorted(amount / s for s in seconds)
-        self.rows.append(dict(what=what, value=statistics.median(rates), low=rates[0], high=rates[-1], unit=unit, note=note))
-        row = self.rows[-1]
-        print(f"{what:44} {row['value']:12,.2f} {unit:10} {row['low']:12,.2f} to {row['high']:<12,.2f} {note}", file=sys.stderr, flush=True)
-        return row["value"]
+        value, low, high = statistics.median(rates), rates[0], rates[-1]
+        self.rows.append(dict(what=what, value=value, low=low, high=high, unit=unit, note=note))
+        line = f"{what:44} {value:12,.2f} {unit:10} {low:12,.2f} to {high:<12,.2f} {note}"
+        print(line, file=sys.stderr, flush=True)
+        return value
+
+    def add_figure(self, what: str, value: float, unit: str, note: str = "") -> float:
+        """One figure, without a spread."""
+        return self.add(what, value, [1], unit, note)
+
 
 def ceiling(table: Table, device: torch.device, dtype: torch.dtype) -> float:
     """TFLOP/s of large matrix products: what a training step is measured against."""
     size = 8192 if device.type == "cuda" else 2048
-    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    a = torch.randn(size, size, device=device).to(dtype)
+    b = torch.randn(size, size, device=device).to(dtype)
     best = min(times({"mm": lambda: a @ b}, 20, device)["mm"])
-    return table.add(f"matrix product {size}^3, {str(dtype)[6:]}", 2 * size**3 / 1e12, [best], "TFLOP/s", "the best of 20")
+    what = f"matrix product {size}^3, {train.short(dtype)}"
+    return table.add(what, 2 * size**3 / 1e12, [best], "TFLOP/s", "the best of 20")
+
 
 def encoding(table: Table, tokenizer: prepare.Tokenizer):
-    texts = [text for source in prepare.demo_sources()[:1] for _, _, text in prepare.documents(source, 6144)]
-    megabytes, cores, encoding = sum(len(text.encode()) for text in texts) / 1e6, os.cpu_count(), tokenizer.encoding
-    ours = lambda some: [encoding.encode_to_numpy(text, disallowed_special=()).astype(np.uint16) for text in some]
+    texts = []
+    for source in prepare.demo_sources()[:1]:
+        texts += [text for _, _, text in prepare.documents(source, 6144)]
+    megabytes = sum(len(text.encode()) for text in texts) / 1e6
+    cores = os.cpu_count()
+    shares = [texts[i::cores] for i in range(cores)]
+    bpe = tokenizer.encoding
+
+    def encode(texts):
+        for text in texts:
+            bpe.encode_to_numpy(text, disallowed_special=()).astype(np.uint16)
+
     with ThreadPoolExecutor(cores) as pool:
-        seconds = times({"one": lambda: ours(texts), "all": lambda: list(pool.map(ours, [texts[i::cores] for i in range(cores)])),
-                         "batch": lambda: encoding.encode_ordinary_batch(texts, num_threads=cores)}, 5, torch.device("cpu"))
+        functions = {
+            "one": lambda: encode(texts),
+            "threads": lambda: list(pool.map(encode, shares)),
+            "batch": lambda: bpe.encode_ordinary_batch(texts, num_threads=cores),
+        }
+        seconds = times(functions, 5, torch.device("cpu"))
     table.add("encode, one core", megabytes, seconds["one"], "MB/s")
-    mine = table.add(f"encode, {cores} threads as prepare.py does", megabytes, seconds["all"], "MB/s")
+    what = f"encode, {cores} threads as prepare.py does"
+    threads = table.add(what, megabytes, seconds["threads"], "MB/s")
     batch = table.add("encode, tiktoken's own batch call", megabytes, seconds["batch"], "MB/s")
-    table.add("  ratio", mine / batch, [1], "x")
+    table.add_figure("  ratio", threads / batch, "x")
+
 
 def loading(table: Table, tokenizer: prepare.Tokenizer):
     B, T, count = 128, 2048, 40
-    def packer():
-        return prepare.Packer(prepare.set_dir(), prepare.manifest()["tokens"], "train", T + 1, repeat=True)
-    plain = prepare.pack_batches(packer(), B, T, tokenizer.get_vocab_size(), pinned=False)
-    loader = lambda: prepare.DataLoader(prepare.pack_batches(packer(), B, T, tokenizer.get_vocab_size(), pinned=False), torch.device("cpu"), False)
-    ahead = loader()
-    take = lambda source: [next(source) for _ in range(count)] and None
-    seconds = times({"plain": lambda: take(plain), "ahead": lambda: take(ahead)}, 5, torch.device("cpu"))
-    table.add(f"loader, B {B}, T {T}, no prefetch", B * T * count / 1e6, seconds["plain"], "Mtokens/s")
-    table.add(f"loader, B {B}, T {T}, prefetch", B * T * count / 1e6, seconds["ahead"], "Mtokens/s")
+    cpu = torch.device("cpu")
+
+    def batches():
+        entries = prepare.manifest()["tokens"]
+        packer = prepare.Packer(prepare.set_dir(), entries, "train", T + 1, repeat=True)
+        return prepare.pack_batches(packer, B, T, tokenizer.get_vocab_size(), pinned=False)
+
+    def take(source):
+        for _ in range(count):
+            next(source)
+
+    plain = batches()
+    ahead = prepare.prefetch(batches())
+    functions = {"plain": lambda: take(plain), "ahead": lambda: take(ahead)}
+    seconds = times(functions, 5, cpu)
+    tokens = B * T * count / 1e6
+    table.add(f"loader, B {B}, T {T}, no prefetch", tokens, seconds["plain"], "Mtokens/s")
+    table.add(f"loader, B {B}, T {T}, prefetch", tokens, seconds["ahead"], "Mtokens/s")
     began = time.perf_counter()
-    next(loader())
-    table.add("first batch after the call", time.perf_counter() - began, [1], "s")
+    next(prepare.prefetch(batches()))
+    table.add_figure("first batch after the call", time.perf_counter() - began, "s")
+
 
 def build(device: torch.device, dtype: torch.dtype, vocab_size: int, seq_len: int, **changes):
-    hp = train.hyperparameters(train.pick_size(device, "demo" if device.type == "cpu" else ""), **changes)
-    model = train.GPT(hp, vocab_size, seq_len, dtype).initialize().to(device)
-    _, model.attend = train.choose_attention(device, dtype, seq_len, {block.attention.window for block in model.blocks})
-    return hp, model, train.Optimizer(train.parameter_groups(model)), torch.compile(model, dynamic=False)
+    """(hyperparameters, model, optimizer, compiled model) as train.py makes them."""
+    corpus = "demo" if device.type == "cpu" else ""
+    hp = train.hyperparameters(train.pick_size(device, corpus), **changes)
+    model, _ = train.build_model(hp, vocab_size, seq_len, device, dtype)
+    optimizer = train.Optimizer(train.parameter_groups(model))
+    return hp, model, optimizer, torch.compile(model, dynamic=False)
 
-def training_step(table: Table, what: str, device, dtype, peak: float, vocab_size: int, seq_len: int, **changes):
+
+def training_step(
+    table: Table, what: str, device, dtype, peak: float, vocab_size: int, seq_len: int, **changes
+):
     hp, model, optimizer, compiled = build(device, dtype, vocab_size, seq_len, **changes)
-    batch = min(hp.DEVICE_BATCH_SIZE, hp.TOKENS_PER_STEP // seq_len)
-    inputs, targets = (torch.randint(vocab_size, (batch, seq_len), device=device) for _ in range(2))
+    rows = hp.TOKENS_PER_STEP // seq_len
+    batch = min(hp.DEVICE_BATCH_SIZE, rows)
+    inputs = torch.randint(vocab_size, (batch, seq_len), device=device)
+    targets = torch.randint(vocab_size, (batch, seq_len), device=device)
+
     def step():
-        for _ in range(hp.TOKENS_PER_STEP // seq_len // batch):
+        for _ in range(rows // batch):
             compiled(inputs, targets).backward()
         optimizer.step(1e-4, 0.9, 1.0)
-    rate = table.add(f"training step, {what}", hp.TOKENS_PER_STEP / 1e3, times({"step": step}, 15, device)["step"], "ktokens/s")
-    table.add("  share of the matrix-product ceiling", 100 * rate * 1e3 * model.counts()[1] / peak / 1e12, [1], "%")
-    return compiled
 
-def evaluating(table: Table, tokenizer, device, dtype):
+    seconds = times({"step": step}, 15, device)["step"]
+    rate = table.add(f"training step, {what}", hp.TOKENS_PER_STEP / 1e3, seconds, "ktokens/s")
+    _, flops_per_token = model.counts()
+    share = rate * 1e3 * flops_per_token / (peak * 1e12)
+    table.add_figure("  share of the matrix-product ceiling", 100 * share, "%")
+
+
+def evaluating(table: Table, tokenizer: prepare.Tokenizer, device, dtype):
     T = prepare.manifest()["seq_len"]
-    hp, model, _, compiled = build(device, dtype, tokenizer.get_vocab_size(), T)
-    batch = max(1, hp.EVAL_TOKENS_AT_A_TIME // T)
-    tokens = prepare.manifest()["eval_rows"]["val"] * T
-    batches = [torch.randint(tokenizer.get_vocab_size(), (batch, T), device=device) for _ in range(tokens // T // batch)]
+    rows = prepare.manifest()["eval_rows"]["val"]
+    vocab_size = tokenizer.get_vocab_size()
+    hp, _, _, compiled = build(device, dtype, vocab_size, T)
+    batch = max(1, hp.EVAL_BATCH_TOKENS // T)
+    batches = []
+    for _ in range(rows // batch):
+        batches.append(torch.randint(vocab_size, (batch, T), device=device))
     compiled.eval()
+
     @torch.no_grad()
     def forward():
         for inputs in batches:
             compiled(inputs)
-    seconds = times({"forward": forward, "score": lambda: prepare.evaluate_bpb(compiled, tokenizer, batch)}, 3, device)
-    table.add("forward pass alone", tokens / 1e3, seconds["forward"], "ktokens/s")
-    table.add("evaluation, leak check included", tokens / 1e3, seconds["score"], "ktokens/s")
-    table.add("  seconds an evaluation / a forward pass", min(seconds["score"]) / min(seconds["forward"]), [1], "x")
+
+    scored_rows = prepare._scored_rows("val")
+
+    def score():
+        examined = prepare.Examined(compiled, vocab_size)
+        prepare.bits_per_byte(examined, scored_rows, tokenizer.token_bytes, batch)
+
+    seconds = times({"forward": forward, "score": score}, 3, device)
+    tokens = rows * T / 1e3
+    table.add("forward pass alone", tokens, seconds["forward"], "ktokens/s")
+    table.add("evaluation, leak check included", tokens, seconds["score"], "ktokens/s")
+    ratio = min(seconds["score"]) / min(seconds["forward"])
+    table.add_figure("  seconds an evaluation / a forward pass", ratio, "x")
+
 
 def short_run(folder: str, cwd: Path = ROOT) -> dict[str, float]:
-    """train.py of `cwd` from the shell, on a demo with a budget of 5 s in `folder`: its seconds that are not training, by part."""
-    env = {**os.environ, "AUTORESEARCH_CACHE": f"{folder}/cache", "TORCHINDUCTOR_CACHE_DIR": f"{folder}/compiled"}
+    """The seconds of one run of train.py that are not training, by part.
+
+    The train.py of `cwd`, from the shell, on a demo with a budget of 5 s in `folder`.
+    """
+    env = {
+        **os.environ,
+        "AUTORESEARCH_CACHE": f"{folder}/cache",
+        "TORCHINDUCTOR_CACHE_DIR": f"{folder}/compiled",
+    }
     if not Path(folder, "cache").exists():
-        subprocess.run([sys.executable, "prepare.py", "--demo", "--time-budget", "5"], cwd=ROOT, env=env, check=True, capture_output=True)
+        command = [sys.executable, "prepare.py", "--demo", "--time-budget", "5"]
+        subprocess.run(command, cwd=ROOT, env=env, check=True, capture_output=True)
     began = time.perf_counter()
-    log = subprocess.run([sys.executable, "train.py"], cwd=cwd, env=env, check=True, capture_output=True, text=True).stdout
+    command = [sys.executable, "train.py"]
+    done = subprocess.run(command, cwd=cwd, env=env, check=True, capture_output=True, text=True)
     wall = time.perf_counter() - began
-    found = dict(re.findall(r"^(\w+_seconds): ([\d.]+)$", log, re.M))
-    parts = {name: float(value) for name, value in re.findall(r"(\w[\w -]*) ([\d.]+) s", re.search(r"^start-up.*$", log, re.M)[0])}
+
+    log = done.stdout
+    summary = dict(re.findall(r"^(\w+_seconds): ([\d.]+)$", log, re.M))
+    start_up = re.search(r"^start-up.*$", log, re.M)[0]
+    parts = {}
+    for name, value in re.findall(r"(\w[\w -]*) ([\d.]+) s", start_up):
+        parts[name] = float(value)
     parts["evaluation"] = float(re.search(r"^scored in ([\d.]+) s", log, re.M)[1])
-    parts["interpreter and exit"] = wall - float(found["total_seconds"])
-    parts["everything that is not training"] = wall - float(found["training_seconds"])
+    parts["interpreter and exit"] = wall - float(summary["total_seconds"])
+    parts["everything that is not training"] = wall - float(summary["training_seconds"])
     return parts
+
 
 def experiment(table: Table):
     """One short run of the demo from the shell: an empty compiler cache, then a warm one twice."""
     with tempfile.TemporaryDirectory() as folder:
         for cache in ("cold", "warm", "warm again"):
             for name, value in short_run(folder).items():
-                table.add(f"{cache}: {name}", value, [1], "s")
+                table.add_figure(f"{cache}: {name}", value, "s")
     if shutil.which("uv"):
-        seconds = times({"uv": lambda: subprocess.run(["uv", "run", "--project", ROOT, "python", "-c", ""], check=True),
-                         "python": lambda: subprocess.run([sys.executable, "-c", ""], check=True)}, 5, torch.device("cpu"))
-        table.add("`uv run` itself", statistics.median(seconds["uv"]) - statistics.median(seconds["python"]), [1], "s")
+        uv = ["uv", "run", "--project", ROOT, "python", "-c", ""]
+        python = [sys.executable, "-c", ""]
+        functions = {
+            "uv": lambda: subprocess.run(uv, check=True),
+            "python": lambda: subprocess.run(python, check=True),
+        }
+        seconds = times(functions, 5, torch.device("cpu"))
+        added = statistics.median(seconds["uv"]) - statistics.median(seconds["python"])
+        table.add_figure("`uv run` itself", added, "s")
 
-EDITS = {  # what an agent tries first, each from the file as it is: pattern in train.py, replacement
-    "another rate": (r"(MUON_RATE +=) [^#\n]*", r"\1 0.05,  "), "another warm-down": (r"(WARM_DOWN +=) [^#\n]*", r"\1 0.5,"),
-    "another decay": (r"(MUON_DECAY +=) [^#\n]*", r"\1 0.1,  "), "one layer more": (r"(DEPTH +=) [^#\n]*", r"\1 6,  "),
-    "wider": (r"(WIDTH +=) [^#\n]*", r"\1 256,  "), "smaller heads": (r"(HEAD_DIM +=) [^#\n]*", r"\1 32,  "),
-    "other windows": (r"(WINDOW_PATTERN +=) [^#\n]*", r'\1 "SL",  '), "half the batch": (r"(TOKENS_PER_STEP +=) [^#\n]*", r"\1 2**12,"),
-    "other softcap": (r"(SOFTCAP +=) [^#\n]*", r"\1 30,  "), "another activation": (r"F\.relu\(self\.up\(x\)\)\.square\(\)", r"F.silu(self.up(x))"),
+
+def row(name: str, value: str) -> tuple[str, str]:
+    """An edit of one row of the table of hyperparameters: a pattern in train.py, its replacement."""
+    return rf"^(    {name} +=) [^#\n]*", rf"\1 {value},  "
+
+
+EDITS = {  # what an agent tries first, each from the file as it is
+    "another rate": row("MUON_LR", "0.05"),
+    "another warm-down": row("WARMDOWN", "0.5"),
+    "another decay": row("MUON_WEIGHT_DECAY", "0.1"),
+    "one layer more": row("N_LAYER", "6"),
+    "wider": row("N_EMBD", "256"),
+    "smaller heads": row("HEAD_DIM", "32"),
+    "other windows": row("WINDOW_PATTERN", '"SL"'),
+    "half the batch": row("TOKENS_PER_STEP", "2**12"),
+    "other softcap": row("SOFTCAP", "30"),
+    "another activation": (r"F\.relu\(self\.up\(x\)\)\.square\(\)", r"F.silu(self.up(x))"),
 }
 
+
 def edits(table: Table):
-    """The seconds that are not training after each edit, the compiler's cache filled by the file as it is."""
+    """The seconds that are not training after each edit, the compiler's cache filled by the file
+    as it is."""
+    original = (ROOT / "train.py").read_text()
+    nothing = ("", "")
     with tempfile.TemporaryDirectory() as folder:
-        original, work = (ROOT / "train.py").read_text(), Path(folder, "work")
+        work = Path(folder, "work")
         work.mkdir()
         shutil.copy(ROOT / "prepare.py", work)
-        seconds = []
-        for name, (pattern, replacement) in {"cold": ("", ""), "no edit": ("", ""), **EDITS}.items():
-            edited, count = re.subn(pattern, replacement, original, count=1)
+        of_the_edits = []
+        for name, (pattern, replacement) in {"cold": nothing, "no edit": nothing, **EDITS}.items():
+            edited, count = re.subn(pattern, replacement, original, count=1, flags=re.M)
             assert count == 1, f"{name}: train.py has nothing like {pattern}"
             (work / "train.py").write_text(edited)
             parts = short_run(folder, work)
-            table.add(f"compiling and warm-up: {name}", parts["compiling and warm-up"], [1], "s", f"all but training {parts['everything that is not training']:.1f} s")
-            seconds += [parts["compiling and warm-up"]] * (name in EDITS)
-        table.add("  median of the ten edits", statistics.median(seconds), [1], "s")
+            seconds = parts["compiling and warm-up"]
+            note = f"all but training {parts['everything that is not training']:.1f} s"
+            table.add_figure(f"compiling and warm-up: {name}", seconds, "s", note)
+            if name in EDITS:
+                of_the_edits.append(seconds)
+        table.add_figure("  median of the ten edits", statistics.median(of_the_edits), "s")
+
+
+def write_shard(path: Path, texts: list[str], characters: float):
+    """A parquet file of at least so many characters: the texts again and again, each time cut
+    differently."""
+    with pq.ParquetWriter(path, pa.schema([("text", pa.string())])) as writer:
+        written = 0
+        turn = 0
+        while written < characters:
+            cut = [text[turn % 7 :] for text in texts]
+            for i in range(0, len(cut), 1024):
+                if written < characters:
+                    writer.write_table(pa.table({"text": cut[i : i + 1024]}))
+                    written += sum(map(len, cut[i : i + 1024]))
+            turn += 1
+
 
 def scale(table: Table, directory: Path):
-    """Ten shards of 250 million characters, then prepare.py on them in a process whose peak memory is read."""
-    import pyarrow.parquet as pq, pyarrow as pa, resource
+    """Ten shards of 250 million characters, then prepare.py on them in a process whose peak memory
+    is read."""
+    texts = []
+    for path in sorted(directory.glob("*.parquet")):
+        if not path.name.startswith(("val", "test")):
+            texts += pq.read_table(path, columns=["text"]).column(0).to_pylist()
     with tempfile.TemporaryDirectory(dir=os.environ.get("BENCH_TMP")) as folder:
-        (data := Path(folder) / "data").mkdir()
-        texts = [text for path in sorted(directory.glob("*.parquet")) if not path.name.startswith(("val", "test"))
-                 for text in pq.read_table(path, columns=["text"]).column(0).to_pylist()]
-        total = sum(map(len, texts))
-        for number in range(10):  # rotated, so that no two shards are alike
-            with pq.ParquetWriter(data / f"shard_{number:05d}.parquet", pa.schema([("text", pa.string())])) as writer:
-                written = 0
-                for turn in range(math.ceil(250e6 / total)):
-                    some = [text[(number + turn) % 7:] for text in texts]
-                    for i in range(0, len(some), 1024):
-                        if written < 250e6:
-                            writer.write_table(pa.table({"text": some[i : i + 1024]}))
-                            written += sum(map(len, some[i : i + 1024]))
+        data = Path(folder) / "data"
+        data.mkdir()
+        for number in range(10):
+            rotated = [text[number % 7 :] for text in texts]  # no two shards are alike
+            write_shard(data / f"shard_{number:05d}.parquet", rotated, 250e6)
         for name in ("val", "test"):
             shutil.copy(directory / f"{name}.parquet", data)
         env = {**os.environ, "AUTORESEARCH_CACHE": f"{folder}/cache"}
         began = time.perf_counter()
-        subprocess.run([sys.executable, "prepare.py", "--data", str(data)], cwd=ROOT, env=env, check=True)
-        table.add("prepare 10 shards of 250 M characters", time.perf_counter() - began, [1], "s")
-        table.add("  peak memory", resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20, [1], "GiB")
+        command = [sys.executable, "prepare.py", "--data", str(data)]
+        subprocess.run(command, cwd=ROOT, env=env, check=True)
+        seconds = time.perf_counter() - began
+        table.add_figure("prepare 10 shards of 250 M characters", seconds, "s")
+        peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
+        table.add_figure("  peak memory", peak, "GiB")
+
+
+def whole_table(table: Table, device: torch.device, dtype: torch.dtype):
+    tokenizer = prepare.Tokenizer.from_directory()
+    manifest = prepare.manifest()
+    vocab_size, seq_len = manifest["vocab_size"], manifest["seq_len"]
+    peak = ceiling(table, device, dtype)
+    encoding(table, tokenizer)
+    loading(table, tokenizer)
+    training_step(table, "defaults", device, dtype, peak, vocab_size, seq_len)
+    if device.type == "cuda":
+        what = "reference start's shape"
+        shape = dict(N_LAYER=8, N_EMBD=512, WINDOW_PATTERN="SSSL", SHORT_WINDOW=0.5)
+        training_step(table, what, device, dtype, peak, 8192, 2048, **shape, TOKENS_PER_STEP=2**19)
+    else:
+        what = "4 x 256, T 512, vocabulary 8192"
+        shape = dict(N_LAYER=4, N_EMBD=256, HEAD_DIM=128)
+        batch = dict(TOKENS_PER_STEP=8192, DEVICE_BATCH_SIZE=16)
+        training_step(table, what, device, dtype, peak, 8192, 512, **shape, **batch)
+    evaluating(table, tokenizer, device, dtype)
+
 
 def main():
     parser = argparse.ArgumentParser(description="Measures this machine.")
-    parser.add_argument("--experiment", action="store_true", help="where the seconds of one experiment go")
-    parser.add_argument("--edits", action="store_true", help="what ten typical edits cost before the first step")
-    parser.add_argument("--scale", type=Path, metavar="DIR", help="prepare 2.5 billion characters made from DIR/*.parquet")
-    parser.add_argument("--json", action="store_true", help="the rows as JSON on stdout")
+    add = parser.add_argument
+    add("--experiment", action="store_true", help="where the seconds of one experiment go")
+    add("--edits", action="store_true", help="what ten typical edits cost before the first step")
+    add("--scale", type=Path, metavar="DIR", help="prepare 2.5 billion characters of DIR/*.parquet")
+    add("--json", action="store_true", help="the rows as JSON on stdout")
     args = parser.parse_args()
-    device, table = prepare.training_device(), Table()
     prepare._append_to_ledger = lambda record: None  # what is measured here is no run
+    device = prepare.training_device()
     if device.type == "cpu":
         train.use_one_heap()
     dtype = train.compute_dtype(device)
-    print(f"{prepare.device_name(device)}, {os.cpu_count()} cores, torch {torch.__version__}, {dtype}\n"
-          f"{'':44} {'median':>12} {'':10} {'range':>12}", file=sys.stderr)
+    name = prepare.device_name(device)
+    print(
+        f"{name}, {os.cpu_count()} cores, torch {torch.__version__}, {dtype}\n"
+        f"{'':44} {'median':>12} {'':10} {'range':>12}",
+        file=sys.stderr,
+    )
+    table = Table()
     if args.experiment:
         experiment(table)
     elif args.edits:
@@ -212,24 +381,14 @@ def main():
     elif args.scale:
         scale(table, args.scale)
     else:
-        tokenizer = prepare.Tokenizer.from_directory()
-        manifest = prepare.manifest()
-        peak = ceiling(table, device, dtype)
-        encoding(table, tokenizer)
-        loading(table, tokenizer)
-        training_step(table, "defaults", device, dtype, peak, manifest["vocab_size"], manifest["seq_len"])
-        if device.type == "cuda":
-            training_step(table, "reference start's shape", device, dtype, peak, 8192, 2048, DEPTH=8, WIDTH=512, WINDOW_PATTERN="SSSL",
-                          SHORT_WINDOW=0.5, TOKENS_PER_STEP=2**19)
-        else:
-            training_step(table, "4 x 256, T 512, vocabulary 8192", device, dtype, peak, 8192, 512, DEPTH=4, WIDTH=256, HEAD_DIM=128,
-                          TOKENS_PER_STEP=8192, DEVICE_BATCH_SIZE=16)
-        evaluating(table, tokenizer, device, dtype)
+        whole_table(table, device, dtype)
     if args.json:
-        print(json.dumps(dict(device=prepare.device_name(device), torch=torch.__version__, date=time.strftime("%Y-%m-%d"), rows=table.rows)))
+        date = time.strftime("%Y-%m-%d")
+        print(json.dumps(dict(device=name, torch=torch.__version__, date=date, rows=table.rows)))
     sys.stderr.flush()
     sys.stdout.flush()
     os._exit(0)
+
 
 if __name__ == "__main__":
     main()

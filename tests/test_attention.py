@@ -1,15 +1,20 @@
-"""Attention: every backend that runs here against a plain float64 loop; which is chosen; how FlashAttention 3 is loaded."""
+"""Attention: every backend that runs here against a plain float64 loop; which is chosen; how
+FlashAttention 3 is loaded."""
+
+import hashlib
 import json
 import os
 import socket
+import subprocess
+import sys
 import threading
 import time
+from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT  # noqa: F401 (puts the repository on the path)
+from conftest import ROOT
 
 import train
 
@@ -40,7 +45,8 @@ def windows_of(T):
     return sorted({1, 7, T // 8, T // 2, T - 1, T})
 
 
-# 64 has every divisor it can want; of 60 and 90 few lie near a window; 49 and 35 have almost none; 37 is prime
+# 64 has every divisor it can want; of 60 and 90 few lie near a window; 49 and 35 have almost none;
+# 37 is prime
 @pytest.mark.parametrize("T", [64, 60, 90, 49, 35, 37])
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
 def test_attention_and_its_gradients_are_those_of_a_float64_loop(T, kv_heads):
@@ -57,30 +63,40 @@ def test_attention_and_its_gradients_are_those_of_a_float64_loop(T, kv_heads):
             for got, gradient in zip(torch.autograd.grad(y, inputs, upstream), gradients):
                 torch.testing.assert_close(got.double(), gradient, rtol=0, atol=2e-5)
 
-@pytest.mark.skipif(os.environ.get("TORCH_COMPILE_DISABLE") == "1", reason="FlexAttention runs compiled only")
+
+@pytest.mark.skipif(
+    os.environ.get("TORCH_COMPILE_DISABLE") == "1", reason="FlexAttention runs compiled only"
+)
 @pytest.mark.parametrize("T, kv_heads", [(64, 2), (90, 1), (37, 4)])
 def test_flex_attention_is_that_of_a_float64_loop(T, kv_heads):
     q, k, v, _ = random_qkv(T, kv_heads)
     attend = train.flex_attention_for(T, set(windows_of(T)), CPU)
-    compiled = torch.compile(attend, backend="eager", dynamic=False)  # the graph, without generated code: quick
+    compiled = torch.compile(
+        attend, backend="eager", dynamic=False
+    )  # the graph, without generated code: quick
     for window in windows_of(T):
         wanted = plain_attention(q.double(), k.double(), v.double(), window)
         for f in (compiled, attend):  # uncompiled it is another backend in its place
             torch.testing.assert_close(f(q, k, v, window).double(), wanted, rtol=0, atol=5e-6)
 
 
-
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device: FlexAttention has no backward pass on a CPU")
+@pytest.mark.skipif(
+    not torch.cuda.is_available(),
+    reason="needs a CUDA device: FlexAttention has no backward pass on a CPU",
+)
 def test_the_gradients_of_flex_attention():
     device = torch.device("cuda")
     q, k, v, upstream = random_qkv(128, 2, D=16)
     flex = torch.compile(train.flex_attention_for(128, {7, 128}, device))
     for window in (7, 128):
-        exact, inputs = ([x.double().requires_grad_() for x in (q, k, v)], [x.to(device).requires_grad_() for x in (q, k, v)])
-        wanted, y = plain_attention(*exact, window), flex(*inputs, window)
+        exact = [x.double().requires_grad_() for x in (q, k, v)]
+        wanted = plain_attention(*exact, window)
+        gradients = torch.autograd.grad(wanted, exact, upstream.double())
+        inputs = [x.to(device).requires_grad_() for x in (q, k, v)]
+        y = flex(*inputs, window)
         torch.testing.assert_close(y.cpu().double(), wanted, rtol=0, atol=2e-2)
-        for got, gradient in zip(torch.autograd.grad(y, inputs, upstream.to(device)), torch.autograd.grad(wanted, exact, upstream.double())):
+        for got, gradient in zip(torch.autograd.grad(y, inputs, upstream.to(device)), gradients):
             torch.testing.assert_close(got.cpu().double(), gradient, rtol=0, atol=5e-2)
 
 
@@ -101,128 +117,305 @@ def test_blocked_attention_makes_only_the_products_it_needs():
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             nonlocal largest
             result = function(*args, **(kwargs or {}))
-            largest = max([largest] + [x.numel() for x in torch.utils._pytree.tree_leaves(result) if isinstance(x, torch.Tensor)])
+            for x in torch.utils._pytree.tree_leaves(result):
+                if isinstance(x, torch.Tensor):
+                    largest = max(largest, x.numel())
             return result
 
     with Watch():
         train.blocked_attention(q, k, v, 8)
-    assert largest == 2 * 4 * 64 * 16  # B x H x T scores of a block and the one before, not of all 64 positions
+    assert (
+        largest == 2 * 4 * 64 * 16
+    )  # B x H x T scores of a block and the one before, not of all 64 positions
 
 
-# ------------------------------------------------------------------------------------------------------- which is chosen
+# ----------------------------------------------------------------------------- which is chosen
 
-@pytest.mark.parametrize("kind, dtype, capability, hip, name, reason", [
-    ("cpu", torch.bfloat16, None, None, "blocked", "needs an NVIDIA GPU"),
-    ("mps", torch.float32, None, None, "sdpa", "needs an NVIDIA GPU"),
-    ("cuda", torch.bfloat16, (9, 4), "7.0", "flex", "needs an NVIDIA GPU"),
-    ("cuda", torch.bfloat16, (7, 5), None, "flex", "bfloat16 on 7.5"),
-    ("cuda", torch.bfloat16, (10, 0), None, "flex", "bfloat16 on 10.0"),
-    ("cuda", torch.bfloat16, (12, 0), None, "flex", "bfloat16 on 12.0"),
-    ("cuda", torch.float32, (8, 0), None, "flex", "float32 on 8.0"),
-    ("cuda", torch.bfloat16, (9, 0), None, "flash3", None),
-    ("cuda", torch.bfloat16, (8, 6), None, "flash3", None),
-])
-def test_the_choice_and_its_reason(monkeypatch, capsys, kind, dtype, capability, hip, name, reason):
+
+@dataclass
+class Choice:
+    kind: str
+    name: str
+    reason: str | None
+    dtype: torch.dtype = torch.bfloat16
+    capability: tuple[int, int] | None = None
+    hip: str | None = None
+
+
+CHOICES = [
+    Choice("cpu", "blocked", "needs an NVIDIA GPU"),
+    Choice("mps", "sdpa", "needs an NVIDIA GPU", dtype=torch.float32),
+    Choice("cuda", "flex", "needs an NVIDIA GPU", capability=(9, 4), hip="7.0"),
+    Choice("cuda", "flex", "bfloat16 on 7.5", capability=(7, 5)),
+    Choice("cuda", "flex", "bfloat16 on 10.0", capability=(10, 0)),
+    Choice("cuda", "flex", "bfloat16 on 12.0", capability=(12, 0)),
+    Choice("cuda", "flex", "float32 on 8.0", capability=(8, 0), dtype=torch.float32),
+    Choice("cuda", "flash3", None, capability=(9, 0)),
+    Choice("cuda", "flash3", None, capability=(8, 6)),
+]
+
+
+@pytest.mark.parametrize("choice", CHOICES, ids=str)
+def test_the_choice_and_its_reason(monkeypatch, capsys, choice):
     calls = []
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    monkeypatch.setattr(torch.version, "hip", hip)
-    monkeypatch.setattr(train, "load_flash_attention_3", lambda: lambda *args, **kwargs: calls.append((args, kwargs)))
-    flex = lambda *args: calls.append(args)
+
+    def flash(*args, **kwargs):
+        calls.append((args, kwargs))
+
+    def flex(q, k, v, window):
+        raise AssertionError("only its name is asked for")
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: choice.capability)
+    monkeypatch.setattr(torch.version, "hip", choice.hip)
+    monkeypatch.setattr(train, "load_flash_attention_3", lambda: flash)
     monkeypatch.setattr(train, "flex_attention_for", lambda seq_len, windows, device: flex)
-    chosen, attend = train.choose_attention(torch.device(kind), dtype, 64, {8, 64})
-    assert chosen == name
+    device = torch.device(choice.kind)
+    name, attend = train.choose_attention(device, choice.dtype, 64, {8, 64})
+    assert name == choice.name
     lines = capsys.readouterr().out.splitlines()
     if name == "flash3":
         attend("q", "k", "v", 8)
-        assert lines == [] and calls == [(("q", "k", "v"), dict(causal=True, window_size=(8, 0)))]
+        assert calls == [(("q", "k", "v"), dict(causal=True, window_size=(8, 0)))]
+        assert lines == []
     else:
-        assert attend is {"blocked": train.blocked_attention, "sdpa": train.sdpa_attention, "flex": flex}[name]
-        assert len(lines) == 1 and name in lines[0] and "FlashAttention 3" in lines[0] and reason in lines[0]
+        backends = dict(blocked=train.blocked_attention, sdpa=train.sdpa_attention, flex=flex)
+        assert attend is backends[name]
+        assert len(lines) == 1
+        assert f"attention: {name}, because FlashAttention 3" in lines[0]
+        assert choice.reason in lines[0]
 
 
-# ------------------------------------------------------------------------------------------------------- FlashAttention 3
+def test_a_kernel_that_does_not_load_is_the_reason(monkeypatch, capsys):
+    def load():
+        raise RuntimeError("no build for this torch\n(a long trace)")
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(train, "load_flash_attention_3", load)
+    monkeypatch.setattr(train, "flex_attention_for", lambda *_: None)
+    name, _ = train.choose_attention(torch.device("cuda"), torch.bfloat16, 64, {64})
+    assert name == "flex"
+    assert capsys.readouterr().out == (
+        "attention: flex, because FlashAttention 3 is not usable: "
+        "RuntimeError: no build for this torch\n"
+    )
+
+
+# -------------------------------------------------------------------- loading FlashAttention 3
+
+REPOSITORY = "kernels-community/flash-attn3"
+FOLDER = "build/torch-universal"  # a variant for any device and torch
+
+
+def kernel_files(answer: str, version: int = 1) -> dict[str, bytes]:
+    """A stand-in kernel in the layout of kernel-builder: {path: content}."""
+    metadata = {
+        "name": "flash-attn3",
+        "id": f"flash_attn3_{answer}",
+        "version": version,
+        "license": "MIT",
+        "backend": {"type": "cpu"},
+        "python-depends": [],
+    }
+    files = {
+        "metadata.json": json.dumps(metadata),
+        "__init__.py": "from .interface import flash_attn_func\n",
+        "interface.py": "def flash_attn_func(q, k, v, causal, window_size):\n"
+        f"    return '{answer}', window_size\n",
+    }
+    return {f"{FOLDER}/{name}": text.encode() for name, text in files.items()}
+
+
+class Hub:
+    """A hub with one kernel, as far as huggingface_hub and kernels ask it.
+
+    Its branch v1 resolves to a commit; files and tree listings are served by that commit.
+    """
+
+    def __init__(self):
+        self.commit = "c" * 40
+        self.files = kernel_files("from the hub") | {"README.md": b"not a part of any build\n"}
+        self.requests = []  # "METHOD /path"
+        hub = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_GET(self):
+                path = self.path.partition("?")[0]
+                hub.requests.append(f"{self.command} {path}")
+                status, headers, body = hub.answer(path)
+                self.send_response(status)
+                for name, value in {**headers, "Content-Length": len(body)}.items():
+                    self.send_header(name, str(value))
+                self.end_headers()
+                if self.command == "GET":
+                    self.wfile.write(body)
+
+            do_HEAD = do_GET
+
+            def log_message(self, *_):
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+    def close(self):
+        self.server.shutdown()
+        self.server.server_close()
+
+    def answer(self, path: str) -> tuple[int, dict, bytes]:
+        api = f"/api/kernels/{REPOSITORY}"
+        resolve = f"/kernels/{REPOSITORY}/resolve/{self.commit}/"
+        if path == "/":
+            return 200, {}, b""
+        if path == "/api/organizations/kernels-community/overview":
+            organization = {"name": "kernels-community", "trustedKernelPublisher": True}
+            return 200, {}, json.dumps(organization).encode()
+        if path == f"{api}/refs":
+            v1 = {"name": "v1", "ref": "refs/heads/v1", "targetCommit": self.commit}
+            return 200, {}, json.dumps({"branches": [v1], "converts": [], "tags": []}).encode()
+        if path == f"{api}/tree/{self.commit}/build":
+            folder = {"type": "directory", "path": FOLDER, "oid": "d" * 40, "size": 0}
+            return 200, {}, json.dumps([folder]).encode()
+        if path == f"{api}/tree/{self.commit}":
+            listing = []
+            for name, content in self.files.items():
+                oid = hashlib.sha1(content).hexdigest()
+                listing.append({"type": "file", "path": name, "size": len(content), "oid": oid})
+            return 200, {}, json.dumps(listing).encode()
+        name = path.removeprefix(resolve)
+        if path.startswith(resolve) and name in self.files:
+            content = self.files[name]
+            etag = f'"{hashlib.sha1(content).hexdigest()}"'
+            return 200, {"X-Repo-Commit": self.commit, "ETag": etag}, content
+        return 404, {"X-Error-Code": "EntryNotFound"}, b""
+
 
 @pytest.fixture
-def hub(monkeypatch, tmp_path):
-    """An empty hub cache, and a Hopper card as far as choose_attention can see."""
+def hub():
+    hub = Hub()
+    yield hub
+    hub.close()
+
+
+LOAD = """
+import torch, train
+torch.cuda.get_device_capability = lambda device: (9, 0)
+train.flex_attention_for = lambda *_: lambda q, k, v, window: "flex"
+_, attend = train.choose_attention(torch.device("cuda"), torch.bfloat16, 64, {64})
+print(attend(1, 2, 3, 7))
+"""
+
+
+def load(cache, endpoint: str, **environment) -> list[str]:
+    """A new process chooses its attention, as on a Hopper card: all that it prints."""
+    env = {name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")}
+    for name in ("KERNELS_CACHE", "LOCAL_KERNELS", "HF_HUB_OFFLINE", "HF_HOME"):
+        env.pop(name, None)
+    env |= {"HF_HUB_CACHE": str(cache), "HF_ENDPOINT": endpoint}
+    done = subprocess.run(
+        [sys.executable, "-c", LOAD],
+        cwd=ROOT,
+        env=env | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stdout
+    return [line for line in done.stdout.splitlines() if "No CUDA runtime is found" not in line]
+
+
+FROM_THE_HUB = "('from the hub', (7, 0))"
+
+
+def test_the_kernel_is_downloaded_once_and_never_asked_for_again(hub, tmp_path):
+    first = load(tmp_path, hub.url)
+    assert len(first) == 2 and first[0].startswith("attention: downloading FlashAttention 3 (")
+    assert first[1] == FROM_THE_HUB
+    assert f"GET /kernels/{REPOSITORY}/resolve/{hub.commit}/{FOLDER}/interface.py" in hub.requests
+    assert not any("README" in request for request in hub.requests)
+    assert not list(tmp_path.glob("*/refs/v1"))  # why get_kernel finds nothing when offline
+
+    hub.requests.clear()
+    assert load(tmp_path, hub.url) == [FROM_THE_HUB]
+    assert hub.requests == []
+
+    hub.close()
+    assert load(tmp_path, hub.url) == [FROM_THE_HUB]
+
+
+def test_a_download_that_was_cut_off_is_finished(hub, tmp_path):
+    load(tmp_path, hub.url)
+    (missing,) = tmp_path.glob(f"*/snapshots/*/{FOLDER}/interface.py")
+    missing.unlink()
+    lines = load(tmp_path, hub.url)
+    assert lines[-1] == FROM_THE_HUB
+    assert len(lines) == 2 and "interface" in lines[0]  # what was wrong with the cached one
+    assert load(tmp_path, hub.url) == [FROM_THE_HUB]
+
+
+def write(directory, files: dict[str, bytes]):
+    for name, content in files.items():
+        path = directory / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+
+
+def snapshots(cache):
+    return cache / "kernels--kernels-community--flash-attn3" / "snapshots"
+
+
+def test_of_several_snapshots_the_newest_of_version_1_is_loaded(tmp_path):
+    for age, (answer, version) in enumerate([("other", 2), ("newer", 1), ("older", 1)]):
+        snapshot = snapshots(tmp_path) / (str(age) * 40)
+        write(snapshot, kernel_files(answer, version))
+        os.utime(snapshot, (1e9 - age, 1e9 - age))
+    nowhere = "http://127.0.0.1:9"
+    assert load(tmp_path, nowhere, HF_HUB_OFFLINE="1") == ["('newer', (7, 0))"]
+
+
+def test_a_kernel_named_by_local_kernels_comes_first(tmp_path):
+    write(snapshots(tmp_path) / ("a" * 40), kernel_files("cached"))
+    write(tmp_path / "mine", kernel_files("local"))
+    local = f"{REPOSITORY}={tmp_path / 'mine'}"
+    assert load(tmp_path, "http://127.0.0.1:9", LOCAL_KERNELS=local) == ["('local', (7, 0))"]
+
+
+def test_offline_and_not_cached(hub, tmp_path):
+    lines = load(tmp_path, hub.url, HF_HUB_OFFLINE="1")
+    assert lines[1] == "flex" and len(lines) == 2
+    assert "HF_HUB_OFFLINE is set" in lines[0] and "not in the local cache" in lines[0]
+    assert hub.requests == []
+
+
+@pytest.mark.parametrize("kind", ["closed", "silent"])
+def test_a_dead_hub_costs_a_few_seconds_and_one_line(monkeypatch, tmp_path, capfd, kind):
     from huggingface_hub import constants
 
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(train, "flex_attention_for", lambda *_: None)
-    for name in ("KERNELS_CACHE", "LOCAL_KERNELS", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "all_proxy"):
-        monkeypatch.delenv(name, raising=False)
-    return SimpleNamespace(cache=tmp_path / "hub", constants=constants)
-
-
-def write_kernel(directory, answer: str):
-    """A stand-in kernel for any device, in the layout of kernel-builder."""
-    directory.mkdir(parents=True)
-    (directory / "metadata.json").write_text(json.dumps({
-        "name": "flash-attn3", "id": f"flash_attn3_{answer}", "version": 1, "license": "MIT", "backend": {"type": "cpu"}, "python-depends": []}))
-    (directory / "__init__.py").write_text(f"def flash_attn_func(q, k, v, causal, window_size):\n    return '{answer}', window_size\n")
-
-
-def no_network(monkeypatch):
-    def refuse(*args, **kwargs):
-        raise AssertionError("the network was used")
-    monkeypatch.setattr(socket.socket, "connect", refuse)
-    monkeypatch.setattr(socket.socket, "connect_ex", refuse)
-    monkeypatch.setattr(socket, "getaddrinfo", refuse)
-
-
-def test_a_cached_kernel_is_used_without_the_network(hub, monkeypatch, capsys):
-    repository = hub.cache / "kernels--kernels-community--flash-attn3"
-    write_kernel(repository / "snapshots" / ("a" * 40) / "build" / "torch-universal", "cached")
-    (repository / "refs").mkdir()
-    (repository / "refs" / "v1").write_text("a" * 40)
-    no_network(monkeypatch)
-    name, attend = train.choose_attention(torch.device("cuda"), torch.bfloat16, 64, {64})
-    assert name == "flash3" and attend(1, 2, 3, 7) == ("cached", (7, 0))
-    assert capsys.readouterr() == ("", "")
-    assert hub.constants.HF_HUB_OFFLINE is False  # put back
-
-
-def test_a_local_kernel_directory_is_used_without_the_network(hub, monkeypatch, tmp_path):
-    write_kernel(tmp_path / "mine" / "build" / "torch-universal", "local")
-    monkeypatch.setenv("LOCAL_KERNELS", f"{train.FLASH_3}={tmp_path / 'mine'}")
-    no_network(monkeypatch)
-    name, attend = train.choose_attention(torch.device("cuda"), torch.bfloat16, 64, {64})
-    assert name == "flash3" and attend(1, 2, 3, 7) == ("local", (7, 0))
-
-
-def test_offline_and_not_cached(hub, monkeypatch, capsys):
-    monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", True)
-    no_network(monkeypatch)
-    assert train.choose_attention(torch.device("cuda"), torch.bfloat16, 64, {64})[0] == "flex"
-    assert "not in the local cache" in capsys.readouterr().out
-
-
-class Unavailable(BaseHTTPRequestHandler):
-    def do_GET(self):
-        self.send_response(503)
-        self.end_headers()
-
-    do_HEAD = do_GET
-
-    def log_message(self, *_):
-        pass
-
-
-@pytest.mark.parametrize("kind", ["closed", "silent", "unavailable"])
-def test_a_dead_hub_costs_a_few_seconds_and_one_line(hub, monkeypatch, capfd, kind):
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Unavailable) if kind == "unavailable" else socket.create_server(("127.0.0.1", 0))
-    port = server.socket.getsockname()[1] if kind == "unavailable" else server.getsockname()[1]
-    if kind == "unavailable":
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+    server = socket.create_server(("127.0.0.1", 0))
+    port = server.getsockname()[1]
     if kind == "closed":
         server.close()
-    monkeypatch.setattr(hub.constants, "ENDPOINT", f"http://127.0.0.1:{port}")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{port}")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(train, "flex_attention_for", lambda *_: None)
+    for name in ("KERNELS_CACHE", "LOCAL_KERNELS", "HTTP_PROXY", "http_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
     began = time.monotonic()
     name, _ = train.choose_attention(torch.device("cuda"), torch.bfloat16, 64, {64})
     assert name == "flex" and time.monotonic() - began < 5
+    server.close()
     out, err = capfd.readouterr()
-    assert err == "" and len(out.splitlines()) == 1 and out.startswith("attention: flex, because FlashAttention 3 is not usable: ")
-    assert hub.constants.HF_HUB_OFFLINE is False
-    server.server_close() if kind == "unavailable" else server.close()
+    assert err == "" and len(out.splitlines()) == 1
+    assert out.startswith("attention: flex, because FlashAttention 3 is not usable: ")
+
+
+def test_a_hub_that_refuses_everything_is_one_reason(hub, tmp_path, monkeypatch):
+    monkeypatch.setattr(hub, "answer", lambda path: (503, {}, b""))
+    lines = load(tmp_path, hub.url)
+    assert lines[-1] == "flex" and len(lines) == 3
+    assert lines[0].startswith("attention: downloading")
+    assert lines[1].startswith("attention: flex, because FlashAttention 3 is not usable: ")
