@@ -2,14 +2,18 @@
 
 import re
 
-from conftest import run
+from conftest import run, write_texts
 
 KEYS = """val_bpb training_seconds total_seconds peak_vram_mb mfu_percent total_tokens_M num_steps
 num_params_M depth device attention device_batch_size seed fingerprint loss_curve""".split()
 
 
-def test_from_nothing_to_a_score(miniature):
-    done = run("train.py", cache=miniature, TORCH_COMPILE_DISABLE="1")
+def test_from_nothing_to_a_score(tmp_path):
+    texts = write_texts(tmp_path / "texts")
+    small = ("--seq-len", 64, "--vocab-size", 300, "--eval-tokens", 2048, "--time-budget", 8)
+    cache = tmp_path / "cache"
+    assert run("prepare.py", "--data", texts, *small, cache=cache).returncode == 0
+    done = run("train.py", cache=cache, TORCH_COMPILE_DISABLE="1")
     assert done.returncode == 0, done.stderr
     log, summary = done.stdout.split("---\n")
     assert [line.split(": ")[0] for line in summary.splitlines()] == KEYS
