@@ -41,8 +41,10 @@ import time
 import traceback
 import uuid
 from collections import Counter
+from collections.abc import Iterable, Iterator
 from datetime import datetime, timezone
 from pathlib import Path
+from statistics import median
 
 # --------------------------------------------------------------------- what the night is about
 
@@ -1165,366 +1167,565 @@ def show_lines(lines: list[str], most: int = SCREEN):
 # ---------------------------------------------------------------------- results.tsv, and the audit
 
 STATUSES = ("keep", "discard", "crash")
-START_UP = 1200  # seconds before the first batch that no compiler needs
-UNEXPLAINED = 60  # seconds of a run that start-up, training and scoring do not explain
-Finding = tuple[bool, str]  # (speaks it for the results?, the sentence)
+START_UP = 900  # seconds before the first batch that no cold compiler needs
+UNEXPLAINED = 60  # seconds that start-up, training and scoring may leave unexplained
+PASSES = 4  # times more or fewer than usual while scoring: more than another batch size makes
 
 
-def read_results(path: Path) -> tuple[list[dict], Counter]:
-    """(rows, reasons why others are broken) of any results.tsv. Columns go by their names.
+@dataclasses.dataclass(frozen=True)
+class Row:
+    n: int  # in order, from 1
+    commit: str  # any text: other logs call their experiments `baseline`, `001`, `none`
+    score: float | None  # None of a crash
+    memory_gb: float | None
+    status: str
+    what: str
 
-    A row: n (from 1, in order), commit (any text), score (None for a crash), memory_gb, status, what.
-    Raises Refused where the table has no column of the metric.
-    """
-    text = path.read_bytes().decode("utf-8-sig", "replace") if path.is_file() else ""
-    lines = [[cell.strip() for cell in line.split("\t")] for line in text.splitlines()]
-    lines = [cells for cells in lines if any(cells)]
-    names = list(COLUMNS)
-    if lines and "status" in map(str.lower, lines[0]):
-        names = [cell.lower() for cell in lines.pop(0)]
-        if SCORE not in names:
-            columns = ", ".join(names)[:200]
-            raise Refused(
-                f"{path.name} has the columns {columns}, and none is {SCORE}: rename one, or SCORE in night.py"
-            )
-    rows, broken = [], Counter()
-    for cells in lines:
-        found = {**dict.fromkeys(COLUMNS, ""), **dict(zip(names, cells))}
-        status = found["status"].lower()
-        score = number(found[SCORE])
-        if status not in STATUSES:
-            broken[
-                f"status {one_line(found['status'], 20)!r} is none of {', '.join(STATUSES)}"
-            ] += 1
-        elif status != "crash" and score is None:
-            broken[f"no score: {one_line(found[SCORE], 20)!r}"] += 1
-        else:
-            row = {
-                "n": len(rows) + 1,
-                "commit": found["commit"],
-                "status": status,
-                "what": found["description"],
-            }
-            row["score"] = None if status == "crash" else score
-            row["memory_gb"] = number(found["memory_gb"])
-            rows.append(row)
-    return rows, broken
+    @property
+    def hash(self) -> str | None:
+        """The commit, where the row names one that git may know."""
+        return self.commit.lower() if re.fullmatch("[0-9a-fA-F]{7,40}", self.commit) else None
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    fine: bool  # False where it speaks against the results
+    words: str
+
+    def __str__(self) -> str:
+        return f"{' ' if self.fine else '!'} {self.words}"
 
 
 def number(text: str) -> float | None:
-    """A positive, finite number, or None."""
     try:
-        value = float(text)
+        return float(text)
     except ValueError:
         return None
-    return value if 0 < value < float("inf") else None
 
 
-def some(items, most: int = 6) -> str:
+def read_results(path: Path) -> tuple[list[Row], list[str]]:
+    """(rows, one sentence for each reason why others were skipped) of any results.tsv.
+
+    Columns go by their names, in any order; without a header they are night.py's. A status counts
+    in any case, a score where it is positive and finite.
+    """
+    text = path.read_text("utf-8-sig", "replace") if path.is_file() else ""  # any line ends
+    lines = [[cell.strip() for cell in line.split("\t")] for line in text.split("\n")]
+    numbered = [(place, cells) for place, cells in enumerate(lines, 1) if any(cells)]
+    names = COLUMNS
+    if numbered and is_header(numbered[0][1]):
+        names = [cell.lower() for cell in numbered.pop(0)[1]]
+    rows, no_status, no_score = [], [], []
+    for place, cells in numbered:
+        found = dict(reversed(list(zip(names, cells))))  # of two columns with one name the first
+        status, score = found.get("status", ""), number(found.get(SCORE, ""))
+        if status.lower() not in STATUSES:
+            no_status.append((place, status))
+        elif status.lower() == "crash":
+            rows.append((found, None))
+        elif score is None or not 0 < score < float("inf"):
+            no_score.append((place, found.get(SCORE, "")))
+        else:
+            rows.append((found, score))
+    missing = [name for name in ("status", SCORE) if name not in names]
+    if missing and numbered:
+        columns = one_line(", ".join(names), 200)
+        words = f"all {len(numbered)} rows were skipped: no column is called {missing[0]}, only "
+        return [], [words + f"{columns}; rename the right one, or change SCORE in night.py"]
+    skipped = []
+    if no_status:
+        skipped.append(said_of(no_status, f"their status is none of {', '.join(STATUSES)}"))
+    if no_score:
+        skipped.append(said_of(no_score, f"their {SCORE} is no positive number"))
+    return [row(n, *found) for n, found in enumerate(rows, 1)], skipped
+
+
+def is_header(cells: list[str]) -> bool:
+    """A first line without numbers; one cell alone where it is a header with other separators."""
+    named = len(cells) > 1 or SCORE in cells[0].lower()
+    return named and not any(number(cell) is not None for cell in cells)
+
+
+def row(n: int, found: dict[str, str], score: float | None) -> Row:
+    memory = number(found.get("memory_gb", ""))
+    return Row(
+        n=n,
+        commit=found.get("commit", ""),
+        score=score,
+        memory_gb=memory if memory is not None and 0 <= memory < float("inf") else None,
+        status=found["status"].lower(),
+        what=found.get("description", ""),
+    )
+
+
+def said_of(cells: list[tuple[int, str]], why: str) -> str:
+    """Rows that were skipped for one reason: (line, the cell that is to blame)."""
+    counted = Counter(one_line(text, 20) for _, text in cells).most_common()
+    examples = some(f"{text!r} ({count})" for text, count in counted)
+    return f"{len(cells)} rows were skipped, {why}: {examples}; the first is line {cells[0][0]}"
+
+
+def some(items: Iterable, most: int = 6) -> str:
     items = [str(item) for item in items]
     more = f" and {len(items) - most} more" if len(items) > most else ""
     return ", ".join(items[:most]) + more
 
 
-def seconds_of(time_of_day: str) -> float:
-    return (
-        datetime.strptime(time_of_day, "%Y-%m-%dT%H:%M:%SZ")
-        .replace(tzinfo=timezone.utc)
-        .timestamp()
-    )
+def gains(rows: list[Row]) -> list[tuple[Row, float, float]]:
+    """(row, its gain over the best before, the best from there on) of each kept row; the first gains 0."""
+    found, best = [], None
+    for row in rows:
+        if row.status == "keep":
+            better = gain(row.score, best) if found else 0.0
+            if not found or better > 0:
+                best = row.score
+            found.append((row, better, best))
+    return found
 
 
-def ledger_runs(ledger: list[dict], commits: set[str]) -> list[dict]:
-    """One dictionary a run of this repository or of these commits, start and end together; oldest first."""
+def best_row(rows: list[Row]) -> Row:
+    """The kept row with the best score."""
+    return max((row for row in rows if row.status == "keep"), key=lambda row: gain(row.score, 0.0))
+
+
+@dataclasses.dataclass
+class Morning:
+    """All that is known of the night in this folder, read once."""
+
+    rows: list[Row]
+    skipped: list[str]
+    records: list[dict]  # the night's own; none of a log without its night
+    started: dict[str, dict]  # run id: what the supervisor knows of the run
+    ledger: list[dict]
+    damaged: int  # lines of the ledger
+    budgets: dict[str, float]  # fingerprint of what is prepared: seconds of training
+
+    @classmethod
+    def here(cls) -> Morning:
+        import prepare
+
+        rows, skipped = read_results(ROOT / "results.tsv")
+        records, started, budgets = [], {}, {}
+        with contextlib.suppress(Refused):  # not in its repository: the audit says so
+            night = Night()
+            records = night.records()
+            folders = [*night.queue.glob("[0-9]*"), *night.done.glob("[0-9]*")]
+            experiments = filter(None, map(Experiment.at, folders))
+            started = {run["id"]: run for e in experiments for run in e.runs()}
+        with contextlib.suppress(prepare.Stop):  # nothing prepared: no budget to compare with
+            budgets = {prepare.fingerprint(): prepare.manifest()["time_budget"]}
+        return cls(rows, skipped, records, started, *prepare.read_ledger(), budgets)
+
+    def history(self) -> list[dict]:
+        """The night's records; of a log without them what its rows say in their place."""
+        if self.records:
+            return self.records
+        found = []
+        for row in self.rows:
+            known = row.hash if row.what.startswith("baseline") else None  # whose repeats count
+            said = {"commit": known or f"row {row.n}", "simpler": row.what.startswith("simpler")}
+            found.append({"n": row.n, "score": row.score, "status": row.status, **said})
+        return found
+
+    def noise_floor(self) -> float | None:
+        return noise_floor(self.history())
+
+
+def audit(morning: Morning) -> Iterator[Finding]:
+    """All that was looked at, in sentences."""
+    rows, records, started = morning.rows, morning.records, morning.started
+    in_git = git("rev-parse", "--is-inside-work-tree", check=False) == "true"
+    claimed = {row.hash[:7] for row in rows if row.hash}
+    runs = joined(morning.ledger)
+    branch = branch_of(runs, claimed, records)
+    own = [run for run in runs if run["run"] in started or is_own(run, branch, claimed)]
+    ids = {run["run"] for run in own}
+    val = [run for run in runs if run.get("split") == "val"]
+    val = [run for run in val if run["run"] in ids or (run.get("commit") or "")[:7] in claimed]
+    if rows and not val:
+        yield Finding(False, "the ledger holds no run of this night: no score can be checked")
+    elif val:
+        matched = match(rows, val)
+        accounted = {run["run"] for run in matched.values()} | started.keys()
+        yield from audit_scores(rows, val, matched)
+        yield from audit_left([run for run in val if run["run"] in ids - accounted])
+        yield from audit_sameness(val)
+        yield from audit_clock(val, started, morning.budgets)
+    if morning.damaged:
+        yield Finding(False, f"{morning.damaged} lines of the ledger are damaged")
+    yield from audit_test([run for run in own if run.get("split") == "test"], started)
+    if in_git:
+        yield from audit_code(val)
+        yield from audit_branch(rows, records, branch)
+        yield from audit_book(rows, records)
+    else:
+        words = "this is no git repository: what the commits touch cannot be checked"
+        yield Finding(False, words)
+    yield from audit_keeping(morning.history())
+
+
+def joined(ledger: list[dict]) -> list[dict]:
+    """One dictionary a run, its start and its end together, oldest first; `began` is when it began."""
     runs: dict[str, dict] = {}
     for record in ledger:
         if "run" in record:
-            before = runs.setdefault(record["run"], {})
-            start = {"start": record["time"]} if record.get("event") == "start" else {}
-            runs[record["run"]] = {**before, **record, **start}
-    here = f"{ROOT}{os.sep}"
-    return [
-        run
-        for run in runs.values()
-        if f"{run.get('repo') or ''}{os.sep}".startswith(here)
-        or (run.get("commit") or "")[:7] in commits
-    ]
+            run = runs.setdefault(record["run"], {})
+            run.update(record)
+            if record.get("event") == "start":
+                run["began"] = record.get("time")
+    return list(runs.values())
+
+
+def branch_of(runs: list[dict], claimed: set[str], records: list[dict]) -> str:
+    """The night's branch; HEAD where there is none. Runs in worktrees name no branch."""
+    branch = f"autoresearch/{knob('tag', '')}"
+    if not records:  # a night without night.py: where most of its runs were
+        mine = [run for run in runs if (run.get("commit") or "")[:7] in claimed]
+        named = Counter(run.get("branch") for run in mine if is_here(run)).most_common(1)
+        branch = named[0][0] if named else branch
+    known = git("rev-parse", "-q", "--verify", f"refs/heads/{branch}", check=False)
+    return branch if known else "HEAD"
+
+
+def is_here(run: dict) -> bool:
+    return Path(run.get("repo") or "/").resolve() == ROOT
+
+
+def is_own(run: dict, branch: str, claimed: set[str]) -> bool:
+    """Whether a run that the supervisor did not start belongs to this night all the same."""
+    trees = f"{ROOT}/.night/{branch.removeprefix('autoresearch/')}/"
+    if (run.get("repo") or "").startswith(trees):
+        return True
+    same_branch = branch == "HEAD" or run.get("branch") == branch
+    return is_here(run) and (same_branch or (run.get("commit") or "")[:7] in claimed)
+
+
+def match(rows: list[Row], runs: list[dict]) -> dict[int, dict]:
+    """{row's n: the run that measured it}, no run twice; a crash may have a run without a score."""
+    by_commit: dict[str, list[dict]] = {}
+    for run in runs:
+        by_commit.setdefault((run.get("commit") or "")[:7], []).append(run)
+    matched = {}
+    for row in rows:
+        mine = by_commit.get(row.hash[:7], []) if row.hash else []
+        for run in mine:
+            score = run.get("score")
+            if row.score is None or score is None:
+                same = row.score is score
+            else:
+                same = abs(score - row.score) < 1.5e-6  # a row has six decimals
+            if same:
+                matched[row.n] = run
+                mine.remove(run)
+                break
+    return matched
 
 
 def run_name(run: dict) -> str:
     return f"{(run.get('commit') or '-')[:7]} at {run.get('time')}"
 
 
-def audit_scores(rows: list[dict], runs: list[dict]) -> list[Finding]:
+def audit_scores(rows: list[Row], runs: list[dict], matched: dict[int, dict]) -> Iterator[Finding]:
     """Claims against measurements."""
-    used: set[str] = set()
-    wrong, edited = [], []
-    scored = [row for row in rows if row["score"] is not None]
+    wrong, edited, lucky = [], [], []
+    scored = [row for row in rows if row.score is not None]
     for row in scored:
-        mine = [
-            r
-            for r in runs
-            if (r.get("commit") or "").startswith(row["commit"]) and r["run"] not in used
-        ]
-        measured = [r for r in mine if r.get("score") is not None]
-        match = next((r for r in measured if abs(r["score"] - row["score"]) < 1.5e-6), None)
-        if match:
-            used.add(match["run"])
-            if match.get("changed"):
-                edited.append(row["n"])
-        else:
-            known = " and ".join(f"{r['score']:.6f}" for r in measured) or "nothing"
-            wrong.append(
-                f"{row['n']} ({row['commit']}: {row['score']:.6f} claimed, {known} measured)"
-            )
-    said = []
+        run = matched.get(row.n)
+        if run is None:
+            mine = [r for r in runs if row.hash and (r.get("commit") or "")[:7] == row.hash[:7]]
+            known = " and ".join(f"{r['score']:.6f}" for r in mine if r.get("score") is not None)
+            claim = f"{row.score:.6f} claimed, {known or 'nothing'} measured"
+            wrong.append(f"{row.n} ({one_line(row.commit, 20)}: {claim})")
+        elif run.get("changed"):
+            edited.append(row.n)
+        elif row.status == "keep" and run.get("seed", BASELINE_SEEDS[0]) != BASELINE_SEEDS[0]:
+            lucky.append(row.n)
     if scored:
         words = f"{len(scored) - len(wrong)} of {len(scored)} scores match the ledger"
-        said.append((not wrong, words + (f"; not experiments {some(wrong)}" if wrong else "")))
+        words += f"; not experiments {some(wrong)}" if wrong else ""
+        yield Finding(not wrong, words)
     if edited:
-        said.append(
-            (
-                False,
-                f"{EDITED} had uncommitted changes when these were measured: experiments {some(edited)}",
-            )
-        )
-    repeated = {row["commit"][:7] for row in rows}
-    vanished = [
-        r
-        for r in runs
-        if r.get("score") is not None
-        and r["run"] not in used
-        and (r.get("commit") or "")[:7] not in repeated
-    ]
+        words = f"{EDITED} had uncommitted changes when these were measured: experiments "
+        yield Finding(False, words + some(edited))
+    if lucky:
+        words = f"kept with another seed than {BASELINE_SEEDS[0]}: experiments {some(lucky)}"
+        yield Finding(False, words)
+
+
+def audit_left(left: list[dict]) -> Iterator[Finding]:
+    """Runs of this night that no row tells of and the supervisor did not start."""
+    vanished = [run for run in left if run.get("score") is not None]
+    silent = [run for run in left if run.get("score") is None]
     if vanished:
-        names = some(f"{r['score']:.6f} ({run_name(r)})" for r in vanished)
-        said.append((False, f"{len(vanished)} measured scores have no row: {names}"))
-    silent = [
-        r for r in runs if r.get("score") is None and (r.get("commit") or "")[:7] not in repeated
-    ]
+        names = some(f"{run['score']:.6f} ({run_name(run)})" for run in vanished)
+        yield Finding(False, f"{len(vanished)} measured scores have no row: {names}")
     if silent:
-        names = some(f"{run_name(r)}: {one_line(r.get('failure') or 'no end', 60)}" for r in silent)
-        said.append((True, f"{len(silent)} runs started, gave no score and left no row: {names}"))
-    return said
+        names = some(
+            f"{run_name(run)}: {one_line(run.get('failure') or 'no end', 60)}" for run in silent
+        )
+        words = f"{len(silent)} runs started, gave no score and left no row: {names}"
+        yield Finding(True, words)
+    if not left:
+        yield Finding(True, "every run that started has its row")
 
 
-def audit_sameness(runs: list[dict]) -> list[Finding]:
+def audit_sameness(runs: list[dict]) -> Iterator[Finding]:
     """What makes two scores comparable."""
-    said = []
-    for key, words in (("fingerprint", "fingerprint"), ("device", "device")):
-        values = Counter(r[key] for r in runs if r.get(key) and r.get("score") is not None)
-        if len(values) == 1 and key == "fingerprint":
-            said.append((True, f"one fingerprint throughout: {next(iter(values))}"))
-        elif len(values) > 1:
-            names = some(f"{value} ({count} runs)" for value, count in values.most_common())
-            said.append(
-                (False, f"{len(values)} {words}s, whose scores cannot be compared: {names}")
-            )
-    return said
+    for key in ("fingerprint", "device"):
+        having: dict[str, list[dict]] = {}
+        for run in runs:
+            if run.get(key):
+                having.setdefault(run[key], []).append(run)
+        if len(having) == 1:
+            yield Finding(True, f"one {key} throughout: {next(iter(having))}")
+        elif having:
+            usual, *others = sorted(having, key=lambda value: -len(having[value]))
+            words = [f"{value} ({some(map(run_name, having[value]), 3)})" for value in others]
+            words = f"{usual} ({len(having[usual])} runs), {some(words)}"
+            yield Finding(False, f"{len(having)} {key}s, whose scores cannot be compared: {words}")
 
 
-def audit_clock(runs: list[dict], records: list[dict], budget: float | None) -> list[Finding]:
-    """Seconds: the run's own, the times of day, the supervisor's clock."""
-    wall = {record["run"]: record["wall_seconds"] for record in records if record.get("run")}
-    scored = [r for r in runs if r.get("score") is not None and "training_seconds" in r]
-    usual = median([r.get("startup_seconds") or 0 for r in scored])
-    passes = median([r["scoring_passes"] for r in scored if "scoring_passes" in r])
+def audit_clock(
+    runs: list[dict], started: dict[str, dict], budgets: dict[str, float]
+) -> Iterator[Finding]:
+    """Seconds: a run's own against its budget, the other runs', the times of day, the supervisor's."""
+    scored = [run for run in runs if run.get("score") is not None]
     found: dict[str, list[dict]] = {}
+    for doubts in (
+        out_of_line(scored),
+        *(training_doubts(run, budgets.get(run.get("fingerprint"))) for run in scored),
+        *(unexplained(run, started.get(run["run"], {}).get("wall_seconds")) for run in scored),
+    ):
+        for run, words in doubts:
+            found.setdefault(words, []).append(run)
+    for words, them in found.items():
+        yield Finding(False, f"{words}: {some(map(run_name, them))}")
 
-    def doubt(words: str, run: dict):
-        found.setdefault(words, []).append(run)
 
+def out_of_line(scored: list[dict]) -> Iterator[tuple[dict, str]]:
+    """Start-ups and scorings that are unlike the others': the clock does not run in them."""
+    start_up = usual(run.get("startup_seconds") for run in scored)
+    passes = usual(run.get("scoring_passes") for run in scored)
+    share = usual(map(scoring_share, scored))
+    longest = min(UNEXPLAINED + 3 * start_up, START_UP)
     for run in scored:
-        training, start_up = run["training_seconds"], run.get("startup_seconds") or 0
-        scoring = run.get("scoring_seconds") or 0
-        step = max(run.get("longest_step_seconds") or 0, 0.01 * (budget or 0))
-        if start_up > min(60 + 3 * usual, START_UP):
-            doubt(
-                f"start-ups out of line (the usual is {usual:.0f} s), in which nothing is measured",
-                run,
-            )
-        if not run.get("tokens"):
-            doubt("no tokens were drawn for training", run)
-        if budget and training > budget + step:
-            doubt(f"trained for more than one step beyond the budget of {budget:g} s", run)
-        if budget and training < budget / 2:
-            doubt(f"trained for less than half of the budget of {budget:g} s", run)
-        if run.get("start"):
-            passed = seconds_of(run["time"]) - seconds_of(run["start"])
-            if not -2 <= passed - training <= UNEXPLAINED + scoring + training:
-                doubt("training seconds that the times of day contradict", run)
-        left = (wall.get(run["run"]) or 0) - start_up - training - scoring
-        if left > UNEXPLAINED + 0.2 * training:
-            doubt("wall time that start-up, training and scoring do not explain", run)
-        if passes and run.get("scoring_passes", passes) != passes:
-            doubt(f"forward passes while scoring other than the usual {passes:.0f}", run)
-        if scoring > UNEXPLAINED + 3 * median([r.get("scoring_seconds") or 0 for r in scored]):
-            doubt("scoring out of line", run)
-    return [(False, f"{words}: {some(map(run_name, them))}") for words, them in found.items()]
+        if (run.get("startup_seconds") or 0) > longest:
+            words = f"start-ups over {longest:.0f} s, in which nothing is measured"
+            yield run, f"{words} (the usual is {start_up:.0f} s)"
+        made = run.get("scoring_passes", passes)
+        if not passes / PASSES <= made <= passes * PASSES:
+            yield run, f"forward passes while scoring far from the usual {passes:.0f}"
+        if scoring_share(run):
+            expected = share * run["training_seconds"] / run["tokens"]
+            if run["scoring_seconds"] > UNEXPLAINED + 3 * expected:
+                yield run, "scoring far longer than its training lets expect"
 
 
-def median(values: list[float]) -> float:
-    values = sorted(values)
-    return values[len(values) // 2] if values else 0
+def usual(values: Iterable[float | None]) -> float:
+    known = [value for value in values if value]
+    return median(known) if known else 0.0
 
 
-def audit_code(runs: list[dict]) -> list[Finding]:
-    """What ran, against what git holds under its commit; and what stands beside it."""
-    other, strangers = [], []
-    for run in runs:
-        commit, script = run.get("commit"), run.get("script", EDITED)
-        if not commit or run.get("score") is None:
+def scoring_share(run: dict) -> float | None:
+    """Scoring in tokens of training: the same for a large model and a small one."""
+    per_second = rate(run)
+    return per_second and run.get("scoring_seconds") and per_second * run["scoring_seconds"]
+
+
+def training_doubts(run: dict, budget: float | None) -> Iterator[tuple[dict, str]]:
+    """A run without tokens, and training that is too long or too short for its budget."""
+    seconds = run.get("training_seconds")
+    if run.get("tokens") == 0:
+        yield run, "no tokens were drawn for training"
+    if budget is None or seconds is None:
+        return
+    step = max(run.get("longest_step_seconds", 5), 0.01 * budget)  # older ledgers: 5 s were allowed
+    if seconds > budget + step + 0.1:
+        yield run, f"trained for more than one step beyond the budget of {budget:g} s"
+    if seconds < budget / 2:
+        yield run, f"trained for less than half of the budget of {budget:g} s"
+
+
+def unexplained(run: dict, wall: float | None) -> Iterator[tuple[dict, str]]:
+    """Seconds by other clocks that the run's own start-up, training and scoring do not account for."""
+    training, scoring = run.get("training_seconds"), run.get("scoring_seconds")
+    if training is None:
+        return
+    if run.get("began") and run.get("time"):
+        left = seconds_of(run["time"]) - seconds_of(run["began"]) - training - (scoring or 0)
+        most = UNEXPLAINED if scoring else UNEXPLAINED + training  # older ledgers: scoring unknown
+        if not -2 <= left <= most:
+            yield run, "training seconds that the times of day contradict"
+    if wall and scoring:
+        left = wall - (run.get("startup_seconds") or 0) - training - scoring
+        if not -2 <= left <= UNEXPLAINED:
+            yield run, "wall time that start-up, training and scoring do not explain"
+
+
+def seconds_of(time_of_day: str) -> float:
+    return datetime.strptime(time_of_day, "%Y-%m-%dT%H:%M:%S%z").timestamp()
+
+
+def audit_test(tests: list[dict], started: dict[str, dict]) -> Iterator[Finding]:
+    """The test split is for the end: baseline and winner, once by hand or by the night's own runs."""
+    scored = [run for run in tests if run.get("score") is not None]
+    by_hand = [run for run in scored if run["run"] not in started]
+    if scored:
+        few = len(by_hand) <= 2 and len({run.get("commit") for run in scored}) <= 2
+        words = f"the test split was scored {len(scored)} times"
+        yield Finding(few, words if few else words + "; more than once for baseline and winner")
+
+
+def held(commit: str, path: str) -> str | None:
+    """sha256 of a file as a commit has it; None where git has not both."""
+    content = git_bytes("cat-file", "blob", f"{commit}:{path}", check=False)
+    return None if content is None else hashlib.sha256(content).hexdigest()
+
+
+def is_known(commit: str) -> bool:
+    return git("cat-file", "-e", f"{commit}^{{commit}}", check=False) is not None
+
+
+def audit_code(runs: list[dict]) -> Iterator[Finding]:
+    """What ran, against what git holds under its commit; and code that lies beside it."""
+    scored = [run for run in runs if run.get("score") is not None]
+    brought = next((run["imported"] for run in scored if "imported" in run), {})  # by the machine
+    other, strangers, everywhere = [], [], []
+    for run in scored:
+        commit, ran = run.get("commit"), run.get("train_sha256")
+        if not commit or run.get("changed"):
             continue
-        source = git_bytes("cat-file", "blob", f"{commit}:{script}", check=False)
-        if source is None or hashlib.sha256(source).hexdigest() != run.get("train_sha256"):
-            other.append(run)
-        for name, sha256 in (run.get("imported") or {}).items():
-            held = git_bytes("cat-file", "blob", f"{commit}:{name}", check=False)
-            if held is None or not hashlib.sha256(held).hexdigest().startswith(sha256):
+        sha256 = held(commit, EDITED)
+        if sha256 is None and not is_known(commit):
+            continue  # git has collected it; audit_branch says so of a kept one
+        if ran and ran != sha256:
+            other.append(run_name(run))
+        for name, start in run.get("imported", {}).items():
+            if (held(commit, name) or "").startswith(start):
+                continue
+            if brought.get(name) == start:
+                everywhere.append(name)
+            else:
                 strangers.append(f"{name} (in {run_name(run)})")
-    said = []
     if other:
-        said.append(
-            (False, f"what ran is not the {EDITED} of its commit: {some(map(run_name, other))}")
-        )
+        yield Finding(False, f"what ran is not the {EDITED} of its commit: {some(other)}")
     if strangers:
-        said.append((False, f"imported, and not in the commit: {some(strangers)}"))
-    beside = git("ls-files", "--others", "--", "*.py", "*.so", check=False) or ""
-    beside = [name for name in beside.splitlines() if not name.startswith((".night/", ".venv/"))]
+        yield Finding(False, f"imported, and not in the commit: {some(strangers)}")
+    if everywhere:
+        words = "imported from the first run on, and in no commit"
+        yield Finding(True, f"{words}: {some(sorted(set(everywhere)))}")
+    beside = git("ls-files", "-z", "--others", "--", "*.py", "*.so", "*.pyd", "*.dylib") or ""
+    beside = [name for name in beside.split("\0") if name and not is_environment(name)]
     if beside:
-        said.append((False, f"code beside the files that git holds: {some(beside)}"))
-    return said
+        yield Finding(False, f"code beside the files that git holds: {some(beside)}")
 
 
-def audit_branch(rows: list[dict], branch: str | None) -> list[Finding]:
-    """Kept commits on the branch, and nothing else on it; no locked file touched."""
-    kept = [row for row in rows if row["status"] == "keep"]
-    said = []
-    history = (git("rev-list", branch or "HEAD", check=False) or "").split()
+def is_environment(name: str) -> bool:
+    """Hidden folders (.venv, .night) and virtual environments by any name."""
+    folders = Path(name).parents[:-1] if "/" in name else []
+    hidden = any(folder.name.startswith(".") for folder in folders)
+    return hidden or any((ROOT / folder / "pyvenv.cfg").is_file() for folder in folders)
+
+
+def audit_branch(rows: list[Row], records: list[dict], branch: str) -> Iterator[Finding]:
+    """The kept commits and nothing else on the branch; nothing but EDITED touched."""
+    changed = set((git("diff", "--name-only", "HEAD", check=False) or "").split("\n"))
+    changed -= {EDITED, "program.md", "analysis.ipynb", "README.md", ""}
+    if changed:
+        yield Finding(False, f"changed and not committed: {some(sorted(changed))}")
+    kept = [row for row in rows if row.status == "keep"]
+    if not kept:
+        return
+    unknown = [row for row in kept if not row.hash or not is_known(row.hash)]
+    tip, best = branch, best_of(records)
+    if best and git("merge-base", "--is-ancestor", branch, best["commit"], check=False) is not None:
+        tip = best["commit"]  # kept by the supervisor, and no command has moved the branch since
+    history = (git("rev-list", tip, check=False) or "").split()
     full = {
-        row["commit"]: next((h for h in history if h.startswith(row["commit"])), None)
+        row.n: next((h for h in history if h.startswith(row.hash)), None)
         for row in kept
+        if row.hash
     }
-    unknown = [
-        row["commit"]
-        for row in kept
-        if git("cat-file", "-e", f"{row['commit']}^{{commit}}", check=False) is None
-    ]
-    missing = [commit for commit, found in full.items() if not found and commit not in unknown]
+    missing = [row for row in kept if row not in unknown and not full[row.n]]
     if unknown:
-        said.append((False, f"kept, but git knows no such commit: {some(unknown)}"))
+        ids = some(one_line(row.commit, 20) or "-" for row in unknown)
+        yield Finding(False, f"kept, but git knows no such commit: {ids}")
     if missing:
-        said.append((False, f"kept, but not on the branch: {some(missing)}"))
-    start = full.get(kept[0]["commit"]) if kept else None
-    if start:
-        since = (git("rev-list", "--reverse", f"{start}..{branch or 'HEAD'}") or "").split()
-        extra = [commit[:7] for commit in since if commit not in full.values()]
-        if extra:
-            said.append((False, f"on the branch, but in no row as kept: {some(extra)}"))
-        beyond = []
-        for commit in since:
-            files = set((git("diff", "--name-only", f"{commit}~1", commit) or "").split("\n")) - {
-                EDITED,
-                "",
-            }
-            if files:
-                beyond.append(f"{commit[:7]} ({some(sorted(files), 3)})")
-        if beyond:
-            said.append((False, f"commits that touch more than {EDITED}: {some(beyond)}"))
-        if not (unknown or missing or extra or beyond):
-            said.append((True, f"every kept commit is on the branch and touches only {EDITED}"))
-    free = {EDITED, "program.md", "analysis.ipynb", "README.md", ""}
-    locked = set((git("diff", "--name-only", "HEAD", check=False) or "").split("\n")) - free
-    if locked:
-        said.append((False, f"changed and not committed: {some(sorted(locked))}"))
-    return said
+        ids = some(row.commit for row in missing)
+        yield Finding(False, f"kept, but not on the branch {branch}: {ids}")
+    start = full.get(kept[0].n)
+    if not start:
+        return
+    extra, beyond = [], []
+    for commit in (git("rev-list", "--reverse", f"{start}..{tip}") or "").split():
+        if commit not in full.values():
+            extra.append(commit[:7])
+        files = set((git("diff", "--name-only", f"{commit}~1", commit) or "").split("\n"))
+        files -= {EDITED, ""}
+        if files:
+            beyond.append(f"{commit[:7]} ({some(sorted(files), 3)})")
+    if extra:
+        yield Finding(False, f"on the branch, but in no row as kept: {some(extra)}")
+    if beyond:
+        yield Finding(False, f"commits that touch more than {EDITED}: {some(beyond)}")
+    if not (unknown or missing or extra or beyond):
+        words = f"every kept commit is on the branch and touches only {EDITED}"
+        yield Finding(True, words if len(kept) > 1 else "the branch stands at the baseline")
 
 
-def audit_keeping(rows: list[dict], floor: float | None) -> list[Finding]:
+def audit_book(rows: list[Row], records: list[dict]) -> Iterator[Finding]:
+    """The rows, the night's own records and the experiments' refs, against each other."""
+    if not records:
+        return
+    said = Counter(row_key(row.commit, row.score, row.status) for row in rows)
+    noted = Counter(row_key(r["commit"], r["score"], r["status"]) for r in records)
+    by_hand = [row.n for row in rows if row_key(row.commit, row.score, row.status) not in noted]
+    lost = [r["n"] for r in records if row_key(r["commit"], r["score"], r["status"]) not in said]
+    if by_hand:
+        yield Finding(False, f"rows that the night did not write so: experiments {some(by_hand)}")
+    if lost:
+        yield Finding(False, f"measured by the night, without such a row: experiments {some(lost)}")
+    namespace = f"refs/autoresearch/{knob('tag', '')}/"
+    refs = set((git("for-each-ref", "--format=%(objectname)", namespace) or "").split())
+    gone = [r["n"] for r in records if r["commit"] not in refs]
+    if gone:
+        words = "experiments without their ref, so git may lose their code"
+        yield Finding(False, f"{words}: {some(gone)}")
+
+
+def row_key(commit: str, score: float | None, status: str) -> tuple[str, str, str]:
+    return commit[:7], f"{score or 0:.6f}", status
+
+
+def audit_keeping(history: list[dict]) -> Iterator[Finding]:
+    """Whether what was kept had earned it by the rule, and by what was known of the noise then."""
     best, unearned = None, []
-    for row in rows:
-        if row["status"] == "keep":
-            status, _ = decide(row["score"], best, floor or 0.0, row["what"].startswith("simpler"))
-            if status != "keep":
-                unearned.append(row["n"])
-            best = row["score"]
+    for i, record in enumerate(history):
+        if record["status"] == "keep" and record["score"] is not None:
+            floor = noise_floor(history[:i])
+            if floor is None and not record["simpler"]:
+                floor = 0.0  # never measured: any gain
+            if decide(record["score"], best, floor, record["simpler"])[0] != "keep":
+                unearned.append(record["n"])
+            best = record["score"]
     if unearned:
-        return [
-            (
-                False,
-                f"kept without being better by more than the noise floor: experiments {some(unearned)}",
-            )
-        ]
-    return []
+        words = "kept without being better than the best by more than noise: experiments "
+        yield Finding(False, words + some(unearned))
 
 
-def audit_refs(records: list[dict], tag: str) -> list[Finding]:
-    """Every experiment of this night has its ref and its row's record."""
-    names = (
-        git(
-            "for-each-ref", "--format=%(refname:lstrip=3)", f"refs/autoresearch/{tag}/", check=False
-        )
-        or ""
-    ).split()
-    gone = [record["n"] for record in records if str(record["n"]) not in set(names)]
-    return (
-        [(False, f"experiments without their ref, so their code may be lost: {some(gone)}")]
-        if gone
-        else []
-    )
-
-
-def audit(
-    rows: list[dict], records: list[dict], ledger: list[dict], damaged: int, budget: float | None
-) -> list[Finding]:
-    """All that was looked at, in sentences; False where one speaks against the results.
-
-    rows: of read_results; records: the night's (or none); ledger, damaged: of prepare.read_ledger;
-    budget: seconds of training, where a set is prepared.
-    """
-    runs = ledger_runs(ledger, {row["commit"][:7] for row in rows})
-    val = [run for run in runs if run.get("split") == "val"]
-    tests = [run for run in runs if run.get("split") == "test" and run.get("score") is not None]
-    said: list[Finding] = []
-    if rows and not val:
-        said.append((False, "the ledger holds no run of this repository: no score can be checked"))
-    else:
-        said += audit_scores(rows, val) + audit_sameness(val) + audit_clock(val, records, budget)
-    if damaged:
-        said.append((False, f"{damaged} lines of the ledger are damaged"))
-    if tests:
-        said.append((len(tests) <= 6, f"the test split was scored {len(tests)} times"))
-    if git("rev-parse", "--is-inside-work-tree", check=False) == "true":
-        tag = knob("tag", "")
-        branch = f"autoresearch/{tag}"
-        if git("rev-parse", "-q", "--verify", f"refs/heads/{branch}", check=False) is None:
-            branch = None
-        said += audit_code(val) + audit_branch(rows, branch) + audit_refs(records, tag)
-    else:
-        said.append((False, "this is no git repository: what the commits touch cannot be checked"))
-    return said + audit_keeping(rows, noise_floor(records))
+def audit_lines(morning: Morning) -> list[str]:
+    findings = list(audit(morning))
+    doubts = sum(not finding.fine for finding in findings)
+    end = "Nothing found that speaks against these numbers."
+    if doubts:
+        end = f"{doubts} things to look at"
+    return [*map(str, findings), end]
 
 
 def say_audit():
     """Prints the audit of the night in this folder."""
-    import prepare
-
-    rows, broken = read_results(ROOT / "results.tsv")
-    for reason, count in broken.items():
-        print(f"! {count} rows of results.tsv are broken: {reason}")
-    try:
-        budget = prepare.manifest()["time_budget"]
-    except prepare.Stop:
-        budget = None
-    findings = audit(rows, Night().records(), *prepare.read_ledger(), budget)
-    for fine, sentence in findings:
-        print(" " if fine else "!", sentence)
-    doubts = sum(not fine for fine, _ in findings)
-    print(
-        f"{doubts} things to look at"
-        if doubts
-        else "Nothing found that speaks against these numbers."
-    )
+    morning = Morning.here()
+    print(*(f"! {words}" for words in morning.skipped), *audit_lines(morning), sep="\n")
 
 
 # ---------------------------------------------------------------------------------- the commands
