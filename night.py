@@ -29,14 +29,17 @@ import contextlib
 import ctypes
 import dataclasses
 import fcntl
+import functools
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 import uuid
@@ -66,7 +69,7 @@ CUT_OFF = 3  # so often may a run be cut off before it is given up
 LEAST_WAITING = 2  # experiments that may wait; more would be stale when they start
 WAIT = 45  # seconds; agents' tools allow a command a minute or two
 PAUSE = 0.05  # seconds between two looks at files that others write
-SCREEN, WIDTH = 40, 110  # lines and columns of what a command prints
+SCREEN, WIDTH = 36, 110  # lines and columns of what a command prints between first and last line
 
 LEDGER = "autoresearch.jsonl"  # in the prepared cache
 COLUMNS = ["commit", SCORE, "memory_gb", "status", "description"]
@@ -131,6 +134,8 @@ def decide(
         return "keep", f"simpler, and equal within the noise floor of {floor:.6f}"
     if better > 0:
         return "discard", f"better by {better:.6f}, which is within the noise floor of {floor:.6f}"
+    if better == 0:
+        return "discard", "equal to the best"
     return "discard", f"worse by {-better:.6f}, the noise floor is {floor:.6f}"
 
 
@@ -229,35 +234,34 @@ def commit_file(content: bytes, parent: str, message: str) -> str:
     """A commit on `parent` in which only EDITED differs; no index, no file of the tree is touched."""
     blob = git("hash-object", "-w", "--stdin", give=content)
     lines = git_bytes("ls-tree", "-z", parent).split(b"\0")
-    entry = re.compile(rb"(\d+ blob) [0-9a-f]+(\t" + re.escape(EDITED.encode()) + rb")")
-    tree = git(
-        "mktree",
-        "-z",
-        give=b"\0".join(entry.sub(rb"\1 " + blob.encode() + rb"\2", line) for line in lines),
-    )
+    for i, line in enumerate(lines):
+        mode_and_type, _, name = line.partition(b"\t")
+        if name == EDITED.encode():
+            lines[i] = b" ".join([*mode_and_type.split()[:2], blob.encode()]) + b"\t" + name
+    tree = git("mktree", "-z", give=b"\0".join(lines))
     identity = []
-    if git("config", "user.email", check=False) is None:
+    if git("var", "GIT_AUTHOR_IDENT", check=False) is None:
         identity = ["-c", "user.name=night", "-c", "user.email=night@localhost"]
     return git(*identity, "commit-tree", tree, "-p", parent, "-F", "-", give=message.encode())
 
 
-def merged(ours: bytes, base: bytes, theirs: bytes, folder: Path) -> bytes | None:
+def merged(ours: bytes, base: bytes, theirs: bytes) -> bytes | None:
     """The change from `base` to `theirs` made to `ours`; None where it conflicts."""
-    paths = [folder / f"merge-{name}" for name in ("ours", "base", "theirs")]
-    for path, content in zip(paths, (ours, base, theirs)):
-        path.write_bytes(content)
-    done = subprocess.run(["git", "merge-file", "-p", *paths], capture_output=True)
-    for path in paths:
-        path.unlink()
+    with tempfile.TemporaryDirectory() as folder:
+        paths = [Path(folder, name) for name in ("ours", "base", "theirs")]
+        for path, content in zip(paths, (ours, base, theirs)):
+            path.write_bytes(content)
+        done = subprocess.run(["git", "merge-file", "-p", *paths], capture_output=True)
     return done.stdout if done.returncode == 0 else None
 
 
 def change_id(before: str, after: str) -> str:
-    """The same for the same change on whatever it was made: its removed and added lines."""
-    diff = git_bytes("diff", "-U0", before, after, "--", EDITED)
-    body = diff.split(b"\n@@", 1)[-1]
-    lines = [line for line in body.split(b"\n") if line[:1] in (b"+", b"-")]
-    return hashlib.sha256(b"\n".join(lines)).hexdigest()[:12]
+    """The same for the same change on whatever it was made: its lines and what they stand in."""
+    diff = git_bytes("diff-tree", "-p", "-U0", before, after, "--", EDITED)
+    _, *hunks = re.split(
+        rb"^@@ .*? @@", diff, flags=re.M
+    )  # each begins with its function's first line
+    return hashlib.sha256(b"@@".join(hunks)).hexdigest()[:12]
 
 
 # -------------------------------------------------------------------------------------- its files
@@ -267,10 +271,11 @@ def now() -> str:
     return f"{datetime.now(timezone.utc):%Y-%m-%dT%H:%M:%SZ}"
 
 
-def write_once(path: Path, content: bytes):
+def write_once(path: Path, content: bytes, mode: int = 0o644):
     """All of the bytes under `path` or nothing, also after a power cut."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with open(temporary, "wb") as file:
+        os.fchmod(file.fileno(), mode)
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
@@ -301,11 +306,10 @@ def knob(name: str, default: str | None = None) -> str:
 
 def number_knob(name: str, default: str) -> int:
     text = knob(name, default)
-    found = re.match(r"(\d+)\b", text)
+    found = re.match(r"(\d+)(?!\w|[.,]\d|\s*(min|h))", text)  # not 1,200, not 20 minutes
     if not found or int(found[1]) < 1:
-        raise Refused(
-            f"program.md, knob `{name}: {one_line(text, 40)}`: it must begin with a whole number, at least 1"
-        )
+        said = f"program.md, knob `{name}: {one_line(text, 40)}`"
+        raise Refused(f"{said}: it must begin with a whole number (seconds, or runs), at least 1")
     return int(found[1])
 
 
@@ -314,16 +318,20 @@ def time_limit() -> int:
     return number_knob("limit", "1200")
 
 
-def slots() -> list[dict]:
-    """The environment of each place where a run may stand: one a visible GPU, or as many as the knob says."""
+@functools.cache  # nvidia-smi may take a second
+def visible_gpus() -> list[str]:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
-        gpus = [entry.strip() for entry in visible.split(",") if entry.strip() not in ("", "-1")]
-    elif shutil.which("nvidia-smi"):
+        return [entry.strip() for entry in visible.split(",") if entry.strip() not in ("", "-1")]
+    if shutil.which("nvidia-smi"):
         listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True).stdout
-        gpus = [str(i) for i, _ in enumerate(re.findall(r"^GPU ", listed, re.M))]
-    else:
-        gpus = []
+        return [str(i) for i, _ in enumerate(re.findall(r"^GPU ", listed, re.M))]
+    return []
+
+
+def slots() -> list[dict]:
+    """The environment of each place where a run may stand: one a visible GPU, or what the knob says."""
+    gpus = visible_gpus()
     wanted = number_knob("slots", str(max(1, len(gpus))))
     if gpus and wanted > len(gpus):
         raise Refused(f"program.md, knob `slots: {wanted}`: only {len(gpus)} GPUs are visible")
@@ -379,7 +387,7 @@ class Experiment:
         """Whether the process that watches the run lives: it holds the lock."""
         with contextlib.suppress(FileNotFoundError), open(self.folder / "lock") as file:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # shared: two who look do not meet
             except BlockingIOError:
                 return True
         return False
@@ -394,19 +402,20 @@ class Experiment:
             return "waiting"
         if "code" in runs[-1]:
             return "ended"
-        return "running" if self.alive() else "cut off"
+        if self.alive():
+            return "running"
+        return "ended" if (self.folder / f"end-{len(runs)}.json").exists() else "cut off"
 
 
 class Night:
     """Where one tag's night keeps its files, and what stands in them."""
 
     def __init__(self):
-        if git("rev-parse", "--is-inside-work-tree", check=False) != "true":
-            raise Refused(
-                f"{ROOT} is no git repository: git init, git add -A, git commit, then begin"
-            )
-        top = Path(git("rev-parse", "--show-toplevel")).resolve()
-        if top != ROOT:
+        top = git("rev-parse", "--show-toplevel", check=False)
+        if not top:
+            make = "git init, git add -A, git commit, then begin"
+            raise Refused(f"{ROOT} is no git repository with files: {make}")
+        if Path(top).resolve() != ROOT:
             raise Refused(f"night.py must stand at the top of its repository, which is {top}")
         self.tag = knob("tag")
         self.branch = f"autoresearch/{self.tag}"
@@ -420,21 +429,23 @@ class Night:
         self.book = self.folder / "night.jsonl"  # one line an experiment that has ended
         self.results = ROOT / "results.tsv"
         self.edited = ROOT / EDITED
+        self.known: list[dict] = []  # of the book: what was read so far, and up to which byte
+        self.known_bytes = 0
 
     def begun(self) -> bool:
         return self.queue.is_dir()
 
     def records(self) -> list[dict]:
         """What has ended, in order. A line that a power cut tore is as if it had never been written."""
-        try:
-            lines = self.book.read_bytes().split(b"\n")
-        except FileNotFoundError:
-            return []
-        found = []
-        for line in lines:
-            with contextlib.suppress(ValueError):
-                found.append(json.loads(line))
-        return found
+        with contextlib.suppress(FileNotFoundError), open(self.book, "rb") as file:
+            file.seek(self.known_bytes)
+            for line in file:
+                if not line.endswith(b"\n"):
+                    break  # being written, or torn: then the next line ends it
+                self.known_bytes += len(line)
+                with contextlib.suppress(ValueError):
+                    self.known.append(json.loads(line))
+        return [*self.known]
 
     def open(self) -> list[Experiment]:
         """What waits, runs or is not yet decided, by number."""
@@ -449,8 +460,8 @@ class Night:
         return None
 
     def next_number(self) -> int:
-        names = [e.name for place in (self.queue, self.done) for e in os.scandir(place)]
-        return 1 + max((int(name) for name in names if name.isdigit()), default=0)
+        numbers = [record["n"] for record in self.records()] + [e.n for e in self.open()]
+        return 1 + max(numbers, default=0)
 
     def keep_ref(self, name: str, commit: str):
         """Nothing that was tried is lost: git never collects what a ref names."""
@@ -473,6 +484,14 @@ class Night:
                     time.sleep(PAUSE)
             yield file
 
+    @contextlib.contextmanager
+    def command(self):
+        """One command at a time touches the agent's tree."""
+        with self.hold("command", 10) as lock:
+            if not lock:
+                raise Refused("another night.py command has been at work for 10 s: say it again")
+            yield
+
     # the agent's tree: moved by the agent's own commands alone
 
     def tip(self) -> str:
@@ -485,11 +504,17 @@ class Night:
 
     def edits(self) -> bytes | None:
         """EDITED as the agent has it, where it is neither the branch's, the best's nor queued; else None."""
-        content = self.edited.read_bytes() if self.edited.is_file() else b""
         tip = self.tip()
+        if not self.edited.is_file():
+            return None  # deleted: the best is put in its place
+        content = self.edited.read_bytes()
         best = best_of(self.records())
         known = {tip, best["commit"] if best else tip, *(e.asked["commit"] for e in self.open())}
         return None if content in map(file_at, known) else content
+
+    def write_edited(self, content: bytes):
+        mode = self.edited.stat().st_mode if self.edited.is_file() else 0o644
+        write_once(self.edited, content, mode)
 
     def settle(self):
         """Puts branch and EDITED to the best, unless an edit is in progress. May be cut off anywhere."""
@@ -499,10 +524,10 @@ class Night:
             commit = best["commit"] if best else tip
             content = file_at(commit)
             if not self.edited.is_file() or self.edited.read_bytes() != content:
-                mode = self.edited.stat().st_mode if self.edited.is_file() else 0o644
-                write_once(self.edited, content)
-                self.edited.chmod(mode)
+                self.write_edited(content)
             if commit != tip:
+                if all(tip not in (record["commit"], record["base"]) for record in self.records()):
+                    self.keep_ref(f"not-of-the-night-{tip[:7]}", tip)  # somebody's own commit
                 git("update-ref", "-m", "night: kept", f"refs/heads/{self.branch}", commit, tip)
         if git("diff-index", "--cached", "--quiet", "HEAD", "--", EDITED, check=False) is None:
             git("reset", "-q", "--", EDITED, check=False)
@@ -545,10 +570,14 @@ def end_children():
 def end_leftovers(run_id: str):
     """Kills what a run whose watcher died has left: all that carries its id (Linux)."""
     mark = f"AUTORESEARCH_RUN={run_id}".encode()
-    for path in Path("/proc").glob("[0-9]*/environ"):
-        with contextlib.suppress(OSError):
-            if mark in path.read_bytes().split(b"\0"):
-                os.kill(int(path.parent.name), signal.SIGKILL)
+    found, end = True, time.monotonic() + 10
+    while found and time.monotonic() < end:  # again, for what was forked meanwhile
+        found = False
+        for path in Path("/proc").glob("[0-9]*/environ"):
+            with contextlib.suppress(OSError):
+                if mark in path.read_bytes().split(b"\0"):
+                    os.kill(int(path.parent.name), signal.SIGKILL)
+                    found = True
 
 
 def cache_folder() -> Path:
@@ -626,17 +655,19 @@ def why_it_failed(code: int, stopped: str | None, ledger: dict, log: str) -> str
     if stopped:
         return stopped
     if ledger.get("failure"):
-        return ledger["failure"]
+        return str(ledger["failure"])
+    if code == 0:
+        return "it ended without a score in the ledger"
     lines = log.strip().splitlines()
-    said = [line for line in lines if line.startswith("FAIL: ")]
+    said = [line for line in lines if "FAIL: " in line]
     if said:
-        return said[-1].removeprefix("FAIL: ")
+        return said[-1].split("FAIL: ")[-1]
     if any(line.startswith("Timeout (") for line in lines):
         return "timeout: it hung (the log shows where)"
     if code < 0:
         return f"killed by signal {-code}"
     last = lines[-1] if lines else "its log is empty"
-    return f"exit {code}: {last}"
+    return f"exit {code}: {last[-250:]}"
 
 
 def watch(night: Night, experiment: Experiment, k: int, isolation: Isolation, limit: int):
@@ -682,6 +713,8 @@ def watch(night: Night, experiment: Experiment, k: int, isolation: Isolation, li
     mine = [r for r in prepare.read_ledger(start)[0] if r.get("run") == run["id"]]
     said = {key: value for r in mine for key, value in r.items()}
     scored = said.get("score") if code == 0 and said.get("split") == "val" else None
+    if not isinstance(scored, (int, float)) or not math.isfinite(scored):
+        scored = None
     memory = MEMORY.search(text)
     steps = STEPS.search(text)
     end = {
@@ -713,59 +746,61 @@ class Supervisor:
         self.night = night
         self.slots = slots()
         self.limit = time_limit()
-        self.records = night.records()
         cache = cache_folder()
         (cache / LEDGER).touch()
         self.isolation = Isolation.here(cache)
         write_once(night.home / "isolation", self.isolation.words.encode())
 
+    @property
+    def records(self) -> list[dict]:
+        return self.night.records()
+
     def work(self):
-        """Until nothing runs and nothing can start."""
-        while self.turn():
-            time.sleep(PAUSE)
+        """Until nothing runs and nothing can start; it looks rarely while nothing moves."""
+        recorded = {record["n"] for record in self.records}
+        for experiment in self.night.open():
+            if experiment.n in recorded:  # the supervisor before was cut off there
+                self.put_away(experiment)
+        pause = 0
+        while True:
+            if self.turn():
+                pause = 0
+            elif not any(e.state() == "running" for e in self.night.open()):
+                return
+            pause = min(pause + PAUSE / 10, 5 * PAUSE)
+            time.sleep(pause)
 
     def turn(self) -> bool:
-        """One look at the queue. Returns whether anything moved or runs."""
+        """One look at the queue. Returns whether anything moved."""
         with contextlib.suppress(ChildProcessError):
             while os.waitpid(-1, os.WNOHANG)[0]:
                 pass
-        recorded = {record["n"] for record in self.records}
-        experiments = []
-        for experiment in self.night.open():
-            if experiment.n in recorded:
-                self.put_away(experiment)
-            else:
-                experiments.append(experiment)
         moved = False
-        for experiment in experiments:
+        for experiment in self.night.open():
             state = experiment.state()
             if state == "cut off":
                 self.take_up(experiment)
                 moved = True
             elif state == "waiting" and experiment.dropped():
-                self.close(experiment, None, "crash", "dropped before it ran")
+                self.close(experiment, None, "crash", "dropped while it waited")
                 moved = True
         moved = self.conclude() or moved
-        moved = self.fill_slots() or moved
-        return moved or any(e.state() == "running" for e in self.night.open())
+        return self.fill_slots() or moved
 
     def fill_slots(self) -> bool:
         experiments = self.night.open()
-        taken = [e.runs()[-1]["slot"] for e in experiments if e.state() == "running"]
+        free = list(self.slots)
+        for experiment in experiments:
+            if experiment.state() == "running" and free:
+                slot = experiment.runs()[-1]["slot"]
+                free.remove(slot if slot in free else free[0])  # the knob may have changed
         waiting = [e for e in experiments if e.state() == "waiting"]
         if not best_of(self.records) and not any(e.is_baseline for e in experiments):
             waiting = []  # the baseline has no score: nothing can be compared
-        waiting.sort(
-            key=lambda e: (not e.is_baseline, not e.runs(), e.n)
-        )  # what runs again comes first
-        moved = False
-        for slot in self.slots:
-            if slot in taken:
-                taken.remove(slot)
-            elif waiting:
-                self.start(waiting.pop(0), slot)
-                moved = True
-        return moved
+        waiting.sort(key=lambda e: (not e.is_baseline, not e.runs(), e.n))  # then what runs again
+        for experiment, slot in zip(waiting, free):
+            self.start(experiment, slot)
+        return bool(waiting and free)
 
     def start(self, experiment: Experiment, slot: dict):
         """Puts the change on top of the best where that has moved, lays a worktree, starts the run."""
@@ -780,7 +815,7 @@ class Supervisor:
             return
         folder, k = experiment.folder, len(experiment.runs()) + 1
         self.clear(folder)
-        git("worktree", "add", "-q", "--force", "--detach", str(folder / "tree"), commit)
+        git("worktree", "add", "-q", "--force", "--force", "--detach", str(folder / "tree"), commit)
         lock = open(folder / "lock", "w")
         fcntl.flock(lock, fcntl.LOCK_EX)
         run = {
@@ -817,7 +852,7 @@ class Supervisor:
         if known:
             return known
         files = [file_at(commit) for commit in (base, asked["base"], asked["commit"])]
-        content = merged(*files, experiment.folder)
+        content = merged(*files)
         if content is None:
             return None
         commit = commit_file(content, base, git("log", "-1", "--format=%B", asked["commit"]))
@@ -826,10 +861,11 @@ class Supervisor:
 
     def clear(self, folder: Path):
         """Removes what a run leaves beside its log."""
-        if (folder / "tree").exists():
-            git("worktree", "remove", "--force", "--force", str(folder / "tree"), check=False)
         for name in ("tree", "home", "tmp"):
             shutil.rmtree(folder / name, ignore_errors=True)
+        git(
+            "worktree", "remove", "--force", "--force", str(folder / "tree"), check=False
+        )  # git's part
 
     # what has ended
 
@@ -857,7 +893,7 @@ class Supervisor:
 
     def conclude_baseline(self, baseline: list[Experiment]) -> bool:
         """A disturbed one would fix the noise floor for the whole night: it runs once more before."""
-        rates = [rate(run) for e in baseline for run in e.runs() if rate(run)]
+        rates = self.rates_of(baseline[0].asked["commit"])
         slow = {e.n: disturbed(e.runs()[-1], rates) for e in baseline}
         again = [e for e in baseline if slow[e.n] and not ran_again(e, "disturbed")]
         for experiment in again:
@@ -872,34 +908,36 @@ class Supervisor:
         runs = [run for run in experiment.runs() if "code" in run]
         last = runs[-1]
         same = [run for run in runs if run["commit"] == last["commit"] and run["score"] is not None]
-        if last["score"] is None or experiment.dropped():
-            self.close(experiment, last, "crash", last["failure"] or "dropped")
+        if experiment.dropped():
+            self.close(experiment, last, "crash", "dropped")
             return
-        share = disturbed(last, [rate(run) for run in same if rate(run)])
+        if not same:
+            self.close(experiment, last, "crash", last["failure"])
+            return
+        counted = max(same, key=lambda run: rate(run) or 0)  # of a disturbed run and its repeat
+        share = disturbed(counted, self.rates_of(counted["commit"]))
         if share and not experiment.is_baseline and not ran_again(experiment, "disturbed"):
             experiment.again(f"disturbed ({share:.0%} of its own rate)")
             return
-        counted = max(same, key=lambda run: rate(run) or 0)  # of a disturbed run and its repeat
-        floor = noise_floor(self.records)
-        best = best_of(self.records)
-        simpler = experiment.asked["simpler"]
-        if best is None or best["commit"] == counted["base"]:
-            status, why = decide(counted["score"], best and best["score"], floor, simpler)
-            if experiment.is_baseline and best:
-                status, why = "discard", "measures the noise floor"
-            self.close(experiment, counted, status, why, share)
-            return
-        status, why = decide(counted["score"], self.score_of(counted["base"]), floor, simpler)
-        if status == "keep":
-            experiment.again(f"the best moved: on {counted['base'][:7]} it was {why}")
-        else:
-            self.close(
-                experiment,
-                counted,
-                status,
-                f"{why} (on the best before, {counted['base'][:7]})",
-                share,
-            )
+        best, base = best_of(self.records), counted["base"]
+        floor, simpler = noise_floor(self.records), experiment.asked["simpler"]
+        status, why = decide(counted["score"], self.score_of(base), floor, simpler)
+        if experiment.is_baseline and best:
+            status, why = "discard", "measures the noise floor"
+        elif not experiment.is_baseline and not best:
+            status, why = "discard", "the baseline has no score to compare with"
+        elif best and best["commit"] != base:
+            why = f"the best moved; on {base[:7]} it was {why}"
+            if status == "keep":
+                experiment.again(why)
+                return
+        self.close(experiment, counted, status, why, share)
+
+    def rates_of(self, commit: str) -> list[float]:
+        """Tokens a second of every run of a commit so far."""
+        runs = [run for experiment in self.night.open() for run in experiment.runs()]
+        rates = [rate(run) for run in [*self.records, *runs] if run["commit"] == commit]
+        return [found for found in rates if found]
 
     def score_of(self, commit: str) -> float | None:
         """The score with which a commit was kept."""
@@ -942,27 +980,25 @@ class Supervisor:
             "ended": now(),
         }
         append_line(self.night.book, json.dumps(record))
-        self.records.append(record)
         self.put_away(experiment)
 
     def put_away(self, experiment: Experiment):
         """The row, and the folder out of the queue. Said again after a kill, it does only what is missing."""
-        record = next(r for r in self.records if r["n"] == experiment.n)
-        self.write_row(row_of(record))
+        self.write_row(next(r for r in reversed(self.records) if r["n"] == experiment.n))
         self.clear(experiment.folder)
         os.replace(experiment.folder, self.night.done / str(experiment.n))
 
-    def write_row(self, row: str):
-        results = self.night.results
-        if results.is_file():
-            text = results.read_bytes().decode("utf-8-sig", "replace")
-        else:  # from the night's own book
-            text = "\n".join(["\t".join(COLUMNS), *(row_of(r) for r in self.records[:-1])]) + "\n"
-        if row in text.split("\n"):
-            return
-        if not text.endswith("\n"):
-            text += "\n"
-        write_once(results, (text + row + "\n").encode())
+    def write_row(self, record: dict):
+        """Adds the row to the table as it is; where that is gone, it is made from the night's book."""
+        row = row_of(record)
+        if self.night.results.is_file():
+            lines = self.night.results.read_bytes().decode("utf-8-sig", "replace").splitlines()
+            written = lines.count(row)  # two crashes of a baseline have the same row
+            if not written or written < [*map(row_of, self.records)].count(row):
+                lines.append(row)
+        else:
+            lines = ["\t".join(COLUMNS), *map(row_of, self.records)]
+        write_once(self.night.results, ("\n".join(lines) + "\n").encode())
 
 
 def ran_again(experiment: Experiment, why: str) -> bool:
@@ -984,7 +1020,7 @@ def supervise():
     """The detached process: holds the lock, works, and looks once more after letting go of it."""
     night = Night()
     while True:
-        with night.hold("supervisor", 0) as lock:
+        with night.hold("supervisor", 1) as lock:  # a command that looks holds it for a moment
             if not lock:
                 return
             Supervisor(night).work()
@@ -995,7 +1031,7 @@ def supervise():
 def can_work(night: Night) -> bool:
     """Whether a supervisor would find something to do."""
     experiments = night.open()
-    if any(e.state() != "waiting" or e.is_baseline for e in experiments):
+    if any(e.state() != "waiting" or e.is_baseline or e.dropped() for e in experiments):
         return True
     return bool(experiments) and best_of(night.records()) is not None
 
@@ -1064,6 +1100,11 @@ def name_of(experiment: dict) -> str:
     return one_line(experiment["message"], 70)
 
 
+def baseline_lasts(experiments: list[Experiment]) -> bool:
+    """Whether what has ended stays undecided for a while."""
+    return any(e.is_baseline and e.state() != "ended" for e in experiments)
+
+
 def floor_words(records: list[dict]) -> str:
     floor = noise_floor(records)
     if floor is None:
@@ -1073,13 +1114,8 @@ def floor_words(records: list[dict]) -> str:
 
 def verdict(record: dict) -> list[str]:
     """What a record says to the agent, in a few lines."""
-    if record["score"] is None:
-        lines = [f"{record['n']}: {record['status']}: {record['why']}  ({name_of(record)})"]
-    else:
-        lines = [
-            f"{record['n']}: {record['status']}  {SCORE} {record['score']:.6f}  {record['why']}"
-            f"  ({name_of(record)})"
-        ]
+    score = "" if record["score"] is None else f"  {SCORE} {record['score']:.6f}"
+    lines = [f"{record['n']}: {record['status']}{score}: {record['why']}  ({name_of(record)})"]
     if record["expect"] is not None and record["got"] is not None:
         lines.append(f"   expected {record['expect']:+.6f}, got {record['got']:+.6f}")
     if record["disturbed"]:
@@ -1090,9 +1126,14 @@ def verdict(record: dict) -> list[str]:
         lines.append(f"   ran again: {why}")
     per_second = rate(record)
     if per_second:
-        lines.append(
-            f"   {per_second:,.0f} tokens/s, {record['steps'] or '?'} steps, {record['wall_seconds']:.0f} s in all"
-        )
+        steps = record["steps"] or "?"
+        seconds = f"{record['wall_seconds']:.0f} s in all"
+        lines.append(f"   {per_second:,.0f} tokens/s, {steps} steps, {seconds}")
+    if record["kind"] == "baseline" and record["status"] == "keep":
+        if record["steps"] and record["steps"] < FEW_STEPS:
+            lines.append(
+                f"   under {FEW_STEPS} steps a score measures the machine more than the idea"
+            )
     return lines
 
 
@@ -1130,10 +1171,6 @@ def standing(night: Night) -> list[str]:
         lines.append(
             f"     from {first['score']:.6f}; {len(records)} ended, {kept} kept; {floor_words(records)}"
         )
-        if first["steps"] and first["steps"] < FEW_STEPS:
-            lines.append(
-                f"     the baseline makes only {first['steps']} steps: such scores measure the machine more than the idea"
-            )
     said, direction, size = calibration(records, noise_floor(records))
     if said:
         lines.append(f"     predictions: {direction} of {said} right in direction, {size} in size")
@@ -1141,14 +1178,16 @@ def standing(night: Night) -> list[str]:
     for experiment in experiments:
         state = experiment.state()
         words = state
+        runs = experiment.runs()
+        last = runs[-1] if runs else {}
         if state == "running":
             words = phase(night, experiment, curve)
         elif state == "ended":
-            score = experiment.runs()[-1]["score"]
+            score = last.get("score")
             words = f"ended, {score:.6f}" if score is not None else "ended without a score"
-            words += "; decided when the baseline's runs have all ended"
-        runs = experiment.runs()
-        again = runs[-1].get("again") if runs else None
+            if baseline_lasts(experiments):
+                words += "; decided when the baseline's runs have all ended"
+        again = last.get("again")
         if again:
             words += f"; again, because {again}"
             if again.startswith("disturbed"):
@@ -1158,10 +1197,10 @@ def standing(night: Night) -> list[str]:
 
 
 def show_lines(lines: list[str], most: int = SCREEN):
-    for line in lines[:most]:
-        print(line[:200])
     if len(lines) > most:
-        print(f"... {len(lines) - most} more lines")
+        lines = [*lines[: most - 1], f"... {len(lines) - most + 1} more lines"]
+    for line in lines:
+        print(line[:200])
 
 
 # ---------------------------------------------------------------------- results.tsv, and the audit
@@ -1737,7 +1776,6 @@ def status(night: Night):
         print("next: uv run night.py begin")
         return
     night.settle()
-    wake(night)
     lines = standing(night)
     recent = [f"  {row_of(record)[:WIDTH]}" for record in night.records()[-5:]]
     if recent:
@@ -1761,16 +1799,18 @@ def begin(night: Night):
     changed = git("status", "--porcelain", "--untracked-files=no").splitlines()
     others = [line[2:].strip() for line in changed if line[2:].strip() != EDITED]
     if others:
+        named = ", ".join(others[:5])
         raise Refused(
-            f"changed and not committed: {', '.join(others[:5])}: commit that, or git checkout it, then begin"
+            f"changed and not committed: {named}: commit it, or git checkout it, then begin"
         )
     check_results(night)
     head = git("symbolic-ref", "-q", "--short", "HEAD", check=False)
+    edits = (
+        f"{EDITED} has edits: git commit them as the baseline, or git checkout {EDITED}, then begin"
+    )
     if head != night.branch:
         if changed:
-            raise Refused(
-                f"{EDITED} has edits: git commit them as the baseline, or git checkout {EDITED}, then begin"
-            )
+            raise Refused(edits)
         exists = git("rev-parse", "-q", "--verify", f"refs/heads/{night.branch}", check=False)
         git("switch", "-q", *([] if exists else ["-c"]), night.branch)
     for folder in (night.queue, night.done):
@@ -1778,42 +1818,35 @@ def begin(night: Night):
     if not night.results.is_file():
         write_once(night.results, ("\t".join(COLUMNS) + "\n").encode())
     scored = [r for r in night.records() if r["kind"] == "baseline" and r["score"] is not None]
-    if not scored and not any(e.is_baseline for e in night.open()):
-        if changed:
-            raise Refused(
-                f"{EDITED} has edits: git commit them as the baseline, or git checkout {EDITED}, then begin"
-            )
-        for seed in BASELINE_SEEDS:
-            enqueue(
-                night,
-                "baseline",
-                git("rev-parse", "HEAD"),
-                git("rev-parse", "HEAD"),
-                "baseline",
-                seed=seed,
-            )
+    queued = [e.asked for e in night.open() if e.is_baseline]
+    there = [*scored, *queued]
+    missing = [seed for seed in BASELINE_SEEDS if seed not in [asked["seed"] for asked in there]]
+    if changed and not there:
+        raise Refused(edits)
+    baseline = there[0]["commit"] if there else git("rev-parse", "HEAD")
+    for seed in missing:
+        enqueue(night, "baseline", baseline, baseline, "baseline", seed)
     night.settle()
     wake(night)
     fixed = {key: prepared[key] for key in ("corpus", "seq_len", "vocab_size", "time_budget")}
-    print(
-        f"prepared: {', '.join(f'{key} {value}' for key, value in fixed.items())}; fingerprint {prepare.fingerprint()}"
-    )
+    settings = ", ".join(f"{key} {value}" for key, value in fixed.items())
+    print(f"prepared: {settings}; fingerprint {prepare.fingerprint()}")
     status(night)
 
 
 def check_results(night: Night):
     """Refuses a results.tsv that is not this night's: nothing is mixed, nothing overwritten."""
-    if not night.results.is_file() or night.begun():
+    if not night.results.is_file():
         return
     lines = night.results.read_bytes().decode("utf-8-sig", "replace").splitlines()
+    known = {record["commit"][:7] for record in night.records()}
+    wrong = None
     if lines and lines[0].split("\t") != COLUMNS:
-        raise Refused(
-            "results.tsv has other columns than this night's: mv results.tsv results-before.tsv, then begin"
-        )
-    if len(lines) > 1:
-        raise Refused(
-            "results.tsv is of another night: mv results.tsv results-before.tsv, then begin"
-        )
+        wrong = "has other columns than this night's"
+    elif any(line.split("\t")[0] not in known for line in lines[1:]):
+        wrong = "is of another night"
+    if wrong:
+        raise Refused(f"results.tsv {wrong}: mv results.tsv results-before.tsv, then begin")
 
 
 def enqueue(
@@ -1858,9 +1891,8 @@ def try_(night: Night, message: str, simpler: bool, expect: float | None):
             )
     for record in night.records():
         if record["change"] == change and record["score"] is not None and not record["disturbed"]:
-            raise Refused(
-                f"this is the change of experiment {record['n']} ({record['status']}, {record['score']:.6f}): another idea"
-            )
+            came = f"{record['status']}, {record['score']:.6f}"
+            raise Refused(f"this is the change of experiment {record['n']} ({came}): another idea")
     n = enqueue(
         night,
         "try",
@@ -1881,56 +1913,60 @@ def try_(night: Night, message: str, simpler: bool, expect: float | None):
 
 def wait(night: Night, seconds: float):
     """Until something has ended that was not told yet, or the time is over."""
-    if not night.begun():
-        raise Refused("no night has begun: uv run night.py begin")
-    night.settle()
-    wake(night)
+    log = night.home / "supervisor.log"
+    logged = log.stat().st_size if log.is_file() else 0
     told = read_json(night.folder / "told") or {"records": 0, "ended": []}
+    with night.command():
+        night.settle()
+        wake(night)
     end = time.monotonic() + seconds
-    size = -1
     while True:
-        if night.book.is_file() and night.book.stat().st_size != size:
-            size = night.book.stat().st_size
-            count = len(night.records())
-        elif size < 0:
-            count = 0
         experiments = night.open()
         ended = [f"{e.n}-{len(e.runs())}" for e in experiments if e.state() == "ended"]
-        news = count > told["records"] or set(ended) - set(told["ended"])
-        if news or time.monotonic() >= end or not can_work(night):
+        news = len(night.records()) > told["records"]
+        if baseline_lasts(experiments):  # otherwise what ended is decided within a moment
+            news = news or set(ended) - set(told["ended"])
+        failed = log.is_file() and log.stat().st_size > logged
+        if news or failed or time.monotonic() >= end or not can_work(night):
             break
         time.sleep(4 * PAUSE)
-    night.settle()
-    wake(night)
-    records = night.records()
-    lines = []
-    fresh = records[told["records"] :]
-    if len(fresh) > 4:
-        lines.append(f"{len(fresh) - 4} more have ended since: night.py shows the last rows")
-    for record in fresh[-4:]:
-        lines += verdict(record)
-        if record["status"] == "crash" and record["run"]:
-            lines += [f"   | {line}" for line in end_of_log(log_of(night, record), 6)]
-    lines += standing(night)
-    show_lines(lines)
-    print("next:", what_next(night, records, night.open()))
-    write_json(night.folder / "told", {"records": len(records), "ended": ended})
+    with night.command():
+        night.settle()
+        wake(night)
+        records = night.records()
+        lines = []
+        if failed:
+            lines.append(f"the supervisor ended and starts again: {end_of_log(log, 1)[-1]}")
+        fresh = records[told["records"] :]
+        if len(fresh) > 4:
+            lines.append(f"{len(fresh) - 4} more have ended since: night.py shows the last rows")
+        for record in fresh[-4:]:
+            lines += verdict(record)
+            if record["status"] == "crash" and record["run"]:
+                lines += [f"   | {line}" for line in end_of_log(log_of(night, record), 6)]
+        lines += standing(night)
+        show_lines(lines)
+        print("next:", what_next(night, records, night.open()))
+        write_json(night.folder / "told", {"records": len(records), "ended": ended})
 
 
 def find(night: Night, n: int) -> tuple[dict, Path]:
     """An experiment's record, or what was asked for where it has not ended, and its folder."""
-    folder = night.folder_of(n) if night.begun() else None
-    if folder is None:
-        last = night.next_number() - 1 if night.begun() else 0
-        raise Refused(f"there is no experiment {n}: they go from 1 to {last}")
-    record = next((r for r in night.records() if r["n"] == n), None)
-    return record or read_json(folder / "experiment.json"), folder
+    for place in (night.queue, night.done):
+        asked = read_json(place / str(n) / "experiment.json")
+        if asked:
+            record = next((r for r in night.records() if r["n"] == n), None)
+            return record or asked, place / str(n)
+    raise Refused(f"there is no experiment {n}: they go from 1 to {night.next_number() - 1}")
 
 
 def show(night: Night, n: int):
     record, folder = find(night, n)
     lines = verdict(record) if "status" in record else [f"{n}: {name_of(record)}, not ended"]
-    diff = git("diff", f"{record['commit']}^", record["commit"], "--", EDITED, check=False) or ""
+    diff = (
+        git("diff-tree", "-p", f"{record['commit']}^", record["commit"], "--", EDITED, check=False)
+        or ""
+    )
     changed = [one_line(line, WIDTH) for line in diff.splitlines()[4:]]
     if record["kind"] != "baseline":
         lines += changed[:18]
@@ -1963,7 +1999,7 @@ def bring(night: Night, what: str):
             count = len(list(night.folder.glob("edits-*")))
             aside = night.folder / f"edits-{count + 1}-{EDITED}"
             write_once(aside, content)
-            write_once(night.edited, file_at(night.tip()))
+            night.write_edited(file_at(night.tip()))
             print(f"the edits were put aside: {aside.relative_to(ROOT)}")
         night.settle()
         print(f"{EDITED} stands at the best, {night.tip()[:7]}")
@@ -1977,14 +2013,13 @@ def bring(night: Night, what: str):
         raise Refused(f"{what} is the baseline: it has no change; night.py bring best")
     night.settle()
     commit, tip = record["commit"], night.tip()
-    content = merged(file_at(tip), file_at(f"{commit}^"), file_at(commit), folder)
+    content = merged(file_at(tip), file_at(f"{commit}^"), file_at(commit))
     if content is None:
-        raise Refused(
-            f"{what}'s change no longer applies to the best, {tip[:7]}: read it (night.py show {what}) and make it by hand"
-        )
+        by_hand = f"read it (night.py show {what}) and make it by hand"
+        raise Refused(f"{what}'s change no longer applies to the best, {tip[:7]}: {by_hand}")
     if content == file_at(tip):
         raise Refused(f"{what}'s change is in the best already: another idea")
-    write_once(night.edited, content)
+    night.write_edited(content)
     print(
         f"{what}'s change is in {EDITED}, on top of the best, {tip[:7]}: edit further, then night.py try"
     )
@@ -2005,7 +2040,12 @@ def runs(count: int):
     """The ledger's last runs as a table; a start without an end was cut off, or is running."""
     import prepare
 
-    records, damaged = prepare.read_ledger()
+    ledger = cache_folder() / LEDGER
+    size = ledger.stat().st_size if ledger.is_file() else 0
+    start = max(0, size - 4096 * count)  # all of it where the night is short
+    records, damaged = prepare.read_ledger(start)
+    if start:
+        damaged = max(0, damaged - 1)  # the line in which we began
     rows = {}
     for record in records:
         rows[record.get("run")] = record  # the end replaces the start
@@ -2026,7 +2066,7 @@ def runs(count: int):
             status,
         ]
         print(one_line_cells(table, cells))
-    said = f"{len(rows)} runs"
+    said = f"{len(rows)} runs" if not start else "the last runs; night.py runs 100000 has all"
     if damaged:
         said += f", {damaged} damaged lines skipped"
     print(said + "; * has uncommitted changes")
@@ -2036,10 +2076,20 @@ def one_line_cells(table: str, cells: list) -> str:
     return "".join(c if c.isprintable() else "?" for c in table.format(*map(str, cells)))[:160]
 
 
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise Refused(f"{message}; type: uv run night.py --help")
+
+
+def finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError
+    return value
+
+
 def main(argv: list[str] | None = None):
-    parser = argparse.ArgumentParser(
-        prog="night.py", description="The mechanics of the night.", allow_abbrev=False
-    )
+    parser = Parser(prog="night.py", description="The mechanics of the night.", allow_abbrev=False)
     commands = parser.add_subparsers(dest="command")
     commands.add_parser(
         "begin", help="the branch, the table, the baseline with three seeds; or goes on"
@@ -2052,10 +2102,10 @@ def main(argv: list[str] | None = None):
         "--simpler", action="store_true", help="the code gets simpler: an equal score is kept"
     )
     trying.add_argument(
-        "--expect", type=float, metavar="CHANGE", help="of the score, such as -0.003"
+        "--expect", type=finite, metavar="CHANGE", help="of the score, such as -0.003"
     )
     waiting = commands.add_parser("wait", help="until something ended")
-    waiting.add_argument("seconds", type=float, nargs="?", default=WAIT)
+    waiting.add_argument("seconds", type=finite, nargs="?", default=WAIT)
     for name, words in (
         ("show", "diff, losses, end of the log"),
         ("drop", "gives up what waits or runs"),
@@ -2079,9 +2129,11 @@ def main(argv: list[str] | None = None):
     night = Night()
     if args.command not in (None, "begin") and not night.begun():
         raise Refused("no night has begun: uv run night.py begin")
-    with night.hold("command", 10) as lock:
-        if not lock:
-            raise Refused("another night.py command has been at work for 10 s: say it again")
+    if args.command == "wait":
+        return wait(night, args.seconds)
+    with night.command():
+        if night.begun():
+            wake(night)  # whatever the command says then, the night goes on
         if args.command is None:
             status(night)
         elif args.command == "begin":
@@ -2094,13 +2146,13 @@ def main(argv: list[str] | None = None):
             bring(night, args.what)
         elif args.command == "drop":
             drop(night, args.n)
-    if args.command == "wait":
-        wait(night, args.seconds)
 
 
 if __name__ == "__main__":
     try:
         main()
+    except KeyboardInterrupt:
+        raise Refused("interrupted; what runs goes on: uv run night.py") from None
     except OSError as error:
         where = error.filename or ROOT
         raise Refused(

@@ -1926,6 +1926,7 @@ class ExactCheck:
                 seen = max(self.near)[1]
         return seen, largest
 
+
 # ------------------------------------------------------------------------------------- command line
 
 
