@@ -1628,7 +1628,9 @@ def is_known(commit: str) -> bool:
 def audit_code(runs: list[dict]) -> Iterator[Finding]:
     """What ran, against what git holds under its commit; and code that lies beside it."""
     scored = [run for run in runs if run.get("score") is not None]
-    brought = next((run["imported"] for run in scored if "imported" in run), {})  # by the machine
+    brought = next(
+        (run["imported"] for run in scored if "imported" in run), {}
+    )  # first, by the machine
     other, strangers, everywhere = [], [], []
     for run in scored:
         commit, ran = run.get("commit"), run.get("train_sha256")
@@ -1642,7 +1644,7 @@ def audit_code(runs: list[dict]) -> Iterator[Finding]:
         for name, start in run.get("imported", {}).items():
             if (held(commit, name) or "").startswith(start):
                 continue
-            if brought.get(name) == start:
+            if brought.get(name) == start and Path(name).is_absolute():
                 everywhere.append(name)
             else:
                 strangers.append(f"{name} (in {run_name(run)})")
