@@ -244,7 +244,7 @@ HONEST = {
 
 def gpt(attend, dtype, T, width=32, depth=3, vocab_size=V):
     """train.py's own model, with weights that do something."""
-    hp = train.hyperparameters("cpu", DEPTH=depth, WIDTH=width, HEAD_DIM=16, KV_HEADS=1)
+    hp = train.hyperparameters("cpu", N_LAYER=depth, N_EMBD=width, HEAD_DIM=16, N_KV_HEAD=1)
     model = train.GPT(hp, vocab_size, T, dtype)
     model.attend = attend
     torch.manual_seed(0)

@@ -10,7 +10,7 @@ num_params_M depth device attention device_batch_size seed fingerprint loss_curv
 
 def test_from_nothing_to_a_score(tmp_path):
     texts = write_texts(tmp_path / "texts")
-    small = ("--seq-len", 64, "--vocab-size", 300, "--eval-tokens", 2048, "--time-budget", 8)
+    small = ("--seq-len", 64, "--vocab-size", 300, "--eval-tokens", 2048, "--time-budget", 5)
     cache = tmp_path / "cache"
     assert run("prepare.py", "--data", texts, *small, cache=cache).returncode == 0
     done = run("train.py", cache=cache, TORCH_COMPILE_DISABLE="1")
