@@ -70,7 +70,7 @@ import numpy as np
 
 # ---------------------------------------------------------------------------------------- constants
 
-FORMAT = 1  # of the cache; raised when files written before can no longer be read
+FORMAT = 1  # of the cache; raised when its files, or the rules that made them, are no longer these
 SPLITS = ("train", "val", "test")  # in the token cache's index, by their place here
 # What is fixed for each corpus; the command line overrides, the manifest remembers. Lengths in
 # tokens, the budget in seconds.
@@ -408,7 +408,8 @@ def _passages(path: Path, size: int, measure):
         ) from None
 
 
-READERS = {".parquet": _parquet_documents, ".jsonl": _jsonl_documents}  # anything else: plain text
+READERS = {".parquet": _parquet_documents, ".jsonl": _jsonl_documents}
+SUFFIXES = (*READERS, ".txt", ".md")  # what no reader knows is plain text
 
 # --------------------------------------------------------------------- documents: own text and demo
 
@@ -432,7 +433,7 @@ class Source:
 
 
 def text_sources(directory: Path) -> list[Source]:
-    """Every *.parquet, *.jsonl, *.txt and *.md below `directory`; links to folders are no part.
+    """Every file of SUFFIXES below `directory`; links to folders are no part.
 
     Files named val* and test* are those splits. With both named, the rest is for training.
     """
@@ -441,7 +442,7 @@ def text_sources(directory: Path) -> list[Source]:
     found = [Path(root, name) for root, _, names in os.walk(directory) for name in names]
     splits = {}
     for path in sorted(found):
-        if path.suffix in (".parquet", ".jsonl", ".txt", ".md") and path.is_file():
+        if path.suffix in SUFFIXES and path.is_file():
             named = re.match("val|test", path.name)
             splits[path] = named[0] if named else None
     if {"val", "test"} <= set(splits.values()):
@@ -1035,7 +1036,8 @@ def find_sources(corpus: str, data: Path | None, num_shards: int) -> list[Source
         return demo_sources()
     sources = text_sources(data)
     if not sources:
-        raise Stop(f"no *.parquet, *.jsonl, *.txt or *.md below {data}")
+        *names, last = [f"*{suffix}" for suffix in SUFFIXES]
+        raise Stop(f"no {', '.join(names)} or {last} below {data}")
     return sources
 
 
@@ -1142,9 +1144,9 @@ class Packer:
                         return number
                 space = self.row_length - filled
                 shortest = pool[0][0]
-                # Behind all that are no longer than the space, or than the shortest if none fits.
-                behind = bisect_left(pool, (max(space, shortest) + 1,))
-                length, _, tokens, first = pool.pop(behind - 1)
+                longest = max(space, shortest)  # that may be taken: if none fits, the shortest is
+                place = bisect_left(pool, (longest + 1,)) - 1  # the last of that length or less
+                length, _, tokens, first = pool.pop(place)
                 length = min(length, space)
                 row[filled : filled + length] = tokens[first : first + length]
                 filled += length
@@ -1752,7 +1754,7 @@ class LeakCheck:
         for row in _draw.sample(late, min(count, len(late))):
             positions = np.flatnonzero(self.has_bytes[self.rows[row, 1:-1]])
             if len(positions):
-                when = _draw.uniform(-0.5, row - B)
+                when = _draw.uniform(-0.5, row - B)  # from before row 0 on
                 entries.append(Entry(when, "cut", row, int(_draw.choice(positions))))
 
         early = range((n - B + 1) // 2)
@@ -1784,9 +1786,9 @@ class LeakCheck:
             yield call, inputs, targets
 
     def _continuation(self, entry: Entry) -> np.ndarray:
-        """What is to stand after the cut: the text of another place, after the same 4 tokens or
+        """What is to stand after the cut: the text of another place after the same tokens.
 
-        as many as are found, so that a model cannot tell the cut by a token that does not fit.
+        The same 4, or as many as are found, so that no token that does not fit tells of the cut.
         """
         text = self.rows.ravel()
         cut = entry.row * self.rows.shape[1] + entry.cut
@@ -1807,7 +1809,8 @@ class LeakCheck:
 
     def judge(self, losses: np.ndarray) -> np.ndarray:
         """The losses (n, T) of `rows`, from those of the stream. Raises Stop if a check failed."""
-        scored = losses[[entry.kind == "scored" for entry in self.stream]]  # in order of the rows
+        # The stream is sorted by `when`, which for a scored row is its number: these are in order.
+        scored = losses[[entry.kind == "scored" for entry in self.stream]]
         moved, hidden, shown = [], [], []
         for entry, mine in zip(self.stream, losses):
             if entry.kind == "again":

@@ -671,8 +671,9 @@ class GPT(nn.Module):
 
 
 # ----------------------------------------------------------------------------------- optimizer
-# Another optimizer: a class like AdamW and Muon below, its name in KINDS, and the parameters it
-# is to step in parameter_groups.
+# Another optimizer: a class like AdamW and Muon below, its name in KINDS, and its parameters in
+# parameter_groups. `for_group` makes its parts, each with the `params` that are stepped together and
+# `state`, tensors by name; `step` gets 0-dim tensors and uses those it needs.
 
 POLAR_EXPRESS = (  # arXiv 2505.16932, five steps
     (8.156554524902461, -22.48329292557795, 15.878769915207462),
