@@ -9,6 +9,7 @@ timed against a limit.
                                           step (ten minutes)
     uv run bench/bench.py --scale DIR     preparing 10 shards of 250 million characters made from
                                           DIR/*.parquet: time and memory
+    uv run bench/bench.py --night [N]     what a night of N (10,000) experiments costs beside the runs
     ... --json                            the same for programs
 
 Two ways of doing one thing are always measured in the same run, in turn, and compared as a ratio:
@@ -360,8 +361,13 @@ def main():
     add("--experiment", action="store_true", help="where the seconds of one experiment go")
     add("--edits", action="store_true", help="what ten typical edits cost before the first step")
     add("--scale", type=Path, metavar="DIR", help="prepare 2.5 billion characters of DIR/*.parquet")
+    add("--night", type=int, nargs="?", const=10_000, metavar="N", help="what N experiments cost")
     add("--json", action="store_true", help="the rows as JSON on stdout")
     args = parser.parse_args()
+    if args.night:
+        import night_bench
+
+        return night_bench.measure(args.night)
     prepare._append_to_ledger = lambda record: None  # what is measured here is no run
     device = prepare.training_device()
     if device.type == "cpu":

@@ -1,16 +1,13 @@
 """
 What a long night costs: N experiments with a stand-in for train.py that takes some 10 ms.
 
-    uv run bench/night_bench.py [N]       N experiments, 10,000 by default; needs a prepared set
-
-Prints, as the night grows, the seconds of the supervisor itself for an experiment (from the queue into
+`uv run bench/bench.py --night [N]` calls it. Prints, as the night grows, the seconds of the supervisor itself for an experiment (from the queue into
 the table, less the run), and at its end the seconds of each command. One experiment in ten is kept,
 and every second one waited on a best that moved or did not.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import os
 import shutil
@@ -73,12 +70,8 @@ def laboratory(folder: Path) -> Path:
     return root
 
 
-def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("experiments", type=int, nargs="?", default=10_000)
-    count = parser.parse_args().experiments
+def measure(count: int):
+    """A night of `count` experiments, in a folder of its own; needs a prepared set."""
     with tempfile.TemporaryDirectory(prefix="night-") as folder:
         root = laboratory(Path(folder))
         night.ROOT = root
@@ -158,7 +151,3 @@ def command_seconds(root: Path, words: list[str]) -> float:
             subprocess.run([sys.executable, "night.py", "supervise"], cwd=root, check=True)
             subprocess.run([sys.executable, "night.py"], cwd=root, capture_output=True)
     return min(seconds)
-
-
-if __name__ == "__main__":
-    main()
