@@ -1,9 +1,10 @@
 """
 What a long night costs: N experiments with a stand-in for train.py that takes some 10 ms.
 
-`uv run bench/bench.py --night [N]` calls it. Prints, as the night grows, the seconds of the supervisor itself for an experiment (from the queue into
-the table, less the run), and at its end the seconds of each command. One experiment in ten is kept,
-and every second one waited on a best that moved or did not.
+`uv run bench/bench.py --night [N]` calls it. Prints, as the night grows, the seconds of the
+supervisor itself for an experiment (from the queue into the table, less the run), and at its end
+the seconds of each command. One experiment in ten is kept, and every second one waited on a best
+that moved or did not.
 """
 
 from __future__ import annotations
