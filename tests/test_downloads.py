@@ -247,6 +247,8 @@ def test_right_bytes_in_spite_of_a_server_that(hub, name):
     assert all(hub.asked_for(NAMES[number]) == 1 for number in (1, 3, 4))
     if name == "is slow":
         assert hub.asked_for(NAMES[0]) == 1
+    if name == "ignores a range":  # what it sends instead is the whole file
+        assert hub.asked_for(NAMES[0]) == 2
     if name == "drops again and again, but moves on":  # what had arrived was not sent again
         assert hub.sent < sum(
             len(FILES[NAMES[number]]) for number in (0, 1, 3, 4)
@@ -256,6 +258,15 @@ def test_right_bytes_in_spite_of_a_server_that(hub, name):
     hub.misbehave = lambda request, nth: False
     prepare.climbmix_sources(3)  # one more: what is whole is not fetched again
     assert {requested for _, requested, _, _ in hub.requests} == {NAMES[2]}
+
+
+@pytest.mark.parametrize("wanted", [-1, 3, 99])
+def test_all_shards(hub, wanted):
+    splits = {NAMES[0]: "train", NAMES[1]: "train", NAMES[2]: "train"}
+    splits.update({NAMES[4]: "val", NAMES[3]: "test"})
+    sources = prepare.climbmix_sources(wanted)
+    assert [(source.name, source.split) for source in sources] == list(splits.items())
+    assert_whole(range(5))
 
 
 FAILS = {

@@ -1,7 +1,11 @@
 """Every known way to see later tokens is refused a score; honest models of every kind pass, every time."""
 
 import collections
+import importlib.util
+import itertools
+import random
 import re
+import sys
 
 import numpy as np
 import pytest
@@ -562,6 +566,26 @@ def test_the_rows_that_check_look_like_the_others():
             assert (inputs[place] == row[:-1]).all()
         if entry.kind == "again":
             assert place // 8 > call_of[entry.row]
+
+
+def test_no_seed_foresees_where_it_is_checked(monkeypatch):
+    """Two processes that begin alike check at different places: what can be foreseen can be fitted."""
+    rows = text(200, 65)
+
+    def places():
+        random.seed(0)
+        np.random.seed(0)
+        spec = importlib.util.spec_from_file_location("prepare_afresh", prepare.__file__)
+        afresh = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, spec.name, afresh)
+        spec.loader.exec_module(afresh)
+        check = afresh.LeakCheck(rows, TOKEN_BYTES, 8)
+        checking = [(e.kind, e.row, e.cut) for e in check.stream if e.kind != "scored"]
+        return checking, sorted(check.exact_calls), list(itertools.islice(check.exact.probes, 8))
+
+    one, other = places(), places()
+    assert one[0] != other[0]
+    assert one[2] != other[2]
 
 
 @pytest.mark.parametrize(

@@ -171,6 +171,7 @@ def test_with_git(prepared, monkeypatch, tmp_path):
     git(tmp_path, "init", "-b", "autoresearch/mar5")
     git(tmp_path, "add", ".")
     git(tmp_path, "commit", "-m", "one")
+    (tmp_path / "run.log").write_text("what else lies there is no change of the script")
     run = describe_as(script, monkeypatch)
     assert run["branch"] == "autoresearch/mar5" and run["commit"] == git(
         tmp_path, "rev-parse", "HEAD"

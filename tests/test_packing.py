@@ -148,6 +148,20 @@ def test_packer_at_its_real_size(tmp_path):
     assert rows.tolist() == [row for row, _ in wanted] and packer.epoch == wanted[-1][1] > 1
 
 
+@pytest.mark.parametrize("before", [2**16, 2**20, 2**31, 2**32])
+def test_after_a_million_documents_the_packer_still_goes_by_the_rule(tmp_path, before):
+    """Of equal lengths the earliest, however large the numbers are that say so."""
+    draw = random.Random(4)
+    sources = [[(0, 0, [number] * draw.randrange(1, 12)) for number in range(1500)]]
+    entries = write(tmp_path, sources)
+    packer = module.Packer(tmp_path, entries, "train", 33, repeat=True)
+    packer.added = before - 500
+    rows = np.empty((300, 33), dtype=np.uint16)
+    assert packer.fill(rows) == 300
+    wanted = itertools.islice(brute_force(groups_of(sources, 0), 33, True), 300)
+    assert rows.tolist() == [row for row, _ in wanted]
+
+
 @pytest.fixture(scope="module")
 def parquet_cache(tmp_path_factory):
     """(cache, tokens of every document by split and row group, encoded here and not by the cache)."""
@@ -299,7 +313,7 @@ def test_the_next_is_made_while_the_one_before_is_used():
     assert list(ahead) == [1, 2]
 
 
-@pytest.mark.parametrize("damage", ["index", "short", "val tokens", "missing", "ids"])
+@pytest.mark.parametrize("damage", ["index", "short", "val tokens", "missing", "ids", "one id"])
 def test_damage_is_found(parquet_cache, tmp_path, monkeypatch, damage):
     shutil.copytree(parquet_cache[0], tmp_path / "cache")
     monkeypatch.setenv("AUTORESEARCH_CACHE", str(tmp_path / "cache"))
@@ -315,7 +329,8 @@ def test_damage_is_found(parquet_cache, tmp_path, monkeypatch, damage):
     elif damage == "missing":
         path.unlink()
     else:
-        content[2:4] = b"\xff\xff"
+        beyond = module.manifest()["vocab_size"] if damage == "one id" else 0xFFFF
+        content[2:4] = beyond.to_bytes(2, "little")
         path.write_bytes(content)
     with pytest.raises(module.Stop, match="--force") as stop:
         if damage == "val tokens":

@@ -109,6 +109,23 @@ def test_same_again_another_and_by_force(texts, tmp_path):
     assert [path.name for path in cache.iterdir() if path.is_dir()] == [read_manifest(cache)["key"]]
 
 
+def test_an_edit_of_any_text_file_makes_another_set(tmp_path, monkeypatch, capsys):
+    """Also one that keeps its length: the bundle is described by all the bytes of all its files."""
+    data = write_texts(tmp_path / "data", files=60)
+    monkeypatch.setenv("AUTORESEARCH_CACHE", str(tmp_path / "cache"))
+    command = ["--data", str(data), *map(str, SMALL)]
+    module.main(command)
+    assert len(read_manifest(tmp_path / "cache")["files"]) == 1
+    for path in sorted(data.iterdir())[::20]:
+        text = path.read_text()
+        path.write_text(text.swapcase())
+        with pytest.raises(module.Stop, match="another prepared set"):
+            module.main(command)
+        path.write_text(text)
+    module.main(command)
+    assert "nothing to do" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("damage", ["format", "cut", "edited", "not JSON", "binary"])
 def test_a_manifest_that_cannot_be_read(texts, tmp_path, miniature, damage):
     cache = tmp_path / "cache"
@@ -472,6 +489,54 @@ def test_named_files_and_duplicates(tmp_path, named):
         other = {"val": "test", "test": "val"}[named[0]]
         drawn = {text for text in texts if share_of(text.encode()) == other}
         assert found[named[0]] == held[named[0]] and found[other] == drawn - held[named[0]]
+
+
+@pytest.mark.parametrize("named", [False, True], ids=["drawn", "named"])
+def test_the_tokenizer_learns_nothing_from_what_is_held_out(tmp_path, monkeypatch, named):
+    """`zq` stands in no training document, but often in those drawn for another split, or in a file
+    named val and copies of its documents elsewhere: no token may know it."""
+    draw = random.Random(11)
+    foreign = [f"{i} " + "zq" * 40 for i in range(600)]
+    if named:
+        held_out = foreign[:50]
+        put(
+            tmp_path / "data" / "val.jsonl",
+            "".join(json.dumps({"text": text}) + "\n" for text in held_out),
+        )
+    else:
+        held_out = [text for text in foreign if share_of(text.encode()) != "train"]
+    texts = [f"{i} {words(draw, 9)}" for i in range(300)] + held_out
+    put(
+        tmp_path / "data" / "rest.jsonl",
+        "".join(json.dumps({"text": text}) + "\n" for text in texts),
+    )
+    monkeypatch.setenv("AUTORESEARCH_CACHE", str(tmp_path / "cache"))
+    module.main(["--data", str(tmp_path / "data"), *map(str, SMALL)])
+    learned = module.Tokenizer.from_directory().ranks[256:]
+    assert len(learned) == 20
+    assert not [token for token in learned if b"z" in token or b"q" in token]
+
+
+def test_neighbours_in_a_text_file_do_not_stay_neighbours(tmp_path, monkeypatch):
+    """Passages go by their sha256, within a window of so many characters."""
+    monkeypatch.setattr(module, "BUNDLE_BYTES", 5000)
+    draw = random.Random(10)
+    story = "".join(f"line {i}: {words(draw, 9)}\n" for i in range(400))
+    put(tmp_path / "story.txt", story)
+    (source,) = module.text_sources(tmp_path)
+    passages = [text for _, _, text in module.read(source, size=100)]
+    in_order = sorted(passages, key=story.index)
+    assert "".join(in_order) == story
+    windows = [[]]
+    for passage in in_order:
+        windows[-1].append(passage)
+        if sum(map(len, windows[-1])) >= 5000:
+            windows.append([])
+    mixed = []
+    for window in windows:
+        mixed += sorted(window, key=lambda text: hashlib.sha256(text.encode()).digest())
+    assert len(windows) > 3
+    assert passages == mixed != in_order
 
 
 def test_long_documents(tmp_path):

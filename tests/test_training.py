@@ -1,6 +1,7 @@
 """The loop: warming up leaves no trace, batches are fitted, the log's form, and every way to fail
 as one line."""
 
+import itertools
 import json
 import math
 import os
@@ -265,6 +266,76 @@ def test_the_rate_is_that_of_the_steps_since_the_last_line(monkeypatch, capsys):
     progress.close()
     lines = capsys.readouterr().out.splitlines()
     assert [re.search(r"([\d,]+) tokens/s", line)[1] for line in lines] == ["2,000", "2,000"]
+
+
+# ------------------------------------------------------------------------------- the loop alone
+
+
+class StandingClock:
+    """A clock that only a batch moves."""
+
+    elapsed = 0.0
+    budget = 2.0
+
+    @property
+    def progress(self):
+        return min(self.elapsed / self.budget, 1.0)
+
+
+def loop(monkeypatch, seconds, parts=1):
+    """train.train() on a model of one weight, its loss weight x the mean of the inputs.
+
+    seconds: of a step, by its number; parts: batches that a step's eight rows come in. Returns
+    (the weight's gradient in each step, the loss curve, the clock).
+    """
+    clock, weight, gradients = StandingClock(), torch.ones((), requires_grad=True), []
+    monkeypatch.setattr(train, "clock", clock)
+    monkeypatch.setattr(train.time, "perf_counter", lambda: clock.elapsed)
+
+    def batches():
+        for step in itertools.count():
+            for rows in torch.arange(8.0).split(8 // parts):
+                clock.elapsed += seconds(step) / parts
+                yield rows + step / 10, None, 1
+
+    class Optimizer:
+        def step(self, lr_multiplier, momentum, decay_multiplier):
+            gradients.append(weight.grad.item())
+            weight.grad = None
+
+    def model(inputs, targets):
+        return weight * inputs.mean()
+
+    hp, report = train.hyperparameters("cpu"), train.Progress(tokens_per_step=1000)
+    steps = train.train(model, Optimizer(), hp, batches(), parts, clock.budget, report)
+    assert steps == len(gradients)
+    return gradients, report.curve(), clock
+
+
+@pytest.mark.parametrize("parts", [1, 2, 8])
+def test_a_step_in_parts_is_the_step_in_one(monkeypatch, parts):
+    """Gradient and reported loss are the mean over all rows of the step, 3.5 in the first."""
+    gradients, curve, _ = loop(monkeypatch, lambda step: 0.21, parts)
+    assert gradients == pytest.approx([3.5 + step / 10 for step in range(9)])
+    assert curve == pytest.approx([3.5, 3.6, 3.7, 3.8, 3.9, 4.0, 4.1, 4.2, 4.3, 4.3])
+
+
+@pytest.mark.parametrize("parts", [1, 8])
+@pytest.mark.parametrize(
+    "seconds",
+    [
+        lambda step: 0.03,
+        lambda step: 0.3,
+        lambda step: 1.1,
+        lambda step: 0.5 if step in (9, 12) else 0.1,
+    ],
+    ids=["short", "long", "one", "a slow one that comes again"],
+)
+def test_the_last_step_is_the_last_that_fits(monkeypatch, seconds, parts):
+    gradients, _, clock = loop(monkeypatch, seconds, parts)
+    made = [seconds(step) for step in range(len(gradients))]
+    assert clock.elapsed == pytest.approx(sum(made))
+    assert clock.elapsed <= clock.budget < clock.elapsed + max(made)
 
 
 # ---------------------------------------------------------------------------------- whole runs
