@@ -64,6 +64,7 @@ STEPS = re.compile(r"^num_steps:\s*(\d+)\s*$", re.M)
 
 FEW_STEPS = 50  # a score after fewer measures the machine more than the idea
 DISTURBED = 2 / 3  # of the expected tokens a second; below it something else used the machine
+FAR_SLOWER = 1 / 3  # of the best's tokens a second; below it the machine is asked once more
 UNMEASURED_FLOOR = 0.002  # of the score, while fewer than two runs of one commit have one
 CUT_OFF = 3  # so often may a run be cut off before it is given up
 LEAST_WAITING = 2  # experiments that may wait; more would be stale when they start
@@ -915,13 +916,18 @@ class Supervisor:
             self.close(experiment, last, "crash", last["failure"])
             return
         counted = max(same, key=lambda run: rate(run) or 0)  # of a disturbed run and its repeat
-        share = disturbed(counted, self.rates_of(counted["commit"]))
-        if share and not experiment.is_baseline and not ran_again(experiment, "disturbed"):
-            experiment.again(f"disturbed ({share:.0%} of its own rate)")
-            return
         best, base = best_of(self.records), counted["base"]
+        before = self.kept(base)
+        share = disturbed(counted, self.rates_of(counted["commit"]))
+        doubt = f"disturbed ({share:.0%} of its own rate)" if share else None
+        beside = (rate(counted) or 0) / (rate(before) or math.inf)
+        if not share and 0 < beside < FAR_SLOWER:
+            doubt = f"disturbed, or a very slow change ({beside:.0%} of the best's rate)"
+        if doubt and not experiment.is_baseline and not ran_again(experiment, "disturbed"):
+            experiment.again(doubt)
+            return
         floor, simpler = noise_floor(self.records), experiment.asked["simpler"]
-        status, why = decide(counted["score"], self.score_of(base), floor, simpler)
+        status, why = decide(counted["score"], before.get("score"), floor, simpler)
         if experiment.is_baseline and best:
             status, why = "discard", "measures the noise floor"
         elif not experiment.is_baseline and not best:
@@ -939,10 +945,10 @@ class Supervisor:
         rates = [rate(run) for run in [*self.records, *runs] if run["commit"] == commit]
         return [found for found in rates if found]
 
-    def score_of(self, commit: str) -> float | None:
-        """The score with which a commit was kept."""
+    def kept(self, commit: str) -> dict:
+        """The record with which a commit was kept; empty where it was not."""
         kept = [r for r in self.records if r["commit"] == commit and r["status"] == "keep"]
-        return kept[-1]["score"] if kept else None
+        return kept[-1] if kept else {}
 
     def close(
         self,
@@ -955,7 +961,7 @@ class Supervisor:
         """Writes the experiment's one record: from here on it has ended, whatever is cut off after."""
         asked, run = experiment.asked, run or {}
         score = run.get("score") if status != "crash" else None
-        before = self.score_of(run.get("base", ""))
+        before = self.kept(run.get("base", ""))
         runs = experiment.runs()
         record = {
             **{
@@ -967,7 +973,8 @@ class Supervisor:
             "status": status,
             "why": one_line(why, 300),
             "score": score,
-            "got": score - before if score is not None and before is not None else None,
+            "got": score - before["score"] if score is not None and before else None,
+            "base_rate": rate(before),
             "disturbed": share,
             "again": [earlier["again"] for earlier in runs if "again" in earlier],
             "run": run.get("id"),
@@ -1128,7 +1135,8 @@ def verdict(record: dict) -> list[str]:
     if per_second:
         steps = record["steps"] or "?"
         seconds = f"{record['wall_seconds']:.0f} s in all"
-        lines.append(f"   {per_second:,.0f} tokens/s, {steps} steps, {seconds}")
+        beside = f" (the best before: {record['base_rate']:,.0f})" if record["base_rate"] else ""
+        lines.append(f"   {per_second:,.0f} tokens/s{beside}, {steps} steps, {seconds}")
     if record["kind"] == "baseline" and record["status"] == "keep":
         if record["steps"] and record["steps"] < FEW_STEPS:
             lines.append(

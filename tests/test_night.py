@@ -968,8 +968,14 @@ def test_a_disturbed_run_is_repeated_once_and_the_faster_one_counts(fresh, tmp_p
         "ran again: disturbed (20% of its own rate)" in told
         and "20,000 tokens/s, 100 steps" in told
     )
+    # evenly slow: only the best's rate can tell, so it is asked once more, and then believed
+    lab.plan(r6=dict(rate=5_000), r7=dict(rate=5_500))
+    n = lab.attempt("a slow change", WIDTH=-1)
+    record = lab.until_ended(n)
+    assert record["again"] == ["disturbed, or a very slow change (25% of the best's rate)"]
+    assert (record["status"], record["disturbed"], record["k"]) == ("discard", None, 2)
     # slow both times: the faster one counts, it is said so, and there is no third
-    lab.plan(r6=dict(rate=6_000, pace=slow), r7=dict(rate=4_000, pace=slow, score=-0.5))
+    lab.plan(r8=dict(rate=6_000, pace=slow), r9=dict(rate=4_000, pace=slow, score=-0.5))
     n = lab.attempt("deeper", DEPTH=1)
     record = lab.until_ended(n)
     assert (record["k"], record["disturbed"], record["status"]) == (
