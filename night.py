@@ -84,9 +84,13 @@ class Refused(SystemExit):
         super().__init__("FAIL: " + one_line(message, 500))
 
 
+def printable(text: str) -> str:
+    return "".join(c if c.isprintable() else " " for c in text)
+
+
 def one_line(text: str, most: int = WIDTH) -> str:
     """Printable, without tabs and newlines, cut to `most` characters."""
-    text = "".join(c if c.isprintable() else " " for c in " ".join(str(text).split()))
+    text = printable(" ".join(str(text).split()))
     return text if len(text) <= most else text[: most - 4] + " ..."
 
 
@@ -119,9 +123,17 @@ def best_of(records: list[dict]) -> dict | None:
 
 
 def decide(
-    score: float | None, best: float | None, floor: float | None, simpler: bool
+    score: float | None,
+    best: float | None,
+    floor: float | None,
+    simpler: bool,
+    record: float | None = None,
 ) -> tuple[str, str]:
-    """(keep, discard or crash; why) for a score against the best one. The only place with this rule."""
+    """(keep, discard or crash; why) for a score against the best one. The only place with this rule.
+
+    record: the best score ever kept, where simpler code with a slightly worse one stands now; what
+    is simpler is measured by it, so that many small losses cannot add up.
+    """
     if score is None:
         return "crash", "no score"
     if best is None:
@@ -131,7 +143,7 @@ def decide(
     better = gain(score, best)
     if better > floor:
         return "keep", f"better by {better:.6f}, the noise floor is {floor:.6f}"
-    if simpler and better >= -floor:
+    if simpler and gain(score, best if record is None else record) >= -floor:
         return "keep", f"simpler, and equal within the noise floor of {floor:.6f}"
     if better > 0:
         return "discard", f"better by {better:.6f}, which is within the noise floor of {floor:.6f}"
@@ -173,6 +185,7 @@ def calibration(records: list[dict], floor: float | None) -> tuple[int, int, int
     A size is right within the noise floor or within a factor of two.
     """
     said = [r for r in records if r.get("expect") is not None and r.get("got") is not None]
+    said = [r for r in said if not r.get("disturbed")]
     direction = sum(r["got"] * r["expect"] > 0 for r in said)
     size = 0
     for r in said:
@@ -247,13 +260,18 @@ def commit_file(content: bytes, parent: str, message: str) -> str:
 
 
 def merged(ours: bytes, base: bytes, theirs: bytes) -> bytes | None:
-    """The change from `base` to `theirs` made to `ours`; None where it conflicts."""
+    """The change from `base` to `theirs` made to `ours`; None where it conflicts.
+
+    git takes changes of neighbouring lines for a conflict, and the rows of a table are neighbours:
+    so a line that all three share is put between any two of them, and taken out again.
+    """
+    between = b"\n\x01\n"
     with tempfile.TemporaryDirectory() as folder:
         paths = [Path(folder, name) for name in ("ours", "base", "theirs")]
         for path, content in zip(paths, (ours, base, theirs)):
-            path.write_bytes(content)
+            path.write_bytes(content.replace(b"\n", between))
         done = subprocess.run(["git", "merge-file", "-p", *paths], capture_output=True)
-    return done.stdout if done.returncode == 0 else None
+    return done.stdout.replace(between, b"\n") if done.returncode == 0 else None
 
 
 def change_id(before: str, after: str) -> str:
@@ -927,7 +945,9 @@ class Supervisor:
             experiment.again(doubt)
             return
         floor, simpler = noise_floor(self.records), experiment.asked["simpler"]
-        status, why = decide(counted["score"], before.get("score"), floor, simpler)
+        scores = [r["score"] for r in self.records if r["status"] == "keep"]
+        lowest = max(scores, key=lambda score: gain(score, 0), default=None)
+        status, why = decide(counted["score"], before.get("score"), floor, simpler, lowest)
         if experiment.is_baseline and best:
             status, why = "discard", "measures the noise floor"
         elif not experiment.is_baseline and not best:
@@ -1122,7 +1142,8 @@ def floor_words(records: list[dict]) -> str:
 def verdict(record: dict) -> list[str]:
     """What a record says to the agent, in a few lines."""
     score = "" if record["score"] is None else f"  {SCORE} {record['score']:.6f}"
-    lines = [f"{record['n']}: {record['status']}{score}: {record['why']}  ({name_of(record)})"]
+    status = record["status"] if record["run"] else "not run"
+    lines = [f"{record['n']}: {status}{score}: {record['why']}  ({name_of(record)})"]
     if record["expect"] is not None and record["got"] is not None:
         lines.append(f"   expected {record['expect']:+.6f}, got {record['got']:+.6f}")
     if record["disturbed"]:
@@ -1166,8 +1187,10 @@ def what_next(night: Night, records: list[dict], experiments: list[Experiment]) 
 
 def standing(night: Night) -> list[str]:
     """Where the night stands, what runs, what waits."""
-    records = night.records()
     experiments = night.open()
+    records = night.records()
+    ended = {record["n"] for record in records}
+    experiments = [e for e in experiments if e.n not in ended]
     best = best_of(records)
     lines = []
     if best:
@@ -1195,11 +1218,9 @@ def standing(night: Night) -> list[str]:
             words = f"ended, {score:.6f}" if score is not None else "ended without a score"
             if baseline_lasts(experiments):
                 words += "; decided when the baseline's runs have all ended"
-        again = last.get("again")
-        if again:
-            words += f"; again, because {again}"
-            if again.startswith("disturbed"):
-                words += ": see what else runs (ps, nvidia-smi)"
+        before = [run["again"] for run in runs if "again" in run]
+        if before:
+            words += f"; run {len(before) + 1}, the one before: {before[-1]}"
         lines.append(f"{experiment.n}: {words}  ({name_of(experiment.asked)})")
     return lines
 
@@ -1892,6 +1913,10 @@ def try_(night: Night, message: str, simpler: bool, expect: float | None):
             f"{len(waiting)} experiments wait already, more would be stale: night.py wait, then try again"
         )
     base = night.tip()
+    if simpler and len(content) >= len(file_at(base)):
+        raise Refused(
+            f"--simpler is for less code, and {EDITED} has not become shorter: say it without --simpler"
+        )
     commit = commit_file(content, base, message)
     change = change_id(base, commit)
     for experiment in night.open():
@@ -1900,9 +1925,11 @@ def try_(night: Night, message: str, simpler: bool, expect: float | None):
                 f"this is the change of experiment {experiment.n}, which has not ended: another idea"
             )
     for record in night.records():
-        if record["change"] == change and record["score"] is not None and not record["disturbed"]:
+        same = record["change"] == change and record["base"] == base
+        if same and record["score"] is not None and not record["disturbed"]:
             came = f"{record['status']}, {record['score']:.6f}"
-            raise Refused(f"this is the change of experiment {record['n']} ({came}): another idea")
+            again = "another idea; on another best it may be tried again"
+            raise Refused(f"this is the change of experiment {record['n']} ({came}): {again}")
     n = enqueue(
         night,
         "try",
@@ -1954,6 +1981,11 @@ def wait(night: Night, seconds: float):
             lines += verdict(record)
             if record["status"] == "crash" and record["run"]:
                 lines += [f"   | {line}" for line in end_of_log(log_of(night, record), 6)]
+        if any(record["status"] == "keep" for record in fresh):
+            place = f"{EDITED} stands at the new best"
+            if night.edits() is not None:
+                place = f"{EDITED} has your edits, made on the best before: try puts them on the new one"
+            lines.append(place)
         lines += standing(night)
         show_lines(lines)
         print("next:", what_next(night, records, night.open()))
@@ -1972,12 +2004,12 @@ def find(night: Night, n: int) -> tuple[dict, Path]:
 
 def show(night: Night, n: int):
     record, folder = find(night, n)
-    lines = verdict(record) if "status" in record else [f"{n}: {name_of(record)}, not ended"]
+    lines = verdict(record) if "status" in record else [f"{n}: {name_of(record)}, not decided yet"]
     diff = (
         git("diff-tree", "-p", f"{record['commit']}^", record["commit"], "--", EDITED, check=False)
         or ""
     )
-    changed = [one_line(line, WIDTH) for line in diff.splitlines()[4:]]
+    changed = [printable(line)[:WIDTH] for line in diff.splitlines()[4:]]
     if record["kind"] != "baseline":
         lines += changed[:18]
         if len(changed) > 18:
@@ -2017,22 +2049,20 @@ def bring(night: Night, what: str):
     if not what.isdigit():
         raise Refused(f"bring {one_line(what, 20)}: it takes an experiment's number, or best")
     record, folder = find(night, int(what))
-    if night.edits() is not None:
-        raise Refused(f"{EDITED} has edits: try them first, or put them aside: night.py bring best")
     if record["kind"] == "baseline":
         raise Refused(f"{what} is the baseline: it has no change; night.py bring best")
     night.settle()
-    commit, tip = record["commit"], night.tip()
-    content = merged(file_at(tip), file_at(f"{commit}^"), file_at(commit))
+    commit, tip, edits = record["commit"], night.tip(), night.edits()
+    there = file_at(tip) if edits is None else edits
+    place = f"the best, {tip[:7]}" if edits is None else "your edits"
+    content = merged(there, file_at(f"{commit}^"), file_at(commit))
     if content is None:
         by_hand = f"read it (night.py show {what}) and make it by hand"
-        raise Refused(f"{what}'s change no longer applies to the best, {tip[:7]}: {by_hand}")
-    if content == file_at(tip):
-        raise Refused(f"{what}'s change is in the best already: another idea")
+        raise Refused(f"{what}'s change does not apply to {place}: {by_hand}")
+    if content == there:
+        raise Refused(f"{what}'s change is in {place} already: another idea")
     night.write_edited(content)
-    print(
-        f"{what}'s change is in {EDITED}, on top of the best, {tip[:7]}: edit further, then night.py try"
-    )
+    print(f"{what}'s change is in {EDITED}, on top of {place}: edit further, then night.py try")
 
 
 def drop(night: Night, n: int):

@@ -66,11 +66,11 @@ DEPTH = 0
 
 # far enough apart
 
-COMMENT = 0
+COMMENT = 100
 
 # far enough apart
 
-NOTE = 0
+NOTE = 100
 
 cache = os.environ["AUTORESEARCH_CACHE"]
 ledger = os.path.join(cache, "autoresearch.jsonl")
@@ -493,6 +493,20 @@ def test_predictions_are_counted_by_direction_and_by_size():
     assert night.calibration([], floor=0.001) == (0, 0, 0)
 
 
+def test_changes_of_neighbouring_lines_merge_and_of_one_line_do_not():
+    base = b"a = 1\nb = 2\nc = 3\nd = 4\n"
+    one, other = base.replace(b"b = 2", b"b = 20"), base.replace(b"c = 3\n", b"")
+    assert night.merged(one, base, other) == b"a = 1\nb = 20\nd = 4\n"
+    assert night.merged(one, base, base.replace(b"b = 2", b"b = 21")) is None
+    assert night.merged(base, base, base + b"e") == base + b"e"  # no newline at its end
+
+
+def test_simplifications_do_not_add_up_to_a_loss():
+    assert night.decide(1.008, 1.000, 0.01, True, record=1.000)[0] == "keep"
+    assert night.decide(1.016, 1.008, 0.01, True, record=1.000)[0] == "discard"
+    assert night.decide(0.997, 1.008, 0.01, False, record=1.000)[0] == "keep"
+
+
 def test_a_row_of_the_table_has_five_columns_whatever_was_said():
     record = {
         "kind": "try", "seed": 42, "message": 'a\tb\n"c"  \x1b[2J', "simpler": True, "score": 0.9,
@@ -886,9 +900,6 @@ def test_a_best_that_moves_while_others_wait_and_run(lab):
     assert record["score"] == pytest.approx(0.98)
     record = lab.until_ended(clash)
     assert record["status"] == "crash" and record["why"].startswith("handed back: it conflicts")
-    assert "no longer applies" in lab.refused("bring", clash) or "has edits" in lab.refused(
-        "bring", clash
-    )
     # 2. the agent's edit was not touched, nor the branch under it; its `try` lands on top
     assert (lab.root / "train.py").read_text() == mine
     lab.say("wait", 0)
@@ -897,6 +908,8 @@ def test_a_best_that_moves_while_others_wait_and_run(lab):
     late = lab.attempt("a late note", "--simpler")
     record = lab.until_ended(late)
     assert (record["status"], record["base"]) == ("keep", lab.record(clean)["commit"])
+    lab.say()
+    assert "does not apply to the best" in lab.refused("bring", clash)
     # 3. what ran on the baseline and lost to it is decided against it
     for name in ("go-new", "score-new"):
         (lab.cache / name).touch()
@@ -1090,8 +1103,8 @@ HEADER = "commit\tval_bpb\tmemory_gb\tstatus\tdescription\n"
         ("begun", same_as_before, ["try", "x"], r"the change of experiment 4 \(discard, 1.000000\)"),
         ("begun", constants(NOTE=1), ["try", " \t\n"], "say what changes"),
         ("begun", constants(NOTE=1), ["try"], "the following arguments are required: message"),
+        ("begun", constants(NOTE=200), ["try", "x", "--simpler"], "train.py has not become shorter"),
         ("begun", constants(NOTE=1), ["try", "x", "--expect", "nan"], "argument --expect: invalid"),
-        ("begun", constants(NOTE=1), ["bring", "2"], "train.py has edits: try them first"),
         ("begun", None, ["bring", "9"], "no experiment 9: they go from 1 to 3"),
         ("begun", None, ["bring", "what"], "it takes an experiment's number, or best"),
         ("begun", None, ["bring", "2"], "2 is the baseline"),
