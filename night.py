@@ -145,11 +145,11 @@ def decide(
         return "keep", f"better by {better:.6f}, the noise floor is {floor:.6f}"
     if simpler and gain(score, best if record is None else record) >= -floor:
         return "keep", f"simpler, and equal within the noise floor of {floor:.6f}"
-    if better > 0:
-        return "discard", f"better by {better:.6f}, which is within the noise floor of {floor:.6f}"
     if better == 0:
         return "discard", "equal to the best"
-    return "discard", f"worse by {-better:.6f}, the noise floor is {floor:.6f}"
+    words = f"{'better' if better > 0 else 'worse'} by {abs(better):.6f}"
+    within = "which is within" if abs(better) <= floor else "more than"
+    return "discard", f"{words}, {within} the noise floor of {floor:.6f}"
 
 
 def rate(run: dict) -> float | None:
@@ -1220,7 +1220,7 @@ def standing(night: Night) -> list[str]:
                 words += "; decided when the baseline's runs have all ended"
         before = [run["again"] for run in runs if "again" in run]
         if before:
-            words += f"; run {len(before) + 1}, the one before: {before[-1]}"
+            words += f"; once more, because of the run before: {before[-1]}"
         lines.append(f"{experiment.n}: {words}  ({name_of(experiment.asked)})")
     return lines
 

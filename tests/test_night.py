@@ -422,7 +422,8 @@ def test_the_reason_of_a_decision_names_the_numbers():
         night.decide(0.98, 1.0, 0.01, False)[1] == "better by 0.020000, the noise floor is 0.010000"
     )
     assert (
-        night.decide(1.02, 1.0, 0.01, False)[1] == "worse by 0.020000, the noise floor is 0.010000"
+        night.decide(1.02, 1.0, 0.01, False)[1]
+        == "worse by 0.020000, more than the noise floor of 0.010000"
     )
     assert "within the noise floor" in night.decide(0.995, 1.0, 0.01, False)[1]
     assert "simpler" in night.decide(1.0, 1.0, 0.01, True)[1]
