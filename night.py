@@ -62,6 +62,11 @@ SCORING = re.compile(r"^scoring\b")
 MEMORY = re.compile(r"^peak_vram_mb:\s*([\d.]+)\s*$", re.M)  # MiB
 STEPS = re.compile(r"^num_steps:\s*(\d+)\s*$", re.M)
 
+# What the ledger says of a run that changes its speed without being its code, and why it took
+# something slower than the best.
+CONDITIONS = ("device", "attention", "compiled", "dtype", "torch", "driver")
+FELL_BACK = "fell_back"
+
 FEW_STEPS = 50  # a score after fewer measures the machine more than the idea
 DISTURBED = 2 / 3  # of the expected tokens a second; below it something else used the machine
 FAR_SLOWER = 1 / 3  # of the best's tokens a second; below it the machine is asked once more
@@ -106,12 +111,13 @@ def noise_floor(records: list[dict]) -> float | None:
     """The least that a difference can mean: the widest range of one commit's scores.
 
     records: the night's, in any order; the baseline's seeds are runs of one commit, and every
-    later repeat of a commit may only widen the floor. A disturbed run does not count. None until
-    a commit has two scores.
+    later repeat of a commit may only widen the floor. A run that was disturbed or that is not
+    comparable does not count. None until a commit has two scores.
     """
     scores: dict[str, list[float]] = {}
     for record in records:
-        if record["score"] is not None and not record.get("disturbed"):
+        doubtful = record.get("disturbed") or record.get("not_comparable")
+        if record["score"] is not None and not doubtful:
             scores.setdefault(record["commit"], []).append(record["score"])
     ranges = [max(some) - min(some) for some in scores.values() if len(some) > 1]
     return max(ranges, default=None)
@@ -177,6 +183,23 @@ def disturbed(run: dict, same_code: list[float]) -> float | None:
                 expected.append((after - before) / (ended - began))
     share = own / max(expected, default=own)
     return share if share < DISTURBED else None
+
+
+def not_comparable(conditions: dict, baseline: dict) -> str | None:
+    """In words what the machine did otherwise than for the baseline, or None.
+
+    conditions, baseline: CONDITIONS and FELL_BACK of the two runs; what one does not know is not
+    compared. Where neither fell back, another attention or an uncompiled run is the change's own.
+    """
+    known = [key for key in CONDITIONS if key in conditions and key in baseline]
+    differ = [key for key in known if conditions[key] != baseline[key]]
+    reasons = conditions.get(FELL_BACK) or baseline.get(FELL_BACK) or []
+    chosen = [] if reasons else ["attention", "compiled", "dtype"]
+    differ = [key for key in differ if key not in chosen]
+    if not differ:
+        return None
+    said = [f"{key} {conditions[key]}, not {baseline[key]} as the baseline" for key in differ]
+    return "; ".join([*said, *reasons])
 
 
 def calibration(records: list[dict], floor: float | None) -> tuple[int, int, int]:
@@ -653,7 +676,6 @@ def run_environment(night: Night, folder: Path, run_id: str, seed: int, slot: di
         "PYTHONDONTWRITEBYTECODE": "1",
     }
     environment.setdefault("TORCHINDUCTOR_CACHE_DIR", str(compiled / "inductor"))
-    environment.setdefault("TRITON_CACHE_DIR", str(compiled / "triton"))
     environment.setdefault("HF_HOME", os.path.expanduser("~/.cache/huggingface"))
     environment.pop("AUTORESEARCH_SPLIT", None)
     return environment
@@ -747,6 +769,7 @@ def watch(night: Night, experiment: Experiment, k: int, isolation: Isolation, li
         "tokens": said.get("tokens"),
         "training_seconds": said.get("training_seconds"),
         "pace": said.get("pace"),
+        "conditions": {key: said[key] for key in (*CONDITIONS, FELL_BACK) if key in said},
     }
     write_json(experiment.folder / f"end-{k}.json", end)
 
@@ -933,7 +956,19 @@ class Supervisor:
         if not same:
             self.close(experiment, last, "crash", last["failure"])
             return
-        counted = max(same, key=lambda run: rate(run) or 0)  # of a disturbed run and its repeat
+        baseline = self.baseline_conditions()
+        comparable = [
+            run for run in same if not not_comparable(run.get("conditions", {}), baseline)
+        ]
+        # Of a run that was disturbed or not comparable, and its repeat.
+        counted = max(comparable or same, key=lambda run: rate(run) or 0)
+        if not comparable:
+            why = "not comparable: " + not_comparable(counted["conditions"], baseline)
+            if ran_again(experiment, "not comparable"):
+                self.close(experiment, counted, "discard", f"twice {why}", other=why)
+            else:
+                experiment.again(why)
+            return
         best, base = best_of(self.records), counted["base"]
         before = self.kept(base)
         share = disturbed(counted, self.rates_of(counted["commit"]))
@@ -965,6 +1000,14 @@ class Supervisor:
         rates = [rate(run) for run in [*self.records, *runs] if run["commit"] == commit]
         return [found for found in rates if found]
 
+    def baseline_conditions(self) -> dict:
+        """Under which the baseline ran where it fell back the least; empty before it has ended."""
+        waiting = [e.runs()[-1:] for e in self.night.open() if e.is_baseline]
+        runs = [r for r in self.records if r["kind"] == "baseline"] + sum(waiting, [])
+        scored = [run for run in runs if run.get("score") is not None]
+        conditions = [run.get("conditions", {}) for run in scored]
+        return min(conditions, key=lambda known: len(known.get(FELL_BACK, [])), default={})
+
     def kept(self, commit: str) -> dict:
         """The record with which a commit was kept; empty where it was not."""
         kept = [r for r in self.records if r["commit"] == commit and r["status"] == "keep"]
@@ -977,6 +1020,7 @@ class Supervisor:
         status: str,
         why: str,
         share: float | None = None,
+        other: str | None = None,
     ):
         """Writes the experiment's one record: from here on it has ended, whatever is cut off after."""
         asked, run = experiment.asked, run or {}
@@ -996,6 +1040,8 @@ class Supervisor:
             "got": score - before["score"] if score is not None and before else None,
             "base_rate": rate(before),
             "disturbed": share,
+            "not_comparable": other,
+            "conditions": run.get("conditions", {}),
             "again": [earlier["again"] for earlier in runs if "again" in earlier],
             "run": run.get("id"),
             "k": next((k for k, r in enumerate(runs, 1) if r["id"] == run.get("id")), len(runs)),
@@ -1539,7 +1585,13 @@ def audit_left(left: list[dict]) -> Iterator[Finding]:
 
 def audit_sameness(runs: list[dict]) -> Iterator[Finding]:
     """What makes two scores comparable."""
-    for key in ("fingerprint", "device"):
+    kinds = {
+        "fingerprint": "fingerprints",
+        "device": "devices",
+        "torch": "versions of torch",
+        "driver": "versions of the driver",
+    }
+    for key, several in kinds.items():
         having: dict[str, list[dict]] = {}
         for run in runs:
             if run.get(key):
@@ -1550,7 +1602,9 @@ def audit_sameness(runs: list[dict]) -> Iterator[Finding]:
             usual, *others = sorted(having, key=lambda value: -len(having[value]))
             words = [f"{value} ({some(map(run_name, having[value]), 3)})" for value in others]
             words = f"{usual} ({len(having[usual])} runs), {some(words)}"
-            yield Finding(False, f"{len(having)} {key}s, whose scores cannot be compared: {words}")
+            yield Finding(
+                False, f"{len(having)} {several}, whose scores cannot be compared: {words}"
+            )
 
 
 def audit_clock(

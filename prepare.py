@@ -56,6 +56,7 @@ import sysconfig
 import threading
 import time
 import uuid
+import warnings
 from bisect import bisect_left
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -118,6 +119,8 @@ BATCH_DOCS = 128  # packing, part of the metric: documents come in batches of so
 POOL_DOCS = 1000  # and are chosen from a pool of at least so many
 
 START_LIMIT = 1200  # seconds to compile and warm up in: a slow machine with cold caches needs many
+NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
+AMD_DRIVER = Path("/sys/module/amdgpu/version")
 PACE_SHARE = 0.05  # of the budget between two samples of a run's pace in the ledger
 
 # ------------------------------------------------------------------------------------------ helpers
@@ -1178,14 +1181,60 @@ def pack_batches(packer: Packer, B: int, T: int, vocab_size: int, pinned: bool):
 
 
 def training_device():
-    """CUDA (torch calls ROCm so too), Apple's MPS, or the CPU."""
+    """CUDA (torch calls ROCm so too), Apple's MPS, or the CPU.
+
+    Raises Stop where a card is there that torch cannot use: a CPU would train for hours unnoticed.
+    The demo is made for a CPU, and $AUTORESEARCH_DEVICE=cpu asks for one.
+    """
     import torch
 
-    if torch.cuda.is_available():
+    wanted = os.environ.get("AUTORESEARCH_DEVICE", "")
+    if wanted not in ("", "cpu"):
+        fail(
+            f"AUTORESEARCH_DEVICE is {wanted!r}: only `cpu` means something, otherwise leave it out"
+        )
+    if wanted == "cpu":
+        return torch.device("cpu")
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        usable = torch.cuda.is_available()
+    if usable:
         return torch.device("cuda")
     if torch.backends.mps.is_available():
         return torch.device("mps")
+    if manifest()["corpus"] != "demo" and (card := _unusable_card(torch)):
+        why = " ".join(str(said[0].message).split()) if said else "torch does not say why"
+        fail(
+            f"{card}, but torch {torch.__version__} cannot use it ({why[:300]}). Install a driver for "
+            f"CUDA {torch.version.cuda} or newer from https://www.nvidia.com/drivers, or train on the "
+            "processor with AUTORESEARCH_DEVICE=cpu"
+        )
     return torch.device("cpu")
+
+
+def _unusable_card(torch) -> str | None:
+    """What shows an NVIDIA card that is meant to be used by a torch that is built for one."""
+    if not torch.version.cuda or os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+        return None
+    if Path("/dev/nvidia0").exists():
+        return "there is an NVIDIA card (/dev/nvidia0)"
+    try:
+        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    cards = [line for line in listed.stdout.splitlines() if line.startswith("GPU ")]
+    return f"there is an NVIDIA card ({cards[0]})" if cards else None
+
+
+def driver_version() -> str | None:
+    """The version of the NVIDIA or AMD kernel driver, or None."""
+    with contextlib.suppress(OSError):
+        found = re.search(r"Kernel Module.*?\s(\d+\.[\d.]+)\s", NVIDIA_DRIVER.read_text())
+        if found:
+            return found[1]
+    with contextlib.suppress(OSError):
+        return AMD_DRIVER.read_text().strip()
+    return None
 
 
 def device_name(device) -> str:
@@ -1218,6 +1267,7 @@ def make_dataloader(tokenizer: Tokenizer, B: int, T: int, split: str, device=Non
     packer = Packer(set_dir(), prepared["tokens"], "train", T + 1, repeat=True)
     batches = pack_batches(packer, B, T, vocab_size, pinned=device.type == "cuda")
     clock._expect(device)
+    clock._conditions["device_batch"] = B
     return _on_the_clock(prefetch(batches), device)
 
 
@@ -1261,7 +1311,7 @@ class Clock:
 
     __slots__ = (
         "_made _began _ended _budget _script _script_sha256 _run _tokens _batches "
-        "_looked _step_began _longest_step _pace _next_sample"
+        "_looked _step_began _longest_step _pace _next_sample _conditions"
     ).split()
 
     def __init__(self):
@@ -1282,6 +1332,7 @@ class Clock:
         self._longest_step = 0.0  # seconds
         self._pace = []  # [seconds, tokens handed out before]
         self._next_sample = 0.0  # seconds
+        self._conditions = {}  # what changes a run's speed without being its code
 
     @property
     def elapsed(self) -> float:
@@ -1327,7 +1378,7 @@ class Clock:
     def _start(self):
         if self._run is not None:  # None where a failure has ended it already
             self._run["startup_seconds"] = round(_now() - self._made, 1)
-            _append_to_ledger({"event": "start", **self._run, "time": _utc()})
+            _append_to_ledger({"event": "start", **self._run, **self._conditions, "time": _utc()})
         _arm_watchdog(_training_limit(self._budget))
         self._began = self._step_began = _now()
 
@@ -1388,6 +1439,20 @@ def fail(message: str):
     raise Stop(message)
 
 
+def describe_run(attention: str, compiled: bool, dtype: str, fell_back: list[str]):
+    """Into the ledger, from now on: what changes a run's speed without being its code.
+
+    fell_back: why something slower than the best was taken, a sentence each. Runs that differ in
+    these because of the machine are not comparable; night.py runs them once more.
+    """
+    clock._conditions |= {
+        "attention": str(attention)[:40],
+        "compiled": bool(compiled),
+        "dtype": str(dtype)[:40],
+        "fell_back": [str(reason)[:300] for reason in fell_back][:4],
+    }
+
+
 def _end_run(**result):
     run = clock._run
     clock._run = None  # a run ends once
@@ -1401,7 +1466,9 @@ def _end_run(**result):
         "pace": clock._pace,
         "imported": _imported(),
     }
-    _append_to_ledger({"event": "end", **run, "time": _utc(), **measured, **result})
+    _append_to_ledger(
+        {"event": "end", **run, **clock._conditions, "time": _utc(), **measured, **result}
+    )
 
 
 def _utc() -> str:
@@ -1427,6 +1494,7 @@ def _describe_run(device) -> dict:
         "seed": seed(),
         "device": device_name(device),
         "torch": torch.__version__,
+        "driver": driver_version(),
         "split": split_name(),
     }
 
@@ -1449,7 +1517,9 @@ def _imported() -> dict[str, str]:
     """
     known = [sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")]
     known += [*site.getsitepackages(), site.getusersitepackages()]
-    known += filter(None, [os.environ.get("TORCHINDUCTOR_CACHE_DIR")])  # which torch sets itself
+    compiled = os.environ.get("TORCHINDUCTOR_CACHE_DIR")  # torch sets it itself
+    if compiled:
+        known += [compiled, re.sub(r"-\d+$", "", compiled)]  # and the one it was made beside
     folders = tuple({os.path.realpath(folder) + os.sep for folder in known})
     files = set()
     for module in list(sys.modules.values()):

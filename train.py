@@ -8,7 +8,7 @@ No weights or statistics from disk, the network or an earlier run; no loader of 
 no state kept and nothing learned while it is scored; no helper files. prepare.py stays as it is.
 
 Notable, in the order of the rooms:
-- three sizes of defaults (H100 class; smaller GPUs; CPU and demo), picked by the device's peak
+- three sizes of defaults (H100 class; smaller GPUs; CPU and demo), picked by the device
 - attention: FlashAttention 3, FlexAttention, or plain matrix products, behind one signature
 - model: grouped queries, rotary embedding, query/key norm, sliding windows, value embeddings,
   a gate to the token before, squared ReLU, softcap
@@ -38,9 +38,8 @@ if __name__ == "__main__":
     # Looking for cycles costs a second while importing and compiling, and stalls a training step.
     gc.disable()
     os.environ.setdefault("TORCH_DYNAMO_RUN_GC_AFTER_COMPILE", "0")
-    # The compiler's cache leaves out graphs with a custom backward pass unless told to keep them.
-    # It knows them by their traced content, so edits count.
-    os.environ.setdefault("TORCHINDUCTOR_AUTOGRAD_CACHE_ALLOW_CUSTOM_AUTOGRAD", "1")
+    # Triton's default changes with its version; said, it also warns of nothing.
+    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
     # Ctrl-C during the imports; run() takes over from here.
     signal.signal(signal.SIGINT, end_at_once)
 
@@ -51,6 +50,7 @@ import logging
 import math
 import re
 import resource
+import shutil
 import sys
 import traceback
 from collections.abc import Callable
@@ -66,7 +66,9 @@ from prepare import (
     Stop,
     Tokenizer,
     clock,
+    describe_run,
     device_name,
+    driver_version,
     evaluate_bpb,
     fail,
     fingerprint,
@@ -80,7 +82,7 @@ from prepare import (
 # ----------------------------------------------------------------------------- hyperparameters
 
 SIZES = ("h100", "gpu", "cpu")  # the table's columns; a plain value holds in every size
-# None: cpu without a GPU and for the demo, h100 from 250 dense bf16 TFLOP/s, otherwise gpu.
+# None: cpu without a GPU and for the demo, h100 on a data centre's card of 40 GB or more, else gpu.
 SIZE = None
 
 # fmt: off
@@ -144,31 +146,49 @@ def hyperparameters(size: str, **changes) -> SimpleNamespace:
 
 # -------------------------------------------------------------------------------------- device
 
-# Dense bf16, from the vendors' data sheets; the first name found in the device's name counts.
+# Dense bf16 with float32 sums, from the vendors' data sheets; the longest name found in the
+# device's name counts.
 # fmt: off
 PEAK_TFLOPS = {
-    "GB200": 2500, "B200": 2250, "H200": 989.5, "H100 PCIe": 756, "H100": 989.5, "H800": 989.5,
-    "A100": 312, "A800": 312, "L40S": 362, "L40": 181, "L4": 121, "A40": 149.7, "A10": 125,
-    "RTX 5090": 209.5, "RTX 4090": 165, "RTX 4080": 97.5, "RTX 3090 Ti": 80, "RTX 3090": 71,
-    "RTX 3080": 59.5, "RTX A6000": 154.8, "MI300X": 1307, "MI250X": 383,
+    "GB300": 2500, "GB200": 2500, "B300": 2250, "B200": 2250,
+    "GH200": 989.5, "H200 NVL": 835.5, "H200": 989.5, "H100 NVL": 835.5, "H100 PCIe": 756, "H100": 989.5,
+    "H800": 989.5, "H20": 148, "A100": 312, "A800": 312, "A30": 165, "A40": 149.7, "A10": 125, "A10G": 70,
+    "L40S": 362, "L40": 181, "L20": 119.5, "L4": 121,
+    "RTX PRO 6000": 503.8, "RTX 6000 Ada": 364.2, "RTX 5000 Ada": 261.1,
+    "RTX A6000": 154.8, "RTX A5000": 111.1,
+    "RTX 5090": 209.5, "RTX 5080": 112.6, "RTX 5070 Ti": 87.9, "RTX 5070": 61.7,
+    "RTX 4090": 165, "RTX 4080 SUPER": 104.4, "RTX 4080": 97.5, "RTX 4070 Ti SUPER": 88.2,
+    "RTX 4070 Ti": 80.2, "RTX 4070 SUPER": 71, "RTX 4070": 58.3, "RTX 4060 Ti": 44.1, "RTX 4060": 30.2,
+    "RTX 3090 Ti": 80, "RTX 3090": 71, "RTX 3080 Ti": 68.2, "RTX 3080": 59.5, "RTX 3070": 40.6,
+    "RTX 3060": 25.5,
+    "MI355X": 2516.6, "MI350X": 2306.9, "MI325X": 1307, "MI300X": 1307, "MI250X": 383, "MI210": 181,
 }
 # fmt: on
 
 
 def peak_tflops(name: str) -> float:
-    """Dense bf16 TFLOP/s of a device by its name; 0 where it is not in the table."""
-    for part, peak in PEAK_TFLOPS.items():
-        if re.search(rf"\b{part}\b", name):
-            return peak
-    return 0.0
+    """Dense bf16 TFLOP/s of a device by its name; 0 where it is not in the table.
+
+    Also 0 for the laptop part of a name (another chip, at the power its maker allows it) and for
+    a MIG slice of a device.
+    """
+    if re.search(r"\b(Laptop|Mobile|Max-Q|MIG)\b", name):
+        return 0.0
+    found = [part for part in PEAK_TFLOPS if re.search(rf"\b{part}\b", name)]
+    return PEAK_TFLOPS[max(found, key=len)] if found else 0.0
 
 
 def pick_size(device: torch.device, corpus: str) -> str:
+    """h100 on a data centre's card with the memory for it, whatever its name; see TABLE."""
     if SIZE is not None:
         return SIZE
     if device.type != "cuda" or corpus == "demo":
         return "cpu"
-    return "h100" if peak_tflops(device_name(device)) >= 250 else "gpu"
+    card = torch.cuda.get_device_properties(device)
+    capability = (card.major, card.minor)
+    # 8.6 is the desktop's Ampere, also where it has 48 GB. ROCm counts otherwise: memory decides.
+    fast = torch.version.hip or capability == (8, 0) or capability >= (8, 9)
+    return "h100" if fast and card.total_memory >= 38 * 2**30 else "gpu"
 
 
 def cpu_flags() -> set[str]:
@@ -201,11 +221,25 @@ def first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0][:300]}"
 
 
+def cause(error: BaseException) -> str:
+    """One line of what lies below the errors that a compiler wraps around it."""
+    while inner := getattr(error, "inner_exception", None) or error.__cause__:
+        error = inner
+    if "Traceback (most recent call last)" in str(error):  # of a worker process
+        return str(error).strip().splitlines()[-1][:300]
+    return first_line(error)
+
+
 def out_of_memory(error: BaseException) -> bool:
     """Of any device: CPU and MPS raise plain RuntimeErrors, and a compiler wraps what it meets."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     return bool(re.search("out of memory|can't allocate memory", str(error)))
+
+
+def out_of_shared_memory(error: BaseException) -> bool:
+    """Triton's OutOfResources: one block of a kernel needs more than a multiprocessor has."""
+    return "out of resource" in str(error)
 
 
 def use_one_heap():
@@ -292,27 +326,47 @@ def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, attn_mask=visible).transpose(1, 2)
 
 
-def flex_attention_for(seq_len: int, windows: set[int], device: torch.device) -> Callable:
+class FlexAttention:
     """`attend` by FlexAttention, for the given windows."""
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    def block_mask(window):
-        def visible(b, h, i, j):
-            return (j <= i) & (j >= i - window)
+    # A third of the shared memory that the compiler's own choice takes, for cards with less of it.
+    SMALL_BLOCKS = {
+        "fwd_BLOCK_M": 64,
+        "fwd_BLOCK_N": 32,
+        "bwd_BLOCK_M1": 32,
+        "bwd_BLOCK_N1": 32,
+        "bwd_BLOCK_M2": 32,
+        "bwd_BLOCK_N2": 32,
+        "num_stages": 1,
+    }
 
-        return create_block_mask(visible, None, None, seq_len, seq_len, device=device)
+    def __init__(self, seq_len: int, windows: set[int], device: torch.device):
+        from torch.nn.attention.flex_attention import create_block_mask
 
-    masks = {window: block_mask(window) for window in windows}
+        def block_mask(window):
+            def visible(b, h, i, j):
+                return (j <= i) & (j >= i - window)
 
-    def attend(q, k, v, window):
+            return create_block_mask(visible, None, None, seq_len, seq_len, device=device)
+
+        self.masks = {window: block_mask(window) for window in windows}
+        self.kernel_options = None  # the compiler's choice
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
         if not torch.compiler.is_compiling():  # uncompiled it is slow at best, or raises
             return sdpa_attention(q, k, v, window)
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        grouped = q.shape[1] != k.shape[1]
-        y = flex_attention(q, k, v, block_mask=masks[window], enable_gqa=grouped)
-        return y.transpose(1, 2)
+        from torch.nn.attention.flex_attention import flex_attention
 
-    return attend
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        y = flex_attention(
+            q,
+            k,
+            v,
+            block_mask=self.masks[window],
+            enable_gqa=q.shape[1] != k.shape[1],
+            kernel_options=self.kernel_options,
+        )
+        return y.transpose(1, 2)
 
 
 FLASH_3 = "kernels-community/flash-attn3"
@@ -366,6 +420,15 @@ def load_flash_attention_3() -> Callable:
     return get_kernel(FLASH_3, version=FLASH_3_VERSION).flash_attn_func
 
 
+def flash_attention_3(flash_attn_func: Callable) -> Callable:
+    """`attend` by the kernel's function."""
+
+    def attend(q, k, v, window):
+        return flash_attn_func(q, k, v, causal=True, window_size=(window, 0))
+
+    return attend
+
+
 def why_not_flash_attention_3(device: torch.device, dtype: torch.dtype) -> str | None:
     if device.type != "cuda" or torch.version.hip:
         return "needs an NVIDIA GPU"
@@ -379,25 +442,24 @@ def why_not_flash_attention_3(device: torch.device, dtype: torch.dtype) -> str |
 
 def choose_attention(
     device: torch.device, dtype: torch.dtype, seq_len: int, windows: set[int]
-) -> tuple[str, Callable]:
-    """(name, attend): the first that works here. Says in one line why a better one does not."""
+) -> tuple[str, Callable, str | None]:
+    """The first that works here: (name, attend, why a better one does not, which is also printed)."""
     reason = why_not_flash_attention_3(device, dtype)
     if reason is None:
         try:
             flash = load_flash_attention_3()
-            return "flash3", lambda q, k, v, window: flash(
-                q, k, v, causal=True, window_size=(window, 0)
-            )
+            return "flash3", flash_attention_3(flash), None
         except Exception as error:
             reason = first_line(error)
     if device.type == "cuda":
-        name, attend = "flex", flex_attention_for(seq_len, windows, device)
+        name, attend = "flex", FlexAttention(seq_len, windows, device)
     elif device.type == "cpu":
         name, attend = "blocked", blocked_attention
     else:
         name, attend = "sdpa", sdpa_attention
-    print(f"attention: {name}, because FlashAttention 3 is not usable: {reason}", flush=True)
-    return name, attend
+    reason = f"FlashAttention 3 is not usable: {reason}"
+    print(f"attention: {name}, because {reason}", flush=True)
+    return name, attend, reason
 
 
 # ---------------------------------------------------------------------------------------- loss
@@ -411,44 +473,58 @@ def tanh(x: Tensor) -> Tensor:
     return 1 - 2 / (torch.exp(2 * x) + 1)
 
 
+def cross_entropy_piece(
+    x: Tensor, weight: Tensor, targets: Tensor, dw: Tensor, cap: float, n_tokens: int
+) -> tuple[Tensor, Tensor]:
+    """(sum of the piece's losses, in nats; d mean / dx). d mean / d weight is added to dw.
+
+    x (n, n_embd) and weight (V, n_embd) of one dtype, targets (n,), dw (V, n_embd) float32; the
+    mean is over n_tokens, of all pieces. The cap bounds the logits, so the softmax needs no
+    maximum subtracted: exp(15) x V is small for float32.
+    """
+    target = targets[:, None]
+    z = F.linear(x, weight)
+    bounded = tanh(z.float() / cap)  # logits = cap * bounded
+    exp = torch.exp(cap * bounded)
+    total = exp.sum(-1, keepdim=True)
+    target_logits = cap * tanh(z.gather(1, target).float() / cap)
+    loss = total.log().sum() - target_logits.sum()
+    # d mean / d logits = (softmax - one-hot) / n_tokens; d logits / d z = 1 - tanh^2
+    softmax = exp * (1 / (n_tokens * total))
+    one_hot = torch.where(target == torch.arange(len(weight), device=x.device), 1 / n_tokens, 0.0)
+    dz = ((softmax - one_hot) * (1 - bounded * bounded)).to(x.dtype)
+    dw += (dz.mT @ x).float()
+    return loss, dz @ weight
+
+
 class SoftcapCrossEntropy(torch.autograd.Function):
     """mean over tokens of cross_entropy(cap * tanh(x @ W.T / cap), target), with its gradients.
 
-    x (N, n_embd), weight (V, n_embd), targets (N,). Only one piece of logits exists at any time,
-    so memory does not grow with N x V. The cap bounds the logits, so the softmax needs no maximum
-    subtracted: exp(15) x V is small for float32.
+    x (N, n_embd), weight (V, n_embd), targets (N,); piece: cross_entropy_piece, or what the
+    compiler made of it. Only one piece of logits exists at any time, so memory does not grow with
+    N x V. The pieces are equal where that is possible, so that one is compiled and serves all.
     """
 
     @staticmethod
-    def forward(ctx, x, weight, targets, cap):
+    def forward(ctx, x, weight, targets, cap, piece):
         N, V = x.shape[0], weight.shape[0]
-        rows = max(1, LOGITS_AT_A_TIME[x.device.type] // V)
+        pieces = math.ceil(N * V / LOGITS_AT_A_TIME[x.device.type])
+        rows = math.ceil(N / pieces)
         w = weight.to(x.dtype)
-        ids = torch.arange(V, device=x.device)
-        loss = x.new_zeros((), dtype=torch.float32)
         dw = torch.zeros_like(w, dtype=torch.float32)
+        loss = torch.zeros((), device=x.device)
         dx = []
-        for piece, target in zip(x.split(rows), targets.split(rows)):
-            target = target[:, None]
-            z = F.linear(piece, w)
-            bounded = tanh(z.float() / cap)  # logits = cap * bounded
-            exp = torch.exp(cap * bounded)
-            total = exp.sum(-1, keepdim=True)
-            target_logits = cap * tanh(z.gather(1, target).float() / cap).sum()
-            loss = loss + (total.log().sum() - target_logits)
-            # d mean / d logits = (softmax - one-hot) / N; d logits / d z = 1 - tanh^2
-            softmax = exp * (1 / (N * total))
-            one_hot = torch.where(target == ids, 1 / N, 0.0)
-            dz = ((softmax - one_hot) * (1 - bounded * bounded)).to(x.dtype)
-            dx.append(dz @ w)
-            dw = dw + (dz.mT @ piece).float()
+        for piece_x, piece_targets in zip(x.split(rows), targets.split(rows)):
+            piece_loss, piece_dx = piece(piece_x, w, piece_targets, dw, cap, N)
+            loss += piece_loss
+            dx.append(piece_dx)
         ctx.save_for_backward(torch.cat(dx), dw.to(weight.dtype))
         return loss / N
 
     @staticmethod
     def backward(ctx, upstream):
         dx, dw = ctx.saved_tensors
-        return upstream.to(dx.dtype) * dx, upstream * dw, None, None
+        return upstream.to(dx.dtype) * dx, upstream * dw, None, None, None
 
 
 # --------------------------------------------------------------------------------------- model
@@ -532,16 +608,30 @@ class MLP(nn.Module):
 class Block(nn.Module):
     def __init__(self, n_embd: int, head_dim: int, n_kv_head: int, window: int, has_values: bool):
         super().__init__()
+        # Of each block its own, not rows of one tensor: then equal layers share compiled kernels.
+        # 0-dim: a float32 tensor with a dimension would make the stream float32.
+        self.residual_scale = nn.Parameter(torch.empty(()))  # a_i
+        self.x0_scale = nn.Parameter(torch.empty(()))  # b_i
         self.attention = Attention(n_embd, head_dim, n_kv_head, window, has_values)
         self.mlp = MLP(n_embd)
 
-    def init_weights(self, bound: float, generator: torch.Generator | None):
+    def init_weights(self, bound: float, x0_scale: float, generator: torch.Generator | None):
+        nn.init.ones_(self.residual_scale)
+        nn.init.constant_(self.x0_scale, x0_scale)
         self.attention.init_weights(bound, generator)
         self.mlp.init_weights(bound, generator)
 
     def forward(
-        self, x: Tensor, values: Tensor | None, cos: Tensor, sin: Tensor, attend: Callable
+        self,
+        x: Tensor,
+        x0: Tensor,
+        values: Tensor | None,
+        cos: Tensor,
+        sin: Tensor,
+        attend: Callable,
     ) -> Tensor:
+        """x, and x0 at the first layer (B, T, n_embd); values: see Attention."""
+        x = self.residual_scale * x + self.x0_scale * x0
         x = x + self.attention(norm(x), values, cos, sin, attend)
         return x + self.mlp(norm(x))
 
@@ -599,6 +689,7 @@ class GPT(nn.Module):
         self.seq_len = seq_len
         self.dtype = dtype
         self.attend = blocked_attention
+        self.loss_piece = cross_entropy_piece
         self.embedding = nn.Embedding(vocab_size, hp.N_EMBD)
         self.head = Linear(hp.N_EMBD, vocab_size)
         self.smear = Linear(min(GATE_CHANNELS, hp.N_EMBD), 1)
@@ -607,8 +698,6 @@ class GPT(nn.Module):
         for i in range(hp.N_LAYER):
             if has_values[i]:
                 self.value_embeddings[str(i)] = nn.Embedding(vocab_size, n_kv_head * hp.HEAD_DIM)
-        self.residual_scale = nn.Parameter(torch.empty(hp.N_LAYER))  # a_i
-        self.x0_scale = nn.Parameter(torch.empty(hp.N_LAYER))  # b_i
         self.blocks = nn.ModuleList()
         for window, values in zip(windows, has_values):
             self.blocks.append(Block(hp.N_EMBD, hp.HEAD_DIM, n_kv_head, window, values))
@@ -627,29 +716,41 @@ class GPT(nn.Module):
         nn.init.zeros_(self.smear_scale)
         for embedding in self.value_embeddings.values():
             nn.init.uniform_(embedding.weight, -bound, bound, generator=generator)
-        nn.init.ones_(self.residual_scale)
-        nn.init.constant_(self.x0_scale, self.hp.X0_INIT)
         for block in self.blocks:
-            block.init_weights(bound, generator)
+            block.init_weights(bound, self.hp.X0_INIT, generator)
         return self
 
+    def compile_parts(self):
+        """In place, by parts: the loss is a loop over pieces, which compiled whole is unrolled."""
+        self.trunk = torch.compile(self.trunk, dynamic=False)
+        self.logits = torch.compile(self.logits, dynamic=False)
+        self.loss_piece = torch.compile(self.loss_piece, dynamic=False)
+
     def forward(self, inputs: Tensor, targets: Tensor | None = None) -> Tensor:
+        x = self.trunk(inputs)
+        if targets is None:
+            return self.logits(x)
+        return SoftcapCrossEntropy.apply(
+            x.flatten(0, 1), self.head.weight, targets.flatten(), self.hp.SOFTCAP, self.loss_piece
+        )
+
+    def trunk(self, inputs: Tensor) -> Tensor:
+        """All but the head: (B, T, n_embd)."""
         T = inputs.shape[1]
         cos, sin = self.cos[:T], self.sin[:T]
-        x = norm(self.embedding(inputs).to(self.dtype))  # (B, T, n_embd)
+        x = norm(self.embedding(inputs).to(self.dtype))
         x = x + self.share_of_token_before(x)
         x0 = x
         for i, block in enumerate(self.blocks):
             values = None
             if str(i) in self.value_embeddings:
                 values = self.value_embeddings[str(i)](inputs).to(self.dtype)
-            x = self.residual_scale[i] * x + self.x0_scale[i] * x0
-            x = block(x, values, cos, sin, self.attend)
-        x = norm(x)
+            x = block(x, x0, values, cos, sin, self.attend)
+        return norm(x)
+
+    def logits(self, x: Tensor) -> Tensor:
         cap = self.hp.SOFTCAP
-        if targets is None:
-            return cap * tanh(self.head(x).float() / cap)
-        return SoftcapCrossEntropy.apply(x.flatten(0, 1), self.head.weight, targets.flatten(), cap)
+        return cap * tanh(self.head(x).float() / cap)
 
     def share_of_token_before(self, x: Tensor) -> Tensor:
         """x (B, T, n_embd), moved by one position and gated: -0.007 bits (bench/RESULTS.md)."""
@@ -663,7 +764,8 @@ class GPT(nn.Module):
         def count(*modules):
             return sum(p.numel() for module in modules for p in module.parameters())
 
-        products = 6 * count(self.blocks, self.head, self.smear)
+        matrices = [p for p in self.blocks.parameters() if p.ndim == 2]
+        products = 6 * (sum(p.numel() for p in matrices) + count(self.head, self.smear))
         attention = 0
         for block in self.blocks:
             attention += 12 * self.hp.N_EMBD * min(block.attention.window, self.seq_len)
@@ -691,7 +793,8 @@ def orthogonalize(g: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     x = x / (1.02 * x.norm(dim=(-2, -1), keepdim=True) + 1e-6)
     for a, b, c in POLAR_EXPRESS:
         A = x @ x.mT
-        x = a * x + (b * A + c * (A @ A)) @ x
+        B = torch.baddbmm(A, A, A, beta=b, alpha=c)  # bA + cA^2
+        x = torch.baddbmm(x, B, x, beta=a)  # aX + BX
     return x.mT if tall else x
 
 
@@ -799,8 +902,7 @@ class Muon:
             lr=lr,
             weight_decay=weight_decay * decay_multiplier,
         )
-        for p, value in zip(self.params, new):
-            p.copy_(value)
+        torch._foreach_copy_(self.params, new.unbind())  # one kernel, not one for each
 
 
 KINDS = {"adamw": AdamW, "muon": Muon}
@@ -815,17 +917,19 @@ class Optimizer:
 
     def __init__(self, groups: list[dict], compiled: bool = True):
         self.parts = []
-        lr_and_decay = []
+        self.lrs = []
+        self.weight_decays = []
         for group in groups:
             if group["kind"] not in KINDS:
                 kinds = " nor ".join(KINDS)
                 raise ValueError(f"kind {group['kind']!r} of a group is neither {kinds}")
             for part in KINDS[group["kind"]].for_group(group):
+                device = part.params[0].device
                 self.parts.append(part)
-                lr_and_decay.append((group["lr"], group["weight_decay"]))
-        # In tensors, so that other values compile nothing anew.
-        device = self.parts[0].params[0].device
-        self.lr_and_decay = torch.tensor(lr_and_decay, device=device)
+                # Tensors, so that other values compile nothing anew; of each part its own, so
+                # that equal parts share a compiled kernel.
+                self.lrs.append(torch.tensor(group["lr"], device=device))
+                self.weight_decays.append(torch.tensor(group["weight_decay"], device=device))
         self.lr_multiplier = torch.zeros((), device=device)
         self.momentum = torch.zeros((), device=device)
         self.decay_multiplier = torch.zeros((), device=device)
@@ -848,7 +952,7 @@ class Optimizer:
                 p.grad = None
 
     def _step_parts(self):
-        for part, (lr, weight_decay) in zip(self.parts, self.lr_and_decay):
+        for part, lr, weight_decay in zip(self.parts, self.lrs, self.weight_decays):
             part.step(self.lr_multiplier * lr, weight_decay, self.momentum, self.decay_multiplier)
 
 
@@ -857,7 +961,8 @@ def parameter_groups(model: GPT) -> list[dict]:
     hp = model.hp
     matrices = [p for p in model.blocks.parameters() if p.ndim == 2]
     value_embeddings = list(model.value_embeddings.parameters())
-    scales = [model.smear_scale, model.residual_scale]
+    residual_scales = [block.residual_scale for block in model.blocks]
+    x0_scales = [block.x0_scale for block in model.blocks]
     width_lr = (hp.N_EMBD / 768) ** hp.LR_WIDTH_POWER
     embedding_lr = hp.EMBEDDING_LR * width_lr
 
@@ -869,8 +974,8 @@ def parameter_groups(model: GPT) -> list[dict]:
         adamw(value_embeddings, embedding_lr, hp.VALUE_EMBEDDING_WEIGHT_DECAY),
         adamw([model.head.weight], hp.HEAD_LR * width_lr, hp.HEAD_WEIGHT_DECAY),
         adamw([model.smear.weight], hp.SCALAR_LR * 0.02),
-        adamw(scales, hp.SCALAR_LR * 0.01),
-        adamw([model.x0_scale], hp.SCALAR_LR, betas=(0.96, 0.95)),
+        adamw([model.smear_scale, *residual_scales], hp.SCALAR_LR * 0.01),
+        adamw(x0_scales, hp.SCALAR_LR, betas=(0.96, 0.95)),
         dict(kind="muon", params=matrices, lr=hp.MUON_LR, weight_decay=hp.MUON_WEIGHT_DECAY),
     ]
     grouped = {id(p) for group in groups for p in group["params"]}
@@ -920,19 +1025,38 @@ def rows_at_a_time(tokens_per_step: int, seq_len: int, wanted: int) -> int:
     return min(wanted, rows)
 
 
+def own_compiler_cache(folder: Path):
+    """From here on the compilers keep what they make in this folder."""
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
+    os.environ["TRITON_CACHE_DIR"] = str(folder / "triton")
+
+
+def compiler_caches() -> list[Path]:
+    """The compiler's cache folder, and those made beside it because the one before was damaged."""
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    first = Path(re.sub(r"-\d+$", "", cache_dir()))
+    caches = [first]
+    while (following := Path(f"{first}-{len(caches) + 1}")).is_dir():
+        caches.append(following)
+    return caches
+
+
 class WarmUp:
     """Compiles and runs everything on made-up tokens, and finds the batches that fit.
 
-    Out of memory: the next smaller batch that divides the rows. What does not compile runs
-    uncompiled. Both say so in one line.
+    What can go wrong, each answered once and said in one line: out of memory, by the next smaller
+    batch that divides the rows; a kernel of FlexAttention too large for this card, by smaller
+    blocks; what does not compile, by a fresh folder for the compiler's cache (one that was killed
+    while compiling leaves half a file there, which fails for ever), and then by running uncompiled.
     """
 
-    def __init__(self, model: GPT, compiled: nn.Module, optimizer: Optimizer):
+    def __init__(self, model: GPT, optimizer: Optimizer):
         self.model = model
-        self.compiled = compiled
         self.optimizer = optimizer
         self.generator = torch.Generator().manual_seed(0)
-        self.uncompiled = False
+        self.fresh_cache = None  # the folder, once there is one
+        self.uncompiled = None  # why, once it is so
 
     def run(self, rows: int, device_batch: int, eval_batch: int) -> tuple[int, int]:
         """The device batch and the evaluation batch that fit; rows: those of a step.
@@ -944,7 +1068,7 @@ class WarmUp:
         saved = [tensor.detach().clone() for tensor in tensors]
         device_batch = self.fit("training", self.train, device_batch, rows)
         eval_batch = self.fit("scoring", self.score, eval_batch, eval_batch)
-        self.compiled.train()
+        self.model.train()
         with torch.no_grad():
             for tensor, value in zip(tensors, saved):
                 tensor.copy_(value)
@@ -959,19 +1083,19 @@ class WarmUp:
         return ids.to(self.model.cos.device)
 
     def train(self, batch: int, rows: int):
-        self.compiled.train()
+        self.model.train()
         for _ in range(2):  # the second finds everything compiled and all memory allocated
             for _ in range(min(2, rows // batch)):  # gradients to add to take memory of their own
-                self.compiled(self.made_up(batch), self.made_up(batch)).backward()
+                self.model(self.made_up(batch), self.made_up(batch)).backward()
             idle = [name for name, p in self.model.named_parameters() if p.grad is None]
             if idle:
                 raise Stop(f"no gradient reaches {', '.join(idle)}: use it in forward or remove it")
             self.optimizer.step(lr_multiplier=0.0, momentum=0.0, decay_multiplier=0.0)
 
     def score(self, batch: int, rows: int):
-        self.compiled.eval()
+        self.model.eval()
         with torch.no_grad():
-            self.compiled(self.made_up(batch))
+            self.model(self.made_up(batch))
 
     def fit(self, name: str, work: Callable, batch: int, rows: int) -> int:
         """The largest batch that `work` has room for: this one, or a smaller divisor of rows."""
@@ -984,15 +1108,44 @@ class WarmUp:
                     batch = self.smaller(name, batch, rows)
                 elif self.uncompiled:
                     raise
+                elif out_of_shared_memory(error) and self.can_shrink_blocks():
+                    self.shrink_blocks(error)
                 else:
-                    reason = first_line(error)
-                    print(f"not compiled, because compiling failed: {reason}", flush=True)
-                    torch.compiler.set_stance("force_eager")
-                    self.uncompiled = True
+                    self.recompile_or_not(error)
             # Only here, where the error's frames hold no tensor any more.
             self.model.zero_grad(set_to_none=True)
             gc.collect()
             torch.cuda.empty_cache()
+
+    def can_shrink_blocks(self) -> bool:
+        attend = self.model.attend
+        return isinstance(attend, FlexAttention) and attend.kernel_options is None
+
+    def shrink_blocks(self, error: Exception):
+        self.model.attend.kernel_options = FlexAttention.SMALL_BLOCKS
+        print(f"attention: smaller blocks, because {cause(error)}", flush=True)
+
+    def recompile_or_not(self, error: Exception):
+        from torch._inductor.utils import clear_caches
+
+        reason = cause(error)
+        if self.fresh_cache is None:
+            caches = compiler_caches()
+            self.fresh_cache = Path(f"{caches[0]}-{len(caches) + 1}")
+            self.fresh_cache.mkdir()
+            own_compiler_cache(self.fresh_cache)
+            torch.compiler.reset()
+            clear_caches()  # what it remembers of the old folder
+            print(
+                f"compiling failed ({reason}): once more with a fresh cache, {self.fresh_cache}, "
+                f"in case {caches[-1]} is damaged",
+                flush=True,
+            )
+        else:
+            shutil.rmtree(self.fresh_cache, ignore_errors=True)  # it was not the cache
+            print(f"not compiled, because compiling failed: {reason}", flush=True)
+            torch.compiler.set_stance("force_eager")
+            self.uncompiled = reason
 
     def smaller(self, name: str, batch: int, rows: int) -> int:
         if batch == 1:
@@ -1076,7 +1229,7 @@ class Progress:
 
 
 def train(
-    compiled: nn.Module,
+    model: GPT,
     optimizer: Optimizer,
     hp: SimpleNamespace,
     loader,
@@ -1093,7 +1246,7 @@ def train(
         step_loss = 0.0
         for _ in range(accumulation_steps):
             inputs, targets, _ = next(loader)
-            loss = compiled(inputs, targets) / accumulation_steps
+            loss = model(inputs, targets) / accumulation_steps
             loss.backward()
             step_loss = step_loss + loss.detach()
         progress = clock.progress
@@ -1109,15 +1262,15 @@ def train(
 
 def build_model(
     hp: SimpleNamespace, vocab_size: int, seq_len: int, device: torch.device, dtype: torch.dtype
-) -> tuple[GPT, str]:
-    """(the model at its start, on the device; the name of its attention)."""
+) -> tuple[GPT, str, str | None]:
+    """(the model at its start, on the device; its attention's name; why it is not a better one)."""
     model = GPT(hp, vocab_size, seq_len, dtype).init_weights().to(device)
     if device.type == "cuda":
         model.embedding.to(dtype)
         model.value_embeddings.to(dtype)
     windows = {block.attention.window for block in model.blocks}
-    attention, model.attend = choose_attention(device, dtype, seq_len, windows)
-    return model, attention
+    attention, model.attend, why = choose_attention(device, dtype, seq_len, windows)
+    return model, attention, why
 
 
 def main():
@@ -1140,9 +1293,11 @@ def main():
     # The model and its optimizer.
     torch.manual_seed(seed())
     torch.set_float32_matmul_precision("high")
-    model, attention = build_model(hp, tokenizer.get_vocab_size(), MAX_SEQ_LEN, device, dtype)
+    model, attention, why_attention = build_model(
+        hp, tokenizer.get_vocab_size(), MAX_SEQ_LEN, device, dtype
+    )
     optimizer = Optimizer(parameter_groups(model))
-    compiled = torch.compile(model, dynamic=False)
+    model.compile_parts()
     n_params, flops_per_token = model.counts()
     peak = peak_tflops(device_name(device))
     print(
@@ -1152,17 +1307,22 @@ def main():
         flush=True,
     )
     if not peak:
-        print("mfu_percent will be 0: the peak of this device is not in PEAK_TFLOPS", flush=True)
+        why = f"the peak of {device_name(device)} is not in PEAK_TFLOPS"
+        print(f"mfu_percent will be 0: {why}", flush=True)
     built = time.perf_counter()
 
     # Compile and warm up, off the clock.
     print("compiling: slow the first time, later from the compiler's cache", flush=True)
+    own_compiler_cache(compiler_caches()[-1])
     # The loader exists before the warm-up: its watchdog covers compiling too.
     loader = make_dataloader(tokenizer, wanted_batch, MAX_SEQ_LEN, "train", device)
-    warm_up = WarmUp(model, compiled, optimizer)
+    warm_up = WarmUp(model, optimizer)
     device_batch, eval_batch = warm_up.run(rows, wanted_batch, eval_batch)
     if device_batch != wanted_batch:
         loader = make_dataloader(tokenizer, device_batch, MAX_SEQ_LEN, "train", device)
+    compiled = not warm_up.uncompiled and os.environ.get("TORCH_COMPILE_DISABLE") != "1"
+    conditions = {"attention": attention, "compiled": compiled, "dtype": short(dtype)}
+    describe_run(**conditions, fell_back=[*filter(None, [why_attention, warm_up.uncompiled])])
     torch.manual_seed(seed())  # whatever draws in training draws as if nothing had warmed up
     warm = time.perf_counter()
     print(
@@ -1174,12 +1334,12 @@ def main():
     # Train, on the clock.
     report = Progress(hp.TOKENS_PER_STEP)
     accumulation_steps = rows // device_batch
-    steps = train(compiled, optimizer, hp, loader, accumulation_steps, TIME_BUDGET, report)
+    steps = train(model, optimizer, hp, loader, accumulation_steps, TIME_BUDGET, report)
 
     # Score.
     print(f"scoring after {steps} steps", flush=True)
     began = time.perf_counter()
-    bpb = evaluate_bpb(compiled, tokenizer, eval_batch)
+    bpb = evaluate_bpb(model, tokenizer, eval_batch)
     print(f"scored in {time.perf_counter() - began:.1f} s", flush=True)
 
     # The summary: the keys and their order are what night.py and people's scripts read.
@@ -1196,7 +1356,11 @@ def main():
         "num_params_M": f"{n_params / 1e6:.1f}",
         "depth": hp.N_LAYER,
         "device": device_name(device),
+        "driver": driver_version() or "none",
+        "torch": torch.__version__,
+        "dtype": short(dtype),
         "attention": attention,
+        "compiled": "yes" if compiled else "no",
         "device_batch_size": device_batch,
         "seed": seed(),
         "fingerprint": fingerprint(),

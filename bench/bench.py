@@ -149,7 +149,7 @@ def build(device: torch.device, dtype: torch.dtype, vocab_size: int, seq_len: in
     """(hyperparameters, model, optimizer, compiled model) as train.py makes them."""
     corpus = "demo" if device.type == "cpu" else ""
     hp = train.hyperparameters(train.pick_size(device, corpus), **changes)
-    model, _ = train.build_model(hp, vocab_size, seq_len, device, dtype)
+    model, *_ = train.build_model(hp, vocab_size, seq_len, device, dtype)
     optimizer = train.Optimizer(train.parameter_groups(model))
     return hp, model, optimizer, torch.compile(model, dynamic=False)
 

@@ -70,7 +70,7 @@ def test_attention_and_its_gradients_are_those_of_a_float64_loop(T, kv_heads):
 @pytest.mark.parametrize("T, kv_heads", [(64, 2), (90, 1), (37, 4)])
 def test_flex_attention_is_that_of_a_float64_loop(T, kv_heads):
     q, k, v, _ = random_qkv(T, kv_heads)
-    attend = train.flex_attention_for(T, set(windows_of(T)), CPU)
+    attend = train.FlexAttention(T, set(windows_of(T)), CPU)
     compiled = torch.compile(
         attend, backend="eager", dynamic=False
     )  # the graph, without generated code: quick
@@ -88,7 +88,7 @@ def test_flex_attention_is_that_of_a_float64_loop(T, kv_heads):
 def test_the_gradients_of_flex_attention():
     device = torch.device("cuda")
     q, k, v, upstream = random_qkv(128, 2, D=16)
-    flex = torch.compile(train.flex_attention_for(128, {7, 128}, device))
+    flex = torch.compile(train.FlexAttention(128, {7, 128}, device))
     for window in (7, 128):
         exact = [x.double().requires_grad_() for x in (q, k, v)]
         wanted = plain_attention(*exact, window)
@@ -168,9 +168,9 @@ def test_the_choice_and_its_reason(monkeypatch, capsys, choice):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: choice.capability)
     monkeypatch.setattr(torch.version, "hip", choice.hip)
     monkeypatch.setattr(train, "load_flash_attention_3", lambda: flash)
-    monkeypatch.setattr(train, "flex_attention_for", lambda seq_len, windows, device: flex)
+    monkeypatch.setattr(train, "FlexAttention", lambda seq_len, windows, device: flex)
     device = torch.device(choice.kind)
-    name, attend = train.choose_attention(device, choice.dtype, 64, {8, 64})
+    name, attend, _ = train.choose_attention(device, choice.dtype, 64, {8, 64})
     assert name == choice.name
     lines = capsys.readouterr().out.splitlines()
     if name == "flash3":
@@ -191,8 +191,8 @@ def test_a_kernel_that_does_not_load_is_the_reason(monkeypatch, capsys):
 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(train, "load_flash_attention_3", load)
-    monkeypatch.setattr(train, "flex_attention_for", lambda *_: None)
-    name, _ = train.choose_attention(torch.device("cuda"), torch.bfloat16, 64, {64})
+    monkeypatch.setattr(train, "FlexAttention", lambda *_: None)
+    name, _, _ = train.choose_attention(torch.device("cuda"), torch.bfloat16, 64, {64})
     assert name == "flex"
     assert capsys.readouterr().out == (
         "attention: flex, because FlashAttention 3 is not usable: "
@@ -302,8 +302,8 @@ def hub():
 LOAD = """
 import torch, train
 torch.cuda.get_device_capability = lambda device: (9, 0)
-train.flex_attention_for = lambda *_: lambda q, k, v, window: "flex"
-_, attend = train.choose_attention(torch.device("cuda"), torch.bfloat16, 64, {64})
+train.FlexAttention = lambda *_: lambda q, k, v, window: "flex"
+_, attend, _ = train.choose_attention(torch.device("cuda"), torch.bfloat16, 64, {64})
 print(attend(1, 2, 3, 7))
 """
 
@@ -401,11 +401,11 @@ def test_a_dead_hub_costs_a_few_seconds_and_one_line(monkeypatch, tmp_path, capf
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{port}")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(train, "flex_attention_for", lambda *_: None)
+    monkeypatch.setattr(train, "FlexAttention", lambda *_: None)
     for name in ("KERNELS_CACHE", "LOCAL_KERNELS", "HTTP_PROXY", "http_proxy", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
     began = time.monotonic()
-    name, _ = train.choose_attention(torch.device("cuda"), torch.bfloat16, 64, {64})
+    name, _, _ = train.choose_attention(torch.device("cuda"), torch.bfloat16, 64, {64})
     assert name == "flex" and time.monotonic() - began < 5
     server.close()
     out, err = capfd.readouterr()

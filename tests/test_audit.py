@@ -127,9 +127,7 @@ def honest(folder: Path, by_hand: bool) -> Lab:
     lab.experiment(lab.commit("three\n"), None, "crash", "three [loss diverged]")
     lab.git("reset", "-q", "--hard", "HEAD~1")
     lab.experiment(lab.commit("four\n"), 0.98, "keep", "four")
-    if (
-        not by_hand
-    ):  # a disturbed run that was repeated, and one of another night in the same repository
+    if not by_hand:  # a disturbed run that was repeated
         lab.measure(lab.git("rev-parse", "HEAD"), 0.981)
     lab.experiment(lab.commit("five\n"), 0.97, "keep", "five")
     return lab
@@ -233,6 +231,13 @@ def another_fingerprint(lab):
 def another_device(lab):
     lab.kept(0.9, device="A100")
     return ["2 devices, whose scores cannot be compared: H200 (8 runs), A100 ("]
+
+
+def another_torch(lab):
+    lab.kept(0.92, torch="2.15.0")
+    lab.kept(0.91, torch="2.15.0")
+    lab.kept(0.90, torch="2.11.0")
+    return ["2 versions of torch, whose scores cannot be compared: 2.15.0 (2 runs), 2.11.0 ("]
 
 
 def commit_without_a_row(lab):
@@ -354,6 +359,7 @@ FALSIFIED = [
     touch_the_locked_file_uncommitted,
     another_fingerprint,
     another_device,
+    another_torch,
     commit_without_a_row,
     train_beside_the_night,
     uncommitted_train,

@@ -28,7 +28,7 @@ def small(**changes):
 
 
 def draw(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def adamw_group(p, lr, weight_decay=0.1, betas=(0.8, 0.95)):
@@ -130,7 +130,9 @@ class PlainOptimizer:
 
     def __init__(self, model, adamw, orthogonalize):
         self.value = {name: p.detach().double().clone() for name, p in model.named_parameters()}
-        self.adamw_settings = adamw  # {first part of the name: (lr, weight decay, betas)}
+        self.adamw_settings = (
+            adamw  # {first part of the name, or a scalar's last: (lr, weight decay, betas)}
+        )
         self.orthogonalize = orthogonalize
         self.state = {}
         self.steps = 0
@@ -141,10 +143,11 @@ class PlainOptimizer:
         self.steps += 1
         for name, p in self.value.items():
             g = gradients[name].double()
-            if name.startswith("blocks."):
+            if name.startswith("blocks.") and p.ndim == 2:
                 self.muon(name, p, g, 0.04 * lr_multiplier, momentum, 0.2 * decay_multiplier)
             else:
-                lr, weight_decay, betas = self.adamw_settings[name.split(".")[0]]
+                own = name.split(".")[-1 if p.ndim == 0 else 0]
+                lr, weight_decay, betas = self.adamw_settings[own]
                 self.adamw(name, p, g, lr * lr_multiplier, weight_decay, betas)
 
     def adamw(self, name, p, g, lr, weight_decay, betas):
@@ -243,7 +246,7 @@ def test_whole_steps_are_those_of_a_float64_transcription(float32_orthogonalize,
             moved = (plain.value[name] - start[name]).norm()
             apart = (p.detach().double() - plain.value[name]).abs()
             unsure = plain.unsure[name]
-            assert moved > 0.001, (step, name)
+            assert moved > 1e-4, (step, name)
             assert apart[~unsure].norm() < 2e-4 * moved, (step, name)
             assert not (apart[unsure] > 0.01).any(), (step, name)
             assert unsure.double().mean() < 0.002, (step, name)
@@ -253,7 +256,7 @@ def test_equal_shapes_are_stepped_together():
     model = small()
     optimizer = train.Optimizer(train.parameter_groups(model), compiled=False)
     stacks = [part.params for part in optimizer.parts if isinstance(part, train.Muon)]
-    assert sum(map(len, stacks)) == len(list(model.blocks.parameters()))
+    assert sum(map(len, stacks)) == sum(p.ndim == 2 for p in model.blocks.parameters())
     assert sorted((tuple(params[0].shape), len(params)) for params in stacks) == [
         ((2, 32), 1),
         ((32, 64), 4),
