@@ -10,6 +10,7 @@ night.py: the mechanics of the night, so that program.md is plain English. Nobod
     uv run night.py drop N             gives up what waits or runs
     uv run night.py runs [COUNT]       the ledger as a table
     uv run night.py audit              what speaks against the results
+    uv run night.py confirm            baseline and best on the test split: is the gain real?
 
 Notable, in the order of the rooms:
 - what is kept is decided by three short functions of plain values: noise_floor, decide, disturbed
@@ -47,7 +48,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from datetime import datetime, timezone
 from pathlib import Path
-from statistics import median
+from statistics import mean, median, variance
 
 # --------------------------------------------------------------------- what the night is about
 
@@ -55,8 +56,12 @@ EDITED = "train.py"  # the one file that may change
 COMMAND = [sys.executable, EDITED]  # what a run is; it scores through prepare.py's ledger
 SCORE = "val_bpb"  # the score's column in results.tsv
 LOWER_IS_BETTER = True
+TEST_SCORE = "test_bpb"  # the same on the split that nothing is selected on
 SEED = "AUTORESEARCH_SEED"  # the variable that carries the seed
+SPLIT = "AUTORESEARCH_SPLIT"  # and the one that names the split: val, or test in a confirmation
 BASELINE_SEEDS = (42, 43, 44)  # the first is the seed of every experiment
+CONFIRM_FROM = 45  # the first seed of a confirmation: one that nothing was selected on
+CONFIRM_SEEDS = 3  # so many of baseline and best each, where no other number is said
 PROGRESS = re.compile(r"^\s*(\d+(?:\.\d+)?)%.*?\bloss\s+(\S+)")  # a line of a run's log
 SCORING = re.compile(r"^scoring\b")
 MEMORY = re.compile(r"^peak_vram_mb:\s*([\d.]+)\s*$", re.M)  # MiB
@@ -119,8 +124,11 @@ def noise_floor(records: list[dict]) -> float | None:
         doubtful = record.get("disturbed") or record.get("not_comparable")
         if record["score"] is not None and not doubtful:
             scores.setdefault(record["commit"], []).append(record["score"])
-    ranges = [max(some) - min(some) for some in scores.values() if len(some) > 1]
-    return max(ranges, default=None)
+    return max((spread(some) for some in scores.values() if len(some) > 1), default=None)
+
+
+def spread(scores: list[float]) -> float:
+    return max(scores) - min(scores)
 
 
 def best_of(records: list[dict]) -> dict | None:
@@ -310,7 +318,11 @@ def change_id(before: str, after: str) -> str:
 
 
 def now() -> str:
-    return f"{datetime.now(timezone.utc):%Y-%m-%dT%H:%M:%SZ}"
+    return time_of(time.time())
+
+
+def time_of(seconds: float) -> str:
+    return f"{datetime.fromtimestamp(seconds, timezone.utc):%Y-%m-%dT%H:%M:%SZ}"
 
 
 def write_once(path: Path, content: bytes, mode: int = 0o644):
@@ -388,7 +400,7 @@ def slots() -> list[dict]:
 class Experiment:
     """One folder of the queue. Its files, each written once, are:
 
-    experiment.json   what was asked for: n, kind (baseline, try), commit, base, seed, message, ...
+    experiment.json   what was asked for: n, kind (baseline, try, confirm), commit, base, seed, ...
     run-K.json        the K-th run: its id, the commit that runs, the best it stands on, why again
     run-K.log         all that it printed
     end-K.json        how it ended, and what the ledger says of it
@@ -413,6 +425,14 @@ class Experiment:
     def is_baseline(self) -> bool:
         return self.asked["kind"] == "baseline"
 
+    @property
+    def is_confirm(self) -> bool:
+        return self.asked["kind"] == "confirm"
+
+    @property
+    def split(self) -> str:
+        return "test" if self.is_confirm else "val"
+
     def runs(self) -> list[dict]:
         """What is known of each run so far, oldest first; `code` is there once it has ended."""
         found = []
@@ -420,6 +440,16 @@ class Experiment:
             end = read_json(self.folder / f"end-{len(found) + 1}.json") or {}
             again = read_json(self.folder / f"again-{len(found) + 1}.json") or {}
             found.append({**run, **end, **again})
+        return found
+
+    def timed_runs(self) -> list[dict]:
+        """The same with `kind`; a run that was cut off ended when its log did."""
+        found = self.runs()
+        for k, run in enumerate(found, 1):
+            run["kind"] = self.asked["kind"]
+            log = self.folder / f"run-{k}.log"
+            if "ended" not in run and log.is_file():
+                run["ended"] = time_of(log.stat().st_mtime)
         return found
 
     def again(self, why: str):
@@ -472,13 +502,17 @@ class Night:
         self.results = ROOT / "results.tsv"
         self.edited = ROOT / EDITED
         self.known: list[dict] = []  # of the book: what was read so far, and up to which byte
+        self.known_confirmed: list[dict] = []
         self.known_bytes = 0
 
     def begun(self) -> bool:
         return self.queue.is_dir()
 
     def records(self) -> list[dict]:
-        """What has ended, in order. A line that a power cut tore is as if it had never been written."""
+        """The experiments that have ended, in order, without a confirmation's runs.
+
+        A line that a power cut tore is as if it had never been written.
+        """
         with contextlib.suppress(FileNotFoundError), open(self.book, "rb") as file:
             file.seek(self.known_bytes)
             for line in file:
@@ -486,8 +520,19 @@ class Night:
                     break  # being written, or torn: then the next line ends it
                 self.known_bytes += len(line)
                 with contextlib.suppress(ValueError):
-                    self.known.append(json.loads(line))
+                    record = json.loads(line)
+                    of_kind = self.known_confirmed if record["kind"] == "confirm" else self.known
+                    of_kind.append(record)
         return [*self.known]
+
+    def confirmed(self) -> list[dict]:
+        """A confirmation's runs that have ended: no rows, never kept, no part of the noise floor."""
+        self.records()
+        return [*self.known_confirmed]
+
+    def ended(self) -> list[dict]:
+        """All of the book."""
+        return [*self.records(), *self.confirmed()]
 
     def open(self) -> list[Experiment]:
         """What waits, runs or is not yet decided, by number."""
@@ -502,7 +547,7 @@ class Night:
         return None
 
     def next_number(self) -> int:
-        numbers = [record["n"] for record in self.records()] + [e.n for e in self.open()]
+        numbers = [record["n"] for record in self.ended()] + [e.n for e in self.open()]
         return 1 + max(numbers, default=0)
 
     def keep_ref(self, name: str, commit: str):
@@ -660,9 +705,10 @@ class Isolation:
         )
 
 
-def run_environment(night: Night, folder: Path, run_id: str, seed: int, slot: dict) -> dict:
+def run_environment(night: Night, experiment: Experiment, run_id: str, slot: dict) -> dict:
     """The user's, but a home and a place for temporary files of the run's own, and named compiler caches."""
-    home, temporary, compiled = folder / "home", folder / "tmp", night.home / "compiled"
+    folder, compiled = experiment.folder, night.home / "compiled"
+    home, temporary = folder / "home", folder / "tmp"
     for path in (home, temporary, compiled):
         path.mkdir(exist_ok=True)
     environment = {
@@ -672,12 +718,12 @@ def run_environment(night: Night, folder: Path, run_id: str, seed: int, slot: di
         "TMPDIR": str(temporary),
         "AUTORESEARCH_CACHE": str(cache_folder()),
         "AUTORESEARCH_RUN": run_id,
-        SEED: str(seed),
+        SEED: str(experiment.asked["seed"]),
+        SPLIT: experiment.split,
         "PYTHONDONTWRITEBYTECODE": "1",
     }
     environment.setdefault("TORCHINDUCTOR_CACHE_DIR", str(compiled / "inductor"))
     environment.setdefault("HF_HOME", os.path.expanduser("~/.cache/huggingface"))
-    environment.pop("AUTORESEARCH_SPLIT", None)
     return environment
 
 
@@ -720,9 +766,7 @@ def watch(night: Night, experiment: Experiment, k: int, isolation: Isolation, li
     ledger_path.touch()
     start = ledger_path.stat().st_size
     tree = experiment.folder / "tree"
-    environment = run_environment(
-        night, experiment.folder, run["id"], experiment.asked["seed"], run["slot"]
-    )
+    environment = run_environment(night, experiment, run["id"], run["slot"])
     began = time.monotonic()
     stopped = None
     with open(experiment.folder / f"run-{k}.log", "wb") as log:
@@ -753,7 +797,7 @@ def watch(night: Night, experiment: Experiment, k: int, isolation: Isolation, li
     text = log_text(experiment.folder / f"run-{k}.log")
     mine = [r for r in prepare.read_ledger(start)[0] if r.get("run") == run["id"]]
     said = {key: value for r in mine for key, value in r.items()}
-    scored = said.get("score") if code == 0 and said.get("split") == "val" else None
+    scored = said.get("score") if code == 0 and said.get("split") == experiment.split else None
     if not isinstance(scored, (int, float)) or not math.isfinite(scored):
         scored = None
     memory = MEMORY.search(text)
@@ -799,7 +843,7 @@ class Supervisor:
 
     def work(self):
         """Until nothing runs and nothing can start; it looks rarely while nothing moves."""
-        recorded = {record["n"] for record in self.records}
+        recorded = {record["n"] for record in self.night.ended()}
         for experiment in self.night.open():
             if experiment.n in recorded:  # the supervisor before was cut off there
                 self.put_away(experiment)
@@ -848,7 +892,7 @@ class Supervisor:
         """Puts the change on top of the best where that has moved, lays a worktree, starts the run."""
         best = best_of(self.records)
         base = experiment.asked["base"]
-        if best and not experiment.is_baseline:
+        if best and not experiment.is_baseline and not experiment.is_confirm:
             base = best["commit"]
         commit = self.on_top(experiment, base)
         if commit is None:
@@ -965,7 +1009,8 @@ class Supervisor:
         if not comparable:
             why = "not comparable: " + not_comparable(counted["conditions"], baseline)
             if ran_again(experiment, "not comparable"):
-                self.close(experiment, counted, "discard", f"twice {why}", other=why)
+                status = "crash" if experiment.is_confirm else "discard"
+                self.close(experiment, counted, status, f"twice {why}", other=why)
             else:
                 experiment.again(why)
             return
@@ -978,6 +1023,9 @@ class Supervisor:
             doubt = f"disturbed, or a very slow change ({beside:.0%} of the best's rate)"
         if doubt and not experiment.is_baseline and not ran_again(experiment, "disturbed"):
             experiment.again(doubt)
+            return
+        if experiment.is_confirm:
+            self.close(experiment, counted, "scored", "on the test split", share)
             return
         floor, simpler = noise_floor(self.records), experiment.asked["simpler"]
         scores = [r["score"] for r in self.records if r["status"] == "keep"]
@@ -997,7 +1045,7 @@ class Supervisor:
     def rates_of(self, commit: str) -> list[float]:
         """Tokens a second of every run of a commit so far."""
         runs = [run for experiment in self.night.open() for run in experiment.runs()]
-        rates = [rate(run) for run in [*self.records, *runs] if run["commit"] == commit]
+        rates = [rate(run) for run in [*self.night.ended(), *runs] if run["commit"] == commit]
         return [found for found in rates if found]
 
     def baseline_conditions(self) -> dict:
@@ -1025,7 +1073,7 @@ class Supervisor:
         """Writes the experiment's one record: from here on it has ended, whatever is cut off after."""
         asked, run = experiment.asked, run or {}
         score = run.get("score") if status != "crash" else None
-        before = self.kept(run.get("base", ""))
+        before = {} if experiment.is_confirm else self.kept(run.get("base", ""))
         runs = experiment.runs()
         record = {
             **{
@@ -1057,7 +1105,8 @@ class Supervisor:
 
     def put_away(self, experiment: Experiment):
         """The row, and the folder out of the queue. Said again after a kill, it does only what is missing."""
-        self.write_row(next(r for r in reversed(self.records) if r["n"] == experiment.n))
+        if not experiment.is_confirm:
+            self.write_row(next(r for r in reversed(self.records) if r["n"] == experiment.n))
         self.clear(experiment.folder)
         os.replace(experiment.folder, self.night.done / str(experiment.n))
 
@@ -1187,7 +1236,8 @@ def floor_words(records: list[dict]) -> str:
 
 def verdict(record: dict) -> list[str]:
     """What a record says to the agent, in a few lines."""
-    score = "" if record["score"] is None else f"  {SCORE} {record['score']:.6f}"
+    name = TEST_SCORE if record["kind"] == "confirm" else SCORE
+    score = "" if record["score"] is None else f"  {name} {record['score']:.6f}"
     status = record["status"] if record["run"] else "not run"
     lines = [f"{record['n']}: {status}{score}: {record['why']}  ({name_of(record)})"]
     if record["expect"] is not None and record["got"] is not None:
@@ -1218,7 +1268,7 @@ def end_of_log(path: Path, most: int) -> list[str]:
 
 
 def what_next(night: Night, records: list[dict], experiments: list[Experiment]) -> str:
-    waiting = [e for e in experiments if not e.is_baseline and e.state() == "waiting"]
+    waiting = [e for e in experiments if e.asked["kind"] == "try" and e.state() == "waiting"]
     capacity = max(LEAST_WAITING, len(slots()))
     if best_of(records) is None and not any(e.is_baseline for e in experiments):
         return "the baseline gave no score (see above): tell the human, or mend it and say begin"
@@ -1235,7 +1285,7 @@ def standing(night: Night) -> list[str]:
     """Where the night stands, what runs, what waits."""
     experiments = night.open()
     records = night.records()
-    ended = {record["n"] for record in records}
+    ended = {record["n"] for record in night.ended()}
     experiments = [e for e in experiments if e.n not in ended]
     best = best_of(records)
     lines = []
@@ -1276,6 +1326,155 @@ def show_lines(lines: list[str], most: int = SCREEN):
         lines = [*lines[: most - 1], f"... {len(lines) - most + 1} more lines"]
     for line in lines:
         print(line[:200])
+
+
+# --------------------------------------------------------------------- is it real? the confirmation
+
+
+def t_quantile(df: float, confidence: float = 0.95) -> float:
+    """The t within +-t of which Student's distribution with df >= 1 degrees of freedom has that share.
+
+    With t = sqrt(df) tan(angle) the density is scale * cos(angle) ** (df - 1): Simpson's rule gives
+    the share up to an angle, and Newton's method, from below, the angle of a share.
+    """
+    scale = 2 * math.exp(math.lgamma((df + 1) / 2) - math.lgamma(df / 2)) / math.sqrt(math.pi)
+    parts, angle, move = 200, 0.0, 1.0
+    while move > 1e-12:
+        heights = [math.cos(angle * i / parts) ** (df - 1) for i in range(parts + 1)]
+        inner = 4 * sum(heights[1:-1:2]) + 2 * sum(heights[2:-1:2])
+        share = scale * angle / parts / 3 * (heights[0] + inner + heights[-1])
+        move = (confidence - share) / (scale * heights[-1])
+        angle += move
+    return math.sqrt(df) * math.tan(angle)
+
+
+def welch(scores: list[float], others: list[float]) -> tuple[float, float, float]:
+    """(gain of `scores` over `others` in the mean, low and high end of its 95% interval).
+
+    At least two of each. Welch's interval: the two may scatter differently; degrees of freedom by
+    Satterthwaite (Welch, Biometrika 34, 1947).
+    """
+    better = gain(mean(scores), mean(others))
+    parts = [variance(some) / len(some) for some in (scores, others)]
+    if sum(parts) == 0:
+        return better, better, better
+    pairs = zip(parts, (scores, others))
+    df = sum(parts) ** 2 / sum(part**2 / (len(some) - 1) for part, some in pairs)
+    half = t_quantile(df) * math.sqrt(sum(parts))
+    return better, better - half, better + half
+
+
+def is_it_real(better: float, low: float, high: float) -> str:
+    """The sentence that the whole night comes down to."""
+    digits = 4 if high - low > 1e-3 else 6
+    words = f"{abs(better):.{digits}f} {'better' if better >= 0 else 'worse'}"
+    if low > 0:
+        return f"{words}, {low:.{digits}f} to {high:.{digits}f}: real"
+    if high < 0:
+        return f"{words}, {-high:.{digits}f} to {-low:.{digits}f}: the baseline is better"
+    return f"{words}, from {low:+.{digits}f} to {high:+.{digits}f}: within chance"
+
+
+@dataclasses.dataclass(frozen=True)
+class Confirmation:
+    """Baseline and best on the test split, as far as they are measured.
+
+    Their seeds are the same, and none that the night used: of a hundred experiments with one seed
+    the best is also the one which that seed suits.
+    """
+
+    baseline: dict  # the records with which they were kept
+    best: dict
+    seeds: list[int]
+    runs: dict[tuple[str, int], dict]  # commit and seed: the record of the last run
+
+    @classmethod
+    def of(cls, records: list[dict], confirmed: list[dict], least: int = 0) -> Confirmation | None:
+        """None where nothing was kept but the baseline. least: so many seeds, measured or not."""
+        kept = [record for record in records if record["status"] == "keep"]
+        if not kept or kept[0]["commit"] == kept[-1]["commit"]:
+            return None
+        runs = {(record["commit"], record["seed"]): record for record in confirmed}
+        measured = [seed for commit, seed in runs if commit == kept[-1]["commit"]]
+        last = max([CONFIRM_FROM + least - 1, *measured])  # never fewer than were asked for before
+        seeds = list(range(CONFIRM_FROM, last + 1))
+        return cls(kept[0], kept[-1], seeds, runs)
+
+    def scores(self, record: dict) -> list[float]:
+        found = [self.runs.get((record["commit"], seed), {}).get("score") for seed in self.seeds]
+        return [score for score in found if score is not None]
+
+    def in_turn(self) -> Iterator[tuple[str, dict, int]]:
+        """(name, record, seed) in the order of running, in which a slow hour hits both alike."""
+        pair = [("baseline", self.baseline), ("best", self.best)]
+        for seed in self.seeds:
+            for name, record in pair:
+                yield name, record, seed
+            pair = pair[::-1]
+
+    def interval(self) -> tuple[float, float, float] | None:
+        """(gain, low, high); None while one of the two has fewer than two scores."""
+        scores, others = self.scores(self.best), self.scores(self.baseline)
+        return welch(scores, others) if min(len(scores), len(others)) > 1 else None
+
+    def other_looks(self, ledger: list[dict]) -> int:
+        """How many other runs have trained for the test split: each look makes the next worth less."""
+        ours = {self.baseline["commit"], self.best["commit"]}
+        starts = [r for r in ledger if r.get("event") == "start" and r.get("split") == "test"]
+        return sum(r.get("commit") not in ours or r.get("seed") not in self.seeds for r in starts)
+
+    def lines(self, ledger: list[dict]) -> list[str]:
+        """The table, what is to be known of it, and the verdict."""
+        lines = [f"{TEST_SCORE}    {'baseline':>9}  {'best':>9}"]
+        notes = []
+        for seed in self.seeds:
+            cells = []
+            for name, kept in (("baseline", self.baseline), ("best", self.best)):
+                run = self.runs.get((kept["commit"], seed))
+                cells.append(cell_of(run))
+                notes += notes_of(run, f"{name}, seed {seed}")
+            lines.append(f"seed {seed:<6} {cells[0]:>9}  {cells[1]:>9}")
+        columns = [self.scores(self.baseline), self.scores(self.best)]
+        for name, value in (("mean", mean), ("range", spread)):
+            cells = [f"{value(some):.6f}" if some else "-" for some in columns]
+            lines.append(f"{name:11} {cells[0]:>9}  {cells[1]:>9}")
+        place = f"{self.baseline['commit'][:7]}, the best {self.best['commit'][:7]}"
+        lines += [f"the baseline is {place}: {name_of(self.best)}", *notes]
+        if self.is_reused():
+            lines.append("the baseline's runs are an earlier confirmation's, of another hour")
+        looks = self.other_looks(ledger)
+        lines.append(f"other runs that have looked at the test split: {looks or 'none'}")
+        found = self.interval()
+        lines.append(is_it_real(*found) if found else "too few scores for a verdict")
+        return lines
+
+    def is_reused(self) -> bool:
+        """Whether the baseline was measured before the best's first run, not in turn with it."""
+        before, after = self.numbers(self.baseline), self.numbers(self.best)
+        return bool(before and after) and max(before) < min(after)
+
+    def numbers(self, kept: dict) -> list[int]:
+        found = [self.runs.get((kept["commit"], seed)) for seed in self.seeds]
+        return [run["n"] for run in found if run]
+
+
+def cell_of(run: dict | None) -> str:
+    if run is None:
+        return "-"
+    return "crash" if run["score"] is None else f"{run['score']:.6f}"
+
+
+def notes_of(run: dict | None, name: str) -> list[str]:
+    """What is to be known of one run."""
+    if run is None:
+        return []
+    if run["score"] is None:
+        again = f"night.py show {run['n']} has its log, confirm runs it again"
+        return [f"{name} gave no score: {run['why']}; {again}"]
+    if run["disturbed"]:
+        share = f"{run['disturbed']:.0%} of its rate"
+        return [f"{name} was DISTURBED twice ({share}): the faster run counts"]
+    return [f"{name} ran again: {why}" for why in run["again"]]
 
 
 # ---------------------------------------------------------------------- results.tsv, and the audit
@@ -1413,22 +1612,24 @@ class Morning:
     ledger: list[dict]
     damaged: int  # lines of the ledger
     budgets: dict[str, float]  # fingerprint of what is prepared: seconds of training
+    confirmed: list[dict] = dataclasses.field(default_factory=list)  # a confirmation's records
 
     @classmethod
     def here(cls) -> Morning:
         import prepare
 
         rows, skipped = read_results(ROOT / "results.tsv")
-        records, started, budgets = [], {}, {}
+        records, confirmed, started, budgets = [], [], {}, {}
         with contextlib.suppress(Refused):  # not in its repository: the audit says so
             night = Night()
-            records = night.records()
+            records, confirmed = night.records(), night.confirmed()
             folders = [*night.queue.glob("[0-9]*"), *night.done.glob("[0-9]*")]
-            experiments = filter(None, map(Experiment.at, folders))
-            started = {run["id"]: run for e in experiments for run in e.runs()}
+            for experiment in filter(None, map(Experiment.at, folders)):
+                for run in experiment.timed_runs():
+                    started[run["id"]] = run
         with contextlib.suppress(prepare.Stop):  # nothing prepared: no budget to compare with
             budgets = {prepare.fingerprint(): prepare.manifest()["time_budget"]}
-        return cls(rows, skipped, records, started, *prepare.read_ledger(), budgets)
+        return cls(rows, skipped, records, started, *prepare.read_ledger(), budgets, confirmed)
 
     def history(self) -> list[dict]:
         """The night's records; of a log without them what its rows say in their place."""
@@ -1456,6 +1657,8 @@ def audit(morning: Morning) -> Iterator[Finding]:
     ids = {run["run"] for run in own}
     val = [run for run in runs if run.get("split") == "val"]
     val = [run for run in val if run["run"] in ids or (run.get("commit") or "")[:7] in claimed]
+    test = [run for run in own if run.get("split") == "test"]
+    by_night = [run for run in test if run["run"] in started]
     if rows and not val:
         yield Finding(False, "the ledger holds no run of this night: no score can be checked")
     elif val:
@@ -1463,13 +1666,14 @@ def audit(morning: Morning) -> Iterator[Finding]:
         accounted = {run["run"] for run in matched.values()} | started.keys()
         yield from audit_scores(rows, val, matched)
         yield from audit_left([run for run in val if run["run"] in ids - accounted])
-        yield from audit_sameness(val)
-        yield from audit_clock(val, started, morning.budgets)
+        yield from audit_sameness([*val, *by_night])
+        yield from audit_clock([*val, *by_night], started, morning.budgets)
     if morning.damaged:
         yield Finding(False, f"{morning.damaged} lines of the ledger are damaged")
-    yield from audit_test([run for run in own if run.get("split") == "test"], started)
+    yield from audit_test(test, started)
+    yield from audit_confirmation(morning.confirmed, test, by_night)
     if in_git:
-        yield from audit_code(val)
+        yield from audit_code([*val, *by_night])
         yield from audit_branch(rows, records, branch)
         yield from audit_book(rows, records)
     else:
@@ -1698,6 +1902,26 @@ def audit_test(tests: list[dict], started: dict[str, dict]) -> Iterator[Finding]
         yield Finding(few, words if few else words + "; more than once for baseline and winner")
 
 
+def audit_confirmation(
+    confirmed: list[dict], test: list[dict], by_night: list[dict]
+) -> Iterator[Finding]:
+    """The confirmation's records against the ledger: nothing edited, nothing left out."""
+    keys = ("commit", "seed", "score")
+    measured = {run["run"]: [run.get(key) for key in keys] for run in test}
+    scored = [record for record in confirmed if record["score"] is not None]
+    wrong = [r["n"] for r in scored if measured.get(r["run"]) != [r[key] for key in keys]]
+    told = {(record["commit"], record["seed"]) for record in scored}
+    left = [run for run in by_night if (run.get("commit"), run.get("seed")) not in told]
+    left = [run_name(run) for run in left if run.get("score") is not None]
+    if scored:
+        words = f"{len(scored) - len(wrong)} of {len(scored)} scores of the confirmation match"
+        words += " the ledger" + (f"; not runs {some(wrong)}" if wrong else "")
+        yield Finding(not wrong, words)
+    if left:
+        words = f"{len(left)} scores on the test split are missing in the confirmation: "
+        yield Finding(False, words + some(left))
+
+
 def held(commit: str, path: str) -> str | None:
     """sha256 of a file as a commit has it; None where git has not both."""
     content = git_bytes("cat-file", "blob", f"{commit}:{path}", check=False)
@@ -1852,6 +2076,197 @@ def say_audit():
     print(*(f"! {words}" for words in morning.skipped), *audit_lines(morning), sep="\n")
 
 
+# ------------------------------------------------------------- what the notebook shows, undrawn
+
+WENT = ("training", "compiling", "scoring", "disturbed", "waiting")  # where a slot's hours may go
+BARS = (60, 600, 3600, 6 * 3600, 86400)  # seconds that a bar of hours may stand for
+MOST_BARS = 36
+
+
+def page_counts(morning: Morning) -> list[str]:
+    """How many experiments, the noise floor, and which rows were skipped."""
+    count = Counter(row.status for row in morning.rows)
+    kept = f"{count['keep']} kept, {count['discard']} discarded, {count['crash']} crashed"
+    noise = morning.noise_floor()
+    said = "not measured" if noise is None else f"{noise:.6f}"
+    skipped = [f"! {words}" for words in morning.skipped]
+    return [f"{len(morning.rows)} experiments: {kept}", f"noise floor: {said}", *skipped]
+
+
+def page_best(rows: list[Row], noise: float | None) -> list[str]:
+    """The best against the baseline, which is what was kept first."""
+    kept = [row for row in rows if row.status == "keep"]
+    if not kept:
+        return ["nothing kept yet"]
+    baseline, best = kept[0], best_row(rows)
+    lines = []
+    for name, row in (("baseline", baseline), ("best", best)):
+        memory = "-" if row.memory_gb is None else f"{row.memory_gb:.1f}"
+        what = f"{one_line(row.commit, 20)}  {memory} GB  {one_line(row.what, 70)}"
+        lines.append(f"{name:8}  {row.score:.6f}  {what}")
+    change, gained = best.score - baseline.score, gain(best.score, baseline.score)
+    times = f", {gained / noise:.1f} times the noise floor" if noise else ""
+    return [*lines, f"change    {change:+.6f} ({change / baseline.score:+.2%}{times})"]
+
+
+def largest_gains(rows: list[Row]) -> list[tuple[Row, float]]:
+    """(row, its gain) of all that was kept after the baseline, the largest first."""
+    changes = [(row, better) for row, better, _ in gains(rows)[1:]]
+    return sorted(changes, key=lambda change: -change[1])
+
+
+def page_gains(rows: list[Row]) -> list[dict[str, str]]:
+    """A table, one kept change a line."""
+    return [
+        {
+            "experiment": str(row.n),
+            "commit": one_line(row.commit, 20),
+            "gain": f"{better:+.6f}",
+            "score": f"{row.score:.6f}",
+            "what": one_line(row.what, 70),
+        }
+        for row, better in largest_gains(rows)
+    ]
+
+
+def page_predictions(records: list[dict]) -> list[dict[str, str]]:
+    """A table of what was expected and what came, in the order of ending."""
+    told = [r for r in records if r.get("expect") is not None and r.get("got") is not None]
+    return [
+        {
+            "experiment": str(r["n"]),
+            "expected": f"{r['expect']:+.6f}",
+            "got": f"{r['got']:+.6f}",
+            "what": one_line(r["message"], 70),
+        }
+        for r in told
+    ]
+
+
+def page_calibration(records: list[dict], noise: float | None) -> str:
+    said, direction, size = calibration(records, noise)
+    if not said:
+        return "nothing was predicted (night.py try --expect)"
+    return f"{direction} of {said} predictions right in direction, {size} in size"
+
+
+def page_confirmation(morning: Morning) -> list[str]:
+    """The table of `night.py confirm`, as far as the best of the night has one."""
+    confirmation = Confirmation.of(morning.records, morning.confirmed)
+    if not morning.records:
+        return ["night.py confirm compares what a night of its own has kept; this log has none"]
+    if confirmation is None:
+        return ["nothing to confirm: nothing was kept but the baseline"]
+    if not confirmation.seeds:
+        return ["the best is not confirmed yet: uv run night.py confirm"]
+    return confirmation.lines(morning.ledger)
+
+
+def score_axis(rows: list[Row], noise: float | None) -> tuple[float, float]:
+    """Low and high end of the picture's axis: what was kept, with room for labels on the better side.
+
+    What lies beyond (a failed idea) would press all else into a line.
+    """
+    scored = [row for row in rows if row.score is not None]
+    scores = [row.score for row in scored if row.status == "keep"] or [row.score for row in scored]
+    low, high = min(scores, default=1.0), max(scores, default=1.0)
+    room = max(high - low, 10 * (noise or 0), 1e-3 * abs(high))
+    below, above = (0.45, 0.35) if LOWER_IS_BETTER else (0.35, 0.45)
+    return low - below * room, high + above * room
+
+
+def run_spans(by_night: dict, measured: dict, lost: bool) -> list[tuple[str, float, float]]:
+    """(what, from, to) of one run, in seconds since 1970: compiling, training, scoring; or disturbed.
+
+    by_night: what the supervisor knows of it (began, ended); measured: what the ledger does (began
+    with its first batch, training_seconds). Either may be empty. lost: disturbed or cut off.
+    """
+    first = seconds_of(measured["began"]) if measured.get("began") else None
+    ended = by_night.get("ended") or measured.get("time") or by_night["began"]
+    ended = seconds_of(ended)
+    if by_night:
+        began = seconds_of(by_night["began"])
+    elif first is None:
+        return []
+    else:
+        began = first - (measured.get("startup_seconds") or 0)
+    if lost:
+        return [("disturbed", began, ended)]
+    first = ended if first is None else first
+    training = measured.get("training_seconds")
+    trained = ended if training is None else first + training
+    marks = [began, *(min(max(mark, began), ended) for mark in (first, trained)), ended]
+    found = zip(("compiling", "training", "scoring"), marks, marks[1:])
+    return [(what, start, end) for what, start, end in found if end > start]
+
+
+def night_spans(morning: Morning) -> list[tuple[str, float, float]]:
+    """Those of all runs of the night, without its confirmation.
+
+    Of a night without night.py the ledger alone tells: Python's start and end count as waiting.
+    """
+    claimed = {row.hash[:7] for row in morning.rows if row.hash}
+    measured = {run["run"]: run for run in joined(morning.ledger) if run.get("split") == "val"}
+    lost = {record["run"] for record in morning.records if record.get("disturbed")}
+    found = []
+    for run_id, run in morning.started.items():
+        again = run.get("again", "")
+        if run.get("kind") != "confirm" and run.get("began"):
+            is_lost = run_id in lost or again.startswith(("disturbed", "cut off"))
+            found += run_spans(run, measured.get(run_id, {}), is_lost)
+    for run_id, run in measured.items():
+        if run_id not in morning.started and (run.get("commit") or "")[:7] in claimed:
+            found += run_spans({}, run, False)
+    return found
+
+
+def side_by_side(spans: list[tuple[str, float, float]]) -> int:
+    """How many runs stood side by side at most; two seconds more or less are no overlap."""
+    changes = [(start, 1) for _, start, end in spans if end - start > 2]
+    changes += [(end - 2, -1) for _, start, end in spans if end - start > 2]
+    standing = most = 0
+    for _, change in sorted(changes):
+        standing += change
+        most = max(most, standing)
+    return max(most, 1)
+
+
+def hours(spans: list[tuple[str, float, float]]) -> tuple[float, int, list[dict[str, float]]]:
+    """(seconds a bar stands for, slots, the slots' seconds in each bar by what they went to).
+
+    The bars go from the first start to the last end. A slot waits for the agent where no run
+    stands in it; there are as many slots as runs ever stood side by side.
+    """
+    if not spans:
+        return BARS[0], 1, []
+    first = min(start for _, start, _ in spans)
+    length = max(end for *_, end in spans) - first
+    fitting = [seconds for seconds in BARS if length / seconds <= MOST_BARS]
+    step = fitting[0] if fitting else BARS[-1]
+    bars = [dict.fromkeys(WENT, 0.0) for _ in range(max(1, math.ceil(length / step)))]
+    for what, start, end in spans:
+        for i in range(int((start - first) // step), len(bars)):
+            begins = first + i * step
+            bars[i][what] += max(0.0, min(end, begins + step) - max(start, begins))
+            if end <= begins + step:
+                break
+    slots = side_by_side(spans)
+    for i, bar in enumerate(bars):
+        there = slots * min(step, length - i * step)
+        bar["waiting"] = max(0.0, there - sum(bar.values()))
+    return step, slots, bars
+
+
+def page_hours(bars: list[dict[str, float]], slots: int) -> str:
+    """The shares, in one line."""
+    total = sum(sum(bar.values()) for bar in bars)
+    if not total:
+        return "nothing of the night's hours is known"
+    shares = [f"{sum(bar[what] for bar in bars) / total:.0%} {what}" for what in WENT]
+    places = "1 slot" if slots == 1 else f"{slots} slots"
+    return f"{total / 3600:.1f} hours of {places}: {', '.join(shares)}"
+
+
 # ---------------------------------------------------------------------------------- the commands
 
 
@@ -1961,7 +2376,7 @@ def try_(night: Night, message: str, simpler: bool, expect: float | None):
             f"{EDITED} has no edits: change it first, or bring an experiment's change back: night.py bring N"
         )
     capacity = max(LEAST_WAITING, len(slots()))
-    waiting = [e for e in night.open() if not e.is_baseline and e.state() == "waiting"]
+    waiting = [e for e in night.open() if e.asked["kind"] == "try" and e.state() == "waiting"]
     if len(waiting) >= capacity:
         raise Refused(
             f"{len(waiting)} experiments wait already, more would be stale: night.py wait, then try again"
@@ -2046,12 +2461,91 @@ def wait(night: Night, seconds: float):
         write_json(night.folder / "told", {"records": len(records), "ended": ended})
 
 
+def confirm(night: Night, count: int | None):
+    """Baseline and best on the test split. Waits until all is measured, then says what it means.
+
+    A person types it, in the morning: it may wait for an hour, and to end it ends only the waiting.
+    Said again it goes on with what is there. What has its score never runs again. Three seeds see
+    a gain of three noise floors, eight one of a single noise floor (bench/RESULTS.md).
+    """
+    if count is not None and count < 2:
+        raise Refused("confirm --seeds: an interval needs at least 2 seeds")
+    import prepare
+
+    with night.command():
+        confirmation, numbers = queue_confirmation(night, count)
+        wake(night)
+    looks = confirmation.other_looks(prepare.read_ledger()[0])
+    print(f"other runs that have looked at the test split: {looks or 'none'}")
+    there = 2 * len(confirmation.seeds) - len(numbers)
+    print(f"{len(numbers)} runs on the test split, {there} are measured already; Ctrl-C ends only")
+    print("the waiting, and night.py confirm goes on with it", flush=True)
+    follow(night, numbers)
+    confirmation = Confirmation.of(night.records(), night.confirmed(), len(confirmation.seeds))
+    lines = confirmation.lines(prepare.read_ledger()[0])
+    print(*lines, sep="\n")
+    if lines[-1].endswith("within chance"):
+        count = 2 * len(confirmation.seeds)
+        print(f"next: more seeds see smaller gains: uv run night.py confirm --seeds {count}")
+
+
+def queue_confirmation(night: Night, count: int | None) -> tuple[Confirmation, set[int]]:
+    """What is compared, and the numbers of its runs that wait or run; those missing are queued."""
+    ended = {record["n"] for record in night.ended()}
+    experiments = [e for e in night.open() if e.n not in ended]
+    running = [str(e.n) for e in experiments if not e.is_confirm]
+    if running:
+        do = "night.py wait until they have ended, or drop them, then confirm"
+        raise Refused(f"the night is running: {some(running)} wait or run: {do}")
+    queued = {(e.asked["commit"], e.asked["seed"]): e.n for e in experiments}
+    best = best_of(night.records())
+    if best is None:
+        raise Refused("nothing to confirm: no experiment was kept; night.py says where it stands")
+    asked = [seed - CONFIRM_FROM + 1 for commit, seed in queued if commit == best["commit"]]
+    least = max([count or CONFIRM_SEEDS, *asked])
+    confirmation = Confirmation.of(night.records(), night.confirmed(), least)
+    if confirmation is None:
+        raise Refused("nothing to confirm: the best is the baseline")
+    numbers = set()
+    for name, record, seed in confirmation.in_turn():
+        key = record["commit"], seed
+        measured = confirmation.runs.get(key, {}).get("score") is not None
+        if key in queued:
+            numbers.add(queued[key])
+        elif not measured:
+            message = f"confirms the {name}, seed {seed}"
+            commit = record["commit"]
+            numbers.add(enqueue(night, "confirm", commit, commit, message, seed))
+    return confirmation, numbers
+
+
+def follow(night: Night, numbers: set[int]):
+    """Says of each of these runs how it ended; returns when all have."""
+    log = night.home / "supervisor.log"
+    logged = log.stat().st_size if log.is_file() else 0
+    left = set(numbers)
+    looked = time.monotonic()
+    while left:
+        for record in night.confirmed():
+            if record["n"] in left:
+                left.remove(record["n"])
+                print(*verdict(record), sep="\n", flush=True)
+        if log.is_file() and log.stat().st_size > logged:
+            raise Refused(
+                f"the supervisor ended: {end_of_log(log, 1)[-1]}; night.py confirm goes on"
+            )
+        if time.monotonic() > looked + 2:  # a supervisor that was killed is started again
+            looked = time.monotonic()
+            wake(night)
+        time.sleep(4 * PAUSE)
+
+
 def find(night: Night, n: int) -> tuple[dict, Path]:
     """An experiment's record, or what was asked for where it has not ended, and its folder."""
     for place in (night.queue, night.done):
         asked = read_json(place / str(n) / "experiment.json")
         if asked:
-            record = next((r for r in night.records() if r["n"] == n), None)
+            record = next((r for r in night.ended() if r["n"] == n), None)
             return record or asked, place / str(n)
     raise Refused(f"there is no experiment {n}: they go from 1 to {night.next_number() - 1}")
 
@@ -2064,7 +2558,7 @@ def show(night: Night, n: int):
         or ""
     )
     changed = [printable(line)[:WIDTH] for line in diff.splitlines()[4:]]
-    if record["kind"] != "baseline":
+    if record["kind"] == "try":
         lines += changed[:18]
         if len(changed) > 18:
             lines.append(f"... {len(changed) - 18} more lines: git show {record['commit'][:7]}")
@@ -2105,6 +2599,8 @@ def bring(night: Night, what: str):
     record, folder = find(night, int(what))
     if record["kind"] == "baseline":
         raise Refused(f"{what} is the baseline: it has no change; night.py bring best")
+    if record["kind"] == "confirm":
+        raise Refused(f"{what} is a confirmation's run: it has no change; night.py bring best")
     night.settle()
     commit, tip, edits = record["commit"], night.tip(), night.edits()
     there = file_at(tip) if edits is None else edits
@@ -2212,6 +2708,10 @@ def main(argv: list[str] | None = None):
         "count", type=int, nargs="?", default=30
     )
     commands.add_parser("audit", help="what speaks against the results")
+    confirming = commands.add_parser(
+        "confirm", help="baseline and best on the test split: is the gain real?", allow_abbrev=False
+    )
+    confirming.add_argument("--seeds", type=int, metavar="N", help="of each; 3 if not said")
     commands.add_parser("supervise")  # by the other commands
     args = parser.parse_args(argv)
     if args.command == "runs":
@@ -2225,6 +2725,8 @@ def main(argv: list[str] | None = None):
         raise Refused("no night has begun: uv run night.py begin")
     if args.command == "wait":
         return wait(night, args.seconds)
+    if args.command == "confirm":
+        return confirm(night, args.seeds)
     with night.command():
         if night.begun():
             wake(night)  # whatever the command says then, the night goes on

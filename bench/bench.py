@@ -362,12 +362,17 @@ def main():
     add("--edits", action="store_true", help="what ten typical edits cost before the first step")
     add("--scale", type=Path, metavar="DIR", help="prepare 2.5 billion characters of DIR/*.parquet")
     add("--night", type=int, nargs="?", const=10_000, metavar="N", help="what N experiments cost")
+    add("--confirm", type=int, nargs="?", const=20_000, metavar="N", help="chance in N nights")
     add("--json", action="store_true", help="the rows as JSON on stdout")
     args = parser.parse_args()
     if args.night:
         import night_bench
 
         return night_bench.measure(args.night)
+    if args.confirm:
+        import confirm_bench
+
+        return confirm_bench.measure(args.confirm)
     prepare._append_to_ledger = lambda record: None  # what is measured here is no run
     device = prepare.training_device()
     if device.type == "cpu":

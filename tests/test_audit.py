@@ -29,6 +29,7 @@ class Lab:
     started: dict = dataclasses.field(default_factory=dict)
     ledger: list = dataclasses.field(default_factory=list)
     damaged: int = 0
+    confirmed: list = dataclasses.field(default_factory=list)
 
     def git(self, *words) -> str:
         who = ["-c", "user.name=x", "-c", "user.email=x@localhost", "-c", "commit.gpgsign=false"]
@@ -103,9 +104,26 @@ class Lab:
             self.commit(f"{name}\n", *more.pop("files", [])), score, "keep", name, **more
         )
 
+    def confirm(self):
+        """Baseline and best on the test split; one run is disturbed and runs again."""
+        for n, record in enumerate([self.records[0], self.records[-1]] * 3, 8):
+            seed = 45 + (n - 8) // 2
+            said = {"commit": record["commit"], "seed": seed}
+            score = record["score"] + 0.01 + n / 1e5
+            for _ in range(2 if n == 9 else 1):
+                end = self.measure(record["commit"], score, split="test", seed=seed)
+            self.confirmed.append({"n": n, **said, "score": end["score"], "run": end["run"]})
+
     def audit(self) -> list[str]:
         morning = night.Morning(
-            self.rows, [], self.records, self.started, self.ledger, self.damaged, {"f" * 12: BUDGET}
+            rows=self.rows,
+            skipped=[],
+            records=self.records,
+            started=self.started,
+            ledger=self.ledger,
+            damaged=self.damaged,
+            budgets={"f" * 12: BUDGET},
+            confirmed=self.confirmed,
         )
         return night.audit_lines(morning)
 
@@ -349,6 +367,31 @@ def run_another_script(lab):
     return ["what ran is not the train.py of its commit: "]
 
 
+def edit_the_confirmation(lab):
+    lab.confirm()
+    lab.confirmed[3]["score"] -= 0.001
+    return ["5 of 6 scores of the confirmation match the ledger; not runs 11"]
+
+
+def swap_the_confirmations_seeds(lab):
+    lab.confirm()
+    lab.confirmed[1].update(run=lab.confirmed[3]["run"], score=lab.confirmed[3]["score"])
+    return ["5 of 6 scores of the confirmation match the ledger; not runs 9"]
+
+
+def leave_a_bad_score_out_of_the_confirmation(lab):
+    lab.confirm()
+    lab.confirmed[5]["score"] = None
+    return ["1 scores on the test split are missing in the confirmation: "]
+
+
+def confirm_on_another_device(lab):
+    lab.confirm()
+    for run in lab.ledger[-4:]:
+        run["device"] = "A100"
+    return ["2 devices, whose scores cannot be compared: H200 (13 runs), A100 ("]
+
+
 FALSIFIED = [
     claim_a_score,
     invent_a_row,
@@ -381,6 +424,10 @@ FALSIFIED = [
     import_another_prepare,
     leave_a_helper,
     run_another_script,
+    edit_the_confirmation,
+    swap_the_confirmations_seeds,
+    leave_a_bad_score_out_of_the_confirmation,
+    confirm_on_another_device,
 ]
 
 
@@ -468,6 +515,8 @@ def no_harm(lab, what):
     if what == "a noise floor that was widened later":
         best = lab.records[-1]["commit"]
         lab.experiment(best, 0.99, "discard", "again")
+    if what == "a confirmation with a disturbed run":
+        lab.confirm()
     if what == "a larger model scores longer":
         run = lab.ledger[-1]
         run.update(tokens=200_000, scoring_seconds=100.0, time="2026-03-05T01:06:45Z")
@@ -485,6 +534,7 @@ def no_harm(lab, what):
         "baseline and winner on the test split",
         "a kernel that every run imports",
         "a noise floor that was widened later",
+        "a confirmation with a disturbed run",
         "a larger model scores longer",
     ],
 )

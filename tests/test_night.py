@@ -74,7 +74,9 @@ NOTE = 100
 
 cache = os.environ["AUTORESEARCH_CACHE"]
 ledger = os.path.join(cache, "autoresearch.jsonl")
-run = {"run": os.environ["AUTORESEARCH_RUN"], "split": "val", "time": "2026-01-01T00:00:00Z"}
+run = {"run": os.environ["AUTORESEARCH_RUN"], "split": os.environ["AUTORESEARCH_SPLIT"]}
+run["commit"] = open(open(".git").read().split()[1] + "/HEAD").read().strip()
+run["time"] = "2026-01-01T00:00:00Z"
 
 def write(**record):
     record = {**run, **record}
@@ -89,6 +91,8 @@ if os.path.exists(cache + "/plan.json"):
     plan.update(json.load(open(cache + "/plan.json")).get(str(count), {}))
 write(event="start", seed=int(os.environ["AUTORESEARCH_SEED"]))
 print("compiled", flush=True)
+if plan.get("fail"):
+    sys.exit("FAIL: no room")
 if EVENT == "import":
     import no_such_module
 if EVENT == "claim":
@@ -187,6 +191,9 @@ class Lab:
         pipes = dict(
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True
         )
+        pipes["preexec_fn"] = lambda: signal.signal(
+            signal.SIGINT, signal.SIG_DFL
+        )  # as at a terminal
         command = [sys.executable, "night.py", *map(str, words)]
         return subprocess.Popen(command, cwd=self.root, env={**self.env, **environment}, **pipes)
 
@@ -227,14 +234,17 @@ class Lab:
         plan = {name[1:]: what for name, what in runs.items()}
         (self.cache / "plan.json").write_text(json.dumps(plan))
 
-    def records(self) -> list[dict]:
+    def everything(self) -> list[dict]:
         book = self.root / ".night/nov21/night.jsonl"
         return (
             [json.loads(line) for line in book.read_text().splitlines()] if book.is_file() else []
         )
 
+    def records(self) -> list[dict]:
+        return [record for record in self.everything() if record["kind"] != "confirm"]
+
     def record(self, n: int) -> dict:
-        [record] = [record for record in self.records() if record["n"] == n]
+        [record] = [record for record in self.everything() if record["n"] == n]
         return record
 
     def rows(self) -> list[list[str]]:
@@ -258,8 +268,11 @@ class Lab:
             assert time.monotonic() < end, log.read_text() if log.is_file() else "no supervisor"
             time.sleep(0.01)
 
-    def until_ended(self, n: int) -> dict:
-        """The record of an experiment, once it is in its place in `done`."""
+    def until_ended(self, n: int, go: str = "") -> dict:
+        """The record of an experiment, once it is in its place in `done`. go: what holds it."""
+        if go:
+            for name in (f"go-{go}", f"score-{go}"):
+                (self.cache / name).touch()
         self.until(lambda: (self.root / f".night/nov21/done/{n}").is_dir())
         return self.record(n)
 
@@ -952,6 +965,89 @@ def test_what_ran_on_the_old_best_and_beat_it_runs_once_more_on_the_new_one(lab)
     assert record["again"][0].startswith("the best moved; on")
     lab.say()
     lab.check()
+
+
+# ---------------------------------------------------------------------------------- confirmation
+
+
+def confirmations(lab: Lab) -> list[tuple]:
+    return [
+        (r["commit"], r["seed"], r["score"], r["status"])
+        for r in lab.everything()
+        if r["kind"] == "confirm"
+    ]
+
+
+@needs_proc
+def test_a_confirmation_goes_on_after_an_interruption_and_leaves_the_night_as_it_was(lab):
+    assert "nothing to confirm: the best is the baseline" in lab.refused("confirm")
+    lab.until_ended(lab.attempt("wider", WIDTH=1, HOLD="x"), go="x")
+    lab.say()
+    lab.until_idle()
+    night_before = lab.records(), lab.rows(), lab.say(), lab.git("show-ref", "--heads")
+    (lab.cache / "score-x").unlink()  # the best's runs stop before they are scored
+    person = lab.start("confirm")
+    lab.until(lambda: "40.0%" in log_of(lab, 6) and len(confirmations(lab)) == 1)
+    os.kill(person.pid, signal.SIGINT)
+    said, err = person.communicate(timeout=20)
+    assert "other runs that have looked at the test split: none" in said
+    assert "5: scored  test_bpb 1.000300: on the test split" in said
+    assert re.fullmatch(r"FAIL: interrupted; what runs goes on: [^\n]+\n", err)
+    lab.kill_watcher()  # a power cut, as far as this run is concerned
+    lab.until(lambda: "40.0%" in log_of(lab, 6, k=2))
+    (lab.cache / "score-x").touch()
+    said = lab.say("confirm")
+    baseline, best = lab.record(1)["commit"], lab.best()["commit"]
+    order = [(baseline, 45), (best, 45), (best, 46), (baseline, 46), (baseline, 47), (best, 47)]
+    assert [run[:2] for run in confirmations(lab)] == order
+    scores = [1.0003, 0.9903, 0.9904, 1.0004, 1.0005, 0.9905]
+    assert [run[2] for run in confirmations(lab)] == pytest.approx(scores)
+    assert [r["split"] for r in lab.ledger() if "score" in r] == ["val"] * 4 + ["test"] * 6
+    lines = said.splitlines()
+    assert "best, seed 45 ran again: cut off" in lines
+    assert (
+        "mean         1.000400   0.990400" in lines and "range        0.000200   0.000200" in lines
+    )
+    assert lines[-1] == "0.010000 better, 0.009773 to 0.010227: real"
+    lab.until_idle()
+    # no row, no new best, no wider noise floor; the branch, train.py and what is said stay
+    assert (lab.records(), lab.rows(), lab.say(), lab.git("show-ref", "--heads")) == night_before
+    # said again it measures nothing; with more seeds only what is missing; never fewer than before
+    assert lab.say("confirm").splitlines()[-1] == lines[-1]
+    assert "2 runs on the test split, 6 are measured already" in lab.say("confirm", "--seeds", 4)
+    assert "seed 48" in lab.say("confirm") and len(confirmations(lab)) == 8
+    assert "confirmation's run: it has no change" in lab.refused("bring", 6)
+    assert "6: scored  test_bpb" in lab.say("show", 6)
+
+
+def test_a_confirmation_refuses_beside_the_night_and_says_what_failed_and_what_was_seen(lab):
+    assert "interval needs at least 2 seeds" in lab.refused("confirm", "--seeds", 1)
+    n = lab.attempt("wider", WIDTH=1, HOLD="x")
+    assert f"the night is running: {n} wait or run" in lab.refused("confirm")
+    lab.until_ended(n, go="x")
+    lab.say()
+    first = lab.best()["commit"]
+    # by hand, as anybody may; then a machine that loses one of the confirmation's runs
+    line = {"event": "start", "split": "test", "run": "0" * 12, "commit": first, "seed": 42}
+    with open(lab.cache / "autoresearch.jsonl", "a") as ledger:
+        ledger.write(json.dumps(line) + "\n")
+    lab.plan(r6=dict(fail=1))
+    said = lab.say("confirm", "--seeds", 2)
+    assert "best, seed 45 gave no score: no room; night.py show 6 has its log" in said
+    assert said.endswith("too few scores for a verdict\n")
+    lab.plan(r9=dict(rate=9_000), r10=dict(rate=9_000))
+    said = lab.say("confirm", "--seeds", 2)
+    assert "1 runs on the test split, 3 are measured already" in said
+    assert "other runs that have looked at the test split: 1" in said
+    assert "best, seed 45 was DISTURBED twice (45% of its rate)" in said and ": real\n" in said
+    # the night goes on, and the next best is compared with the baseline's runs that are there
+    lab.until_ended(lab.attempt("deeper", DEPTH=1))
+    lab.say()
+    said = lab.say("confirm", "--seeds", 2)
+    assert "2 runs on the test split, 2 are measured already" in said
+    assert "the baseline's runs are an earlier confirmation's" in said
+    assert "other runs that have looked at the test split: 5" in said
+    assert [r["n"] for r in lab.records()] == [1, 2, 3, 4, 10]
 
 
 # ------------------------------------------------------------------- the machine, and what is said

@@ -31,18 +31,30 @@ ENTER = """
 import os, sys
 os.chdir({folder!r})
 sys.path[:] = [{folder!r}, *[path for path in sys.path if "mornings" not in path]]
+os.environ["AUTORESEARCH_CACHE"] = {folder!r} + "/cache"
 sys.modules.pop("night", None), sys.modules.pop("prepare", None)
 """
 PROBE = """
 import json
 from matplotlib.text import Text
+from matplotlib.transforms import Affine2D
 axes = figure.axes[0]
 figure.canvas.draw()
-boxes = [Text.get_window_extent(text) for text in axes.texts if text.get_text() != "no score yet"]
+level = Affine2D().rotate_deg(-axes.texts[0].get_rotation() if axes.texts else 0)
+boxes, inside = [], []
+for text in axes.texts:  # as they lie when the page is turned by their slant
+    slanted = Text.get_window_extent(text)
+    inside.append(axes.bbox.x0 <= slanted.x0 and axes.bbox.y0 <= slanted.y0)
+    text.set_rotation(0)
+    box = Text.get_window_extent(text)
+    end, (width, height) = level.transform((box.x1, (box.y0 + box.y1) / 2)), box.size
+    boxes.append(box.from_bounds(end[0] - width, end[1] - height / 2, width, height))
 marks = {c.get_label().split(" (")[0]: c.get_offsets() for c in axes.collections if "(" in c.get_label()}
 points = axes.transData.transform([(row.n, row.score) for row in scored]) if scored else []
+points = [level.transform(point) for point in points]
 print("PROBE", json.dumps({
     "labels": len(boxes),
+    "outside": len(boxes) - sum(map(bool, inside)),
     "overlaps": sum(bool(a.overlaps(b)) for i, a in enumerate(boxes) for b in boxes[:i]),
     "covered": sum(bool(box.contains(*point)) for box in boxes for point in points),
     "marks": {label: len(offsets) for label, offsets in marks.items()},
@@ -80,6 +92,7 @@ class Log:
     marks: dict[str, int] = dataclasses.field(
         default_factory=dict
     )  # how many of each in the picture
+    ledger: Path | None = None
 
 
 SIX = [
@@ -88,7 +101,7 @@ SIX = [
     "30.0 times the noise floor",
 ]
 LOGS = {
-    "no file": Log(None, ["0 experiments: 0 kept", "nothing kept yet", "no change kept yet"]),
+    "no file": Log(None, ["0 experiments: 0 kept", "nothing kept yet", "this log has none"]),
     "header": Log(HEADER, ["0 experiments: 0 kept", "nothing was predicted"]),
     "good": Log(HEADER + GOOD, SIX, {"kept": 3, "discarded": 2, "crashed": 1}),
     "crlf": Log((HEADER + GOOD).replace("\n", "\r\n"), SIX),
@@ -98,7 +111,9 @@ LOGS = {
         HEADER + "exp\t0.9\t1\tdiscard\tx\n", ["1 experiments: 0 kept"], {"discarded": 1}
     ),
     "one": Log(
-        HEADER + GOOD.split("\n")[0], ["1 experiments: 1 kept", "no change kept yet"], {"kept": 1}
+        HEADER + GOOD.split("\n")[0],
+        ["1 experiments: 1 kept", "nothing of the night's hours"],
+        {"kept": 1},
     ),
     "duplicates": Log(HEADER + GOOD + GOOD, ["12 experiments: 6 kept"], {"kept": 6}),
     "broken": Log(
@@ -111,6 +126,12 @@ LOGS = {
         long_night(126, 23), ["126 experiments: 23 kept", "0.997900  baseline", "... and 7 more"]
     ),
     "1000": Log(long_night(1000, 60), ["1000 experiments: "]),
+    "example": Log(
+        (ROOT / "bench/night/results.tsv").read_text(),
+        ["14 of 14 scores match the ledger", "0.3 hours of 1 slot: 39% training, 52% compiling"],
+        {"kept": 3, "discarded": 11},
+        ROOT / "bench/night/autoresearch.jsonl",
+    ),
 }
 
 
@@ -126,13 +147,21 @@ def mornings(tmp_path_factory) -> dict[str, str]:
             shutil.copy(ROOT / script, folder)
         if log.text is not None:
             (folder / "results.tsv").write_bytes(log.text.encode())
+        (folder / "cache").mkdir()
+        if log.ledger:
+            shutil.copy(log.ledger, folder / "cache/autoresearch.jsonl")
         code = [cell.source for cell in NOTEBOOK.cells if cell.cell_type == "code"]
-        code = [source.replace("plt.show()", PROBE + "plt.close()") for source in code]
+        code = [source.replace("plt.show()", "plt.close()") for source in code]
+        code = [source.replace("dpi=150", "dpi=50") for source in code]  # quicker to draw
+        code = [
+            source.replace('draw("progress.png")', 'draw("progress.png")' + PROBE)
+            for source in code
+        ]
         for source in [ENTER.format(folder=str(folder)), *code]:
             cells.append(nbformat.v4.new_code_cell(source))
             names.append(name)
     notebook = nbformat.v4.new_notebook(cells=cells, metadata=NOTEBOOK.metadata)
-    environment = {**os.environ, "AUTORESEARCH_CACHE": str(base / "cache"), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     NotebookClient(notebook, timeout=300, allow_errors=True).execute(env=environment)
     said = dict.fromkeys(LOGS, "")
     for name, cell in zip(names, notebook.cells):
@@ -141,8 +170,9 @@ def mornings(tmp_path_factory) -> dict[str, str]:
                 said[name] += "ERROR " + "\n".join(output.traceback)
             said[name] += output.get("text", "") + output.get("data", {}).get("text/html", "")
     for name in LOGS:
-        picture = base / name.replace(" ", "-") / "progress.png"
-        assert picture.read_bytes().startswith(b"\x89PNG"), said[name]
+        for picture in ("progress.png", "hours.png"):
+            content = (base / name.replace(" ", "-") / picture).read_bytes()
+            assert content.startswith(b"\x89PNG"), said[name]
     return said
 
 
@@ -154,7 +184,7 @@ def test_runs_top_to_bottom_and_says_what_the_log_says(mornings, name):
         assert sentence in said, said[:3000]
     assert "this is no git repository" in said and re.search(r"^\d things to look at$", said, re.M)
     shown = json.loads(re.findall(r"^PROBE (.*)", said, re.M)[0])
-    assert shown["overlaps"] == shown["covered"] == 0
+    assert shown["overlaps"] == shown["covered"] == shown["outside"] == 0
     for kind, count in log.marks.items():
         assert shown["marks"][kind] == count
     rows = (
