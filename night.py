@@ -978,16 +978,26 @@ class Supervisor:
         return bool(ended)
 
     def conclude_baseline(self, baseline: list[Experiment]) -> bool:
-        """A disturbed one would fix the noise floor for the whole night: it runs once more before."""
-        rates = self.rates_of(baseline[0].asked["commit"])
-        slow = {e.n: disturbed(e.runs()[-1], rates) for e in baseline}
-        again = [e for e in baseline if slow[e.n] and not ran_again(e, "disturbed")]
-        for experiment in again:
-            experiment.again(f"disturbed ({slow[experiment.n]:.0%} of its rate)")
-        if not again:
+        """A doubtful one would fix the noise floor for the whole night: it runs once more before."""
+        doubts = [(experiment, self.doubt_baseline(experiment)) for experiment in baseline]
+        for experiment, why in doubts:
+            if why:
+                experiment.again(why)
+        if not any(why for _, why in doubts):
             for experiment in baseline:
                 self.judge(experiment)
         return True
+
+    def doubt_baseline(self, experiment: Experiment) -> str | None:
+        """Why this one is to run once more."""
+        run = experiment.runs()[-1]
+        other = not_comparable(run.get("conditions", {}), self.baseline_conditions())
+        if other and not ran_again(experiment, "not comparable"):
+            return f"not comparable: {other}"
+        share = disturbed(run, self.rates_of(experiment.asked["commit"]))
+        if share and not ran_again(experiment, "disturbed"):
+            return f"disturbed ({share:.0%} of its rate)"
+        return None
 
     def judge(self, experiment: Experiment):
         """Keeps, discards or repeats an experiment whose last run has ended."""

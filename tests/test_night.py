@@ -129,7 +129,8 @@ while HOLD and not os.path.exists(f"{cache}/score-{HOLD}"):
     time.sleep(0.01)
 score = 1 - 0.01 * WIDTH - 0.01 * DEPTH + 0.0001 * (int(os.environ["AUTORESEARCH_SEED"]) - 42) + plan["score"]
 tokens = plan["rate"] * 5
-write(event="end", score=score, tokens=tokens, training_seconds=5.0, pace=plan.get("pace"))
+measured = {"score": score, "tokens": tokens, "training_seconds": 5.0, "pace": plan.get("pace")}
+write(event="end", **measured, **plan.get("conditions", {}))
 print(f"---\\nval_bpb: {score:.6f}\\npeak_vram_mb: 2048.0\\nnum_steps: 100", flush=True)
 """
 
@@ -488,6 +489,34 @@ def test_a_disturbed_run_is_told_by_its_exact_rates(tokens, seconds, pace, same_
     run = {"tokens": tokens, "training_seconds": seconds, "pace": pace}
     found = night.disturbed(run, same_code)
     assert found == (None if share is None else pytest.approx(share))
+
+
+FLASH = {"device": "H100", "attention": "flash3", "compiled": True, "fell_back": []}
+FLEX = {**FLASH, "attention": "flex", "fell_back": ["FlashAttention 3 is not usable: hub down"]}
+
+
+@pytest.mark.parametrize(
+    "conditions, baseline, said",
+    [
+        (FLASH, FLASH, None),
+        (FLEX, FLEX, None),
+        # the machine's doing, in either of the two
+        (FLEX, FLASH, "attention flex, not flash3 as the baseline; FlashAttention 3 is not usable: hub down"),
+        (FLASH, FLEX, "attention flash3, not flex as the baseline; FlashAttention 3 is not usable: hub down"),
+        ({**FLASH, "compiled": False, "fell_back": ["OSError: file too short"]}, FLASH,
+         "compiled False, not True as the baseline; OSError: file too short"),
+        ({**FLASH, "device": "A100"}, FLASH, "device A100, not H100 as the baseline"),
+        ({**FLASH, "driver": "580"}, {**FLASH, "driver": "570"}, "driver 580, not 570 as the baseline"),
+        # the change's own
+        ({**FLASH, "attention": "mine"}, FLASH, None),
+        ({**FLASH, "compiled": False, "dtype": "float32"}, {**FLASH, "dtype": "bfloat16"}, None),
+        # a ledger of before, or an agent's train.py that does not say
+        ({}, FLASH, None),
+        (FLASH, {}, None),
+    ],
+)  # fmt: skip
+def test_what_is_not_comparable_because_of_the_machine(conditions, baseline, said):
+    assert night.not_comparable(conditions, baseline) == said
 
 
 def test_predictions_are_counted_by_direction_and_by_size():
@@ -1095,6 +1124,35 @@ def test_a_disturbed_run_is_repeated_once_and_the_faster_one_counts(fresh, tmp_p
     )
     assert record["score"] == pytest.approx(0.98)
     assert "DISTURBED twice (29% of its rate)" in lab.say("wait", 0)
+    lab.until_idle()
+    lab.check()
+
+
+def test_a_run_that_the_machine_made_another_is_repeated_and_not_counted(fresh, tmp_path):
+    lab = fresh.copy(tmp_path / "it")
+    flash, flex = dict(conditions=FLASH), dict(conditions=FLEX)
+    # the baseline's first seed fell back: it is repeated before anything is measured by it
+    lab.plan(r0=flex, r1=flash, r2=flash, r3=flash)
+    lab.say("begin")
+    lab.until_ended(3)
+    because = "attention flex, not flash3 as the baseline; FlashAttention 3 is not usable: hub down"
+    assert [record["again"] for record in lab.records()] == [[f"not comparable: {because}"], [], []]
+    assert [record["not_comparable"] for record in lab.records()] == [None] * 3
+    # once: the repeat counts
+    lab.plan(r4=flex, r5=flash)
+    record = lab.until_ended(lab.attempt("wider", WIDTH=1))
+    assert (record["status"], record["k"]) == ("keep", 2)
+    assert f"ran again: not comparable: {because}" in lab.say("wait", 0)
+    # twice: it ends, is not kept however good, and is no part of the noise floor
+    lab.plan(r6={**flex, "score": -0.5}, r7={**flex, "score": -0.4})
+    record = lab.until_ended(lab.attempt("wider still", WIDTH=2))
+    assert (record["status"], record["why"]) == ("discard", f"twice not comparable: {because}")
+    assert "noise floor 0.000200" in lab.say()
+    # the agent's own choice counts as it is
+    lab.plan(r8=dict(conditions={**FLASH, "attention": "mine"}))
+    record = lab.until_ended(lab.attempt("deeper", DEPTH=1))
+    assert (record["status"], record["again"]) == ("keep", [])
+    lab.say()
     lab.until_idle()
     lab.check()
 
