@@ -239,7 +239,7 @@ def out_of_memory(error: BaseException) -> bool:
 
 def out_of_shared_memory(error: BaseException) -> bool:
     """Triton's OutOfResources: one block of a kernel needs more than a multiprocessor has."""
-    return "out of resource" in str(error)
+    return "out of resource" in f"{error} {cause(error)}"
 
 
 def use_one_heap():

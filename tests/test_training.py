@@ -687,3 +687,50 @@ def test_kills_while_compiling_do_not_leave_later_runs_uncompiled(tmp_path):
     lines = warmed_up(tmp_path / "cache", what).splitlines()
     said = [line for line in lines if line.startswith("uncompiled: ")]
     assert len(said) >= len(moments) and set(said) == {"uncompiled: None"}, lines
+
+
+# --------------------------------------------------------------------- devices that are not usable
+
+
+class FakeFlex(train.FlexAttention):
+    """Needs no GPU; its kernels are too large until they are made in small blocks."""
+
+    def __init__(self):
+        self.kernel_options = None
+
+    def __call__(self, q, k, v, window):
+        if self.kernel_options is None:
+            try:
+                raise ValueError(
+                    "No valid triton configs. OutOfMemoryError: out of resource: shared memory, "
+                    "Required: 131072, Hardware limit: 101376."
+                )
+            except ValueError as error:
+                raise RuntimeError("backend='inductor' raised:") from error
+        return train.sdpa_attention(q, k, v, window)
+
+
+def test_attention_too_large_for_the_card_is_made_in_smaller_blocks(training, capsys):
+    training.model.attend = FakeFlex()
+    assert training.warm_up() == (8, 2)
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("attention: smaller blocks, because ValueError: No valid triton configs")
+    assert training.model.attend.kernel_options == train.FlexAttention.SMALL_BLOCKS
+
+
+@pytest.mark.skipif(not torch.version.cuda, reason="needs a torch that is built for CUDA")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the card here is usable")
+def test_a_card_that_torch_cannot_use_is_not_answered_by_hours_on_the_cpu(miniature, tmp_path):
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text("#!/bin/sh\necho 'GPU 0: NVIDIA GeForce RTX 4090 (UUID: GPU-1)'\n")
+    smi.chmod(0o755)
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    code, log = log_of(REAL, miniature, {"PATH": path})
+    words = ["RTX 4090", "cannot use it", f"CUDA {torch.version.cuda}", "AUTORESEARCH_DEVICE=cpu"]
+    assert_failed(code, log, *words)
+    # hidden on purpose, or asked for: the CPU it is
+    for wanted in ({"CUDA_VISIBLE_DEVICES": ""}, {"AUTORESEARCH_DEVICE": "cpu"}):
+        code, log = log_of(Run().command(), miniature, {"PATH": path, **wanted})
+        assert code == 0 and "attention: blocked" in log, log
+    code, log = log_of(REAL, miniature, {"AUTORESEARCH_DEVICE": "gpu0"})
+    assert_failed(code, log, "AUTORESEARCH_DEVICE is 'gpu0'")
