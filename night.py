@@ -31,6 +31,7 @@ import ctypes
 import dataclasses
 import fcntl
 import functools
+import getpass
 import hashlib
 import json
 import math
@@ -79,6 +80,8 @@ UNMEASURED_FLOOR = 0.002  # of the score, while fewer than two runs of one commi
 CUT_OFF = 3  # so often may a run be cut off before it is given up
 LEAST_WAITING = 2  # experiments that may wait; more would be stale when they start
 WAIT = 45  # seconds; agents' tools allow a command a minute or two
+BEST_MOVED, HANDED_BACK = "the best moved", "handed back"  # how such a reason begins
+COMPILER_WRITES = 10  # seconds; so long at most it writes one file, on a busy machine
 PAUSE = 0.05  # seconds between two looks at files that others write
 SCREEN, WIDTH = 36, 110  # lines and columns of what a command prints between first and last line
 
@@ -238,7 +241,7 @@ def row_of(record: dict) -> str:
         )
     if record["simpler"]:
         what = "simpler: " + what
-    if record["score"] is None:
+    if record["score"] is None or record["why"].startswith(HANDED_BACK):
         what += f" [{record['why']}]"
     score = record["score"] or 0
     memory = record["memory_gb"] if record["score"] is not None else 0
@@ -271,8 +274,17 @@ def git_bytes(*words: str, give: bytes | None = None, check: bool = True) -> byt
     return None
 
 
+@functools.lru_cache(maxsize=16)  # the best's is asked for again and again
 def file_at(commit: str) -> bytes:
+    """EDITED as a commit (by its id: names may move) has it."""
     return git_bytes("cat-file", "blob", f"{commit}:{EDITED}")
+
+
+def is_file_of(content: bytes, commits: Iterable[str]) -> bool:
+    """Whether EDITED has this content in one of the commits; two processes, however many they are."""
+    asked = "".join(f"{commit}:{EDITED}\n" for commit in commits).encode()
+    known = git("cat-file", "--batch-check=%(objectname)", give=asked).split("\n")
+    return git("hash-object", "--stdin", give=content) in known
 
 
 def commit_file(content: bytes, parent: str, message: str) -> str:
@@ -284,10 +296,12 @@ def commit_file(content: bytes, parent: str, message: str) -> str:
         if name == EDITED.encode():
             lines[i] = b" ".join([*mode_and_type.split()[:2], blob.encode()]) + b"\t" + name
     tree = git("mktree", "-z", give=b"\0".join(lines))
-    identity = []
-    if git("var", "GIT_AUTHOR_IDENT", check=False) is None:
+    words = ["commit-tree", tree, "-p", parent, "-F", "-"]
+    commit = git(*words, give=message.encode(), check=False)
+    if commit is None:  # git does not know who commits
         identity = ["-c", "user.name=night", "-c", "user.email=night@localhost"]
-    return git(*identity, "commit-tree", tree, "-p", parent, "-F", "-", give=message.encode())
+        commit = git(*identity, *words, give=message.encode())
+    return commit
 
 
 def merged(ours: bytes, base: bytes, theirs: bytes) -> bytes | None:
@@ -340,9 +354,9 @@ def write_json(path: Path, value: dict):
     write_once(path, json.dumps(value).encode())
 
 
-def read_json(path: Path) -> dict | None:
-    with contextlib.suppress(FileNotFoundError):
-        return json.loads(path.read_bytes())
+def read_json(path: Path | str) -> dict | None:
+    with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
+        return json.load(file)
     return None
 
 
@@ -374,13 +388,57 @@ def time_limit() -> int:
 
 @functools.cache  # nvidia-smi may take a second
 def visible_gpus() -> list[str]:
+    """Names, each of which as CUDA_VISIBLE_DEVICES shows a run that one GPU: 0, GPU-..., MIG-..."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
-        return [entry.strip() for entry in visible.split(",") if entry.strip() not in ("", "-1")]
-    if shutil.which("nvidia-smi"):
-        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True).stdout
-        return [str(i) for i, _ in enumerate(re.findall(r"^GPU ", listed, re.M))]
-    return []
+        return named_gpus(visible)
+    if not shutil.which("nvidia-smi"):
+        return []
+    try:
+        command = ["nvidia-smi", "-L"]
+        listed = subprocess.run(command, capture_output=True, text=True, timeout=60).stdout
+    except subprocess.TimeoutExpired:
+        raise Refused(
+            "nvidia-smi -L has not answered for 60 s: does the driver hang? "
+            "CUDA_VISIBLE_DEVICES=0,1 (say) names the GPUs without asking it"
+        ) from None
+    return listed_gpus(listed)
+
+
+def named_gpus(visible: str) -> list[str]:
+    """The entries of CUDA_VISIBLE_DEVICES, which ends for CUDA at the first that names no GPU."""
+    names = []
+    for entry in visible.split(","):
+        name = entry.strip()
+        if not re.fullmatch(r"\d+|(GPU|MIG)-\S+", name):
+            break
+        if name in names:
+            raise Refused(
+                f"CUDA_VISIBLE_DEVICES={visible}: {name} twice, for which CUDA shows none"
+            )
+        names.append(name)
+    return names
+
+
+def listed_gpus(listed: str) -> list[str]:
+    """The GPUs in what `nvidia-smi -L` prints; of one that is cut by MIG, its parts."""
+    gpus: list[list[str]] = []
+    for line in listed.splitlines():
+        uuid = re.search(r"\(UUID: ([^)\s]+)\)", line)
+        if re.match(r"GPU \d+:", line):
+            gpus.append([uuid[1] if uuid else str(len(gpus))])
+        elif gpus and uuid and uuid[1].startswith("MIG-"):
+            gpus[-1].append(uuid[1])
+    if all(len(gpu) == 1 for gpu in gpus):
+        return [str(i) for i in range(len(gpus))]
+    return [name for whole, *parts in gpus for name in parts or [whole]]
+
+
+def cores() -> int:
+    """Those that this process may use; macOS counts all."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def slots() -> list[dict]:
@@ -388,12 +446,15 @@ def slots() -> list[dict]:
     gpus = visible_gpus()
     wanted = number_knob("slots", str(max(1, len(gpus))))
     if gpus and wanted > len(gpus):
-        raise Refused(f"program.md, knob `slots: {wanted}`: only {len(gpus)} GPUs are visible")
+        raise Refused(
+            f"program.md, knob `slots: {wanted}`: only {len(gpus)} GPUs are visible, and runs that "
+            f"share one get less of it, each another score: {len(gpus)} at most (MIG's parts count)"
+        )
     if gpus:
         return [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in gpus[:wanted]]
     if wanted == 1:
         return [{}]
-    return [{"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // wanted))}] * wanted
+    return [{"OMP_NUM_THREADS": str(max(1, cores() // wanted))}] * wanted
 
 
 @dataclasses.dataclass
@@ -411,11 +472,21 @@ class Experiment:
 
     folder: Path
     asked: dict
+    known: dict[str, dict] = dataclasses.field(default_factory=dict)  # files that were read
 
     @classmethod
     def at(cls, folder: Path) -> Experiment | None:
         asked = read_json(folder / "experiment.json")
         return None if asked is None else cls(folder, asked)
+
+    def read(self, name: str) -> dict:
+        """A file, empty while it is not there; it is looked for until it is, and read once."""
+        if name not in self.known:
+            content = read_json(f"{self.folder}/{name}")  # joining a Path costs more than a miss
+            if content is None:
+                return {}
+            self.known[name] = content
+        return self.known[name]
 
     @property
     def n(self) -> int:
@@ -436,10 +507,12 @@ class Experiment:
     def runs(self) -> list[dict]:
         """What is known of each run so far, oldest first; `code` is there once it has ended."""
         found = []
-        while run := read_json(self.folder / f"run-{len(found) + 1}.json"):
-            end = read_json(self.folder / f"end-{len(found) + 1}.json") or {}
-            again = read_json(self.folder / f"again-{len(found) + 1}.json") or {}
-            found.append({**run, **end, **again})
+        while not found or "again" in found[-1]:
+            k = len(found) + 1
+            run = self.read(f"run-{k}.json")
+            if not run:
+                break
+            found.append({**run, **self.read(f"end-{k}.json"), **self.read(f"again-{k}.json")})
         return found
 
     def timed_runs(self) -> list[dict]:
@@ -501,6 +574,7 @@ class Night:
         self.book = self.folder / "night.jsonl"  # one line an experiment that has ended
         self.results = ROOT / "results.tsv"
         self.edited = ROOT / EDITED
+        self.experiments: dict[str, Experiment] = {}  # of the queue, as the last look found them
         self.known: list[dict] = []  # of the book: what was read so far, and up to which byte
         self.known_confirmed: list[dict] = []
         self.known_bytes = 0
@@ -536,9 +610,14 @@ class Night:
 
     def open(self) -> list[Experiment]:
         """What waits, runs or is not yet decided, by number."""
-        names = [entry.name for entry in os.scandir(self.queue) if entry.name.isdigit()]
-        found = [Experiment.at(self.queue / name) for name in sorted(names, key=int)]
-        return [experiment for experiment in found if experiment]
+        names = [name for name in os.listdir(self.queue) if name.isdigit()]
+        found = {}
+        for name in sorted(names, key=int):
+            experiment = self.experiments.get(name) or Experiment.at(self.queue / name)
+            if experiment:
+                found[name] = experiment
+        self.experiments = found
+        return [*found.values()]
 
     def folder_of(self, n: int) -> Path | None:
         for place in (self.queue, self.done):
@@ -597,7 +676,7 @@ class Night:
         content = self.edited.read_bytes()
         best = best_of(self.records())
         known = {tip, best["commit"] if best else tip, *(e.asked["commit"] for e in self.open())}
-        return None if content in map(file_at, known) else content
+        return None if is_file_of(content, known) else content
 
     def write_edited(self, content: bytes):
         mode = self.edited.stat().st_mode if self.edited.is_file() else 0o644
@@ -723,8 +802,24 @@ def run_environment(night: Night, experiment: Experiment, run_id: str, slot: dic
         "PYTHONDONTWRITEBYTECODE": "1",
     }
     environment.setdefault("TORCHINDUCTOR_CACHE_DIR", str(compiled / "inductor"))
+    with contextlib.suppress(OSError, KeyError):  # there already; or a user without a name
+        # headers, compiled once for all: torch looks for them among the temporary files
+        os.symlink(compiled, temporary / f"torchinductor_{getpass.getuser()}")
     environment.setdefault("HF_HOME", os.path.expanduser("~/.cache/huggingface"))
     return environment
+
+
+def forget_half_made(compiled: Path, since: float):
+    """Removes what a compiler may have had in hand when it was killed at some time after `since`.
+
+    A C++ compiler writes in place. A kernel cut short, tried out, is taken for a whole one and ends
+    every later run that needs it by SIGBUS. Whatever is removed is compiled again.
+    """
+    for path in compiled.rglob("*.*"):
+        if path.suffix in (".so", ".o", ".gch"):
+            with contextlib.suppress(FileNotFoundError):
+                if path.stat().st_mtime >= since:
+                    path.unlink()
 
 
 def log_text(path: Path, most: int = 1 << 16) -> str:
@@ -794,6 +889,8 @@ def watch(night: Night, experiment: Experiment, k: int, isolation: Isolation, li
         end_group(process.pid)
         end_children()
     seconds = time.monotonic() - began
+    if code < 0 and not progress(experiment.folder / f"run-{k}.log"):  # while it compiled
+        forget_half_made(night.home / "compiled", time.time() - COMPILER_WRITES)
     text = log_text(experiment.folder / f"run-{k}.log")
     mine = [r for r in prepare.read_ledger(start)[0] if r.get("run") == run["id"]]
     said = {key: value for r in mine for key, value in r.items()}
@@ -871,22 +968,25 @@ class Supervisor:
                 self.close(experiment, None, "crash", "dropped while it waited")
                 moved = True
         moved = self.conclude() or moved
-        return self.fill_slots() or moved
+        return self.fill_slot() or moved
 
-    def fill_slots(self) -> bool:
+    def fill_slot(self) -> bool:
         experiments = self.night.open()
         free = list(self.slots)
+        states = {e.n: e.state() for e in experiments}
         for experiment in experiments:
-            if experiment.state() == "running" and free:
+            if states[experiment.n] == "running" and free:
                 slot = experiment.runs()[-1]["slot"]
                 free.remove(slot if slot in free else free[0])  # the knob may have changed
-        waiting = [e for e in experiments if e.state() == "waiting"]
+        waiting = [e for e in experiments if states[e.n] == "waiting"]
         if not best_of(self.records) and not any(e.is_baseline for e in experiments):
             waiting = []  # the baseline has no score: nothing can be compared
-        waiting.sort(key=lambda e: (not e.is_baseline, not e.runs(), e.n))  # then what runs again
-        for experiment, slot in zip(waiting, free):
-            self.start(experiment, slot)
-        return bool(waiting and free)
+        # after it what runs again, the larger gain first: it moves the best, the others follow
+        waiting.sort(key=lambda e: (not e.is_baseline, not e.runs(), -self.gained(e), e.n))
+        if not (waiting and free):
+            return False
+        self.start(waiting[0], free[0])  # one a turn: what ends meanwhile may move the best
+        return True
 
     def start(self, experiment: Experiment, slot: dict):
         """Puts the change on top of the best where that has moved, lays a worktree, starts the run."""
@@ -894,13 +994,13 @@ class Supervisor:
         base = experiment.asked["base"]
         if best and not experiment.is_baseline and not experiment.is_confirm:
             base = best["commit"]
-        commit = self.on_top(experiment, base)
+        commit, conflict = self.on_top(experiment, base)
         if commit is None:
-            why = f"handed back: it conflicts with the best, {base[:7]}; bring {experiment.n} says where"
-            self.close(experiment, None, "crash", why)
+            self.hand_back(experiment, conflict)
             return
         folder, k = experiment.folder, len(experiment.runs()) + 1
-        self.clear(folder)
+        if k > 1 or (folder / "tree").exists():
+            self.clear(folder)
         git("worktree", "add", "-q", "--force", "--force", "--detach", str(folder / "tree"), commit)
         lock = open(folder / "lock", "w")
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -926,24 +1026,37 @@ class Supervisor:
                 os._exit(0)
         lock.close()
 
-    def on_top(self, experiment: Experiment, base: str) -> str | None:
-        """The experiment's commit, or the same change as a commit on `base`; None where it conflicts."""
+    def on_top(self, experiment: Experiment, base: str) -> tuple[str | None, str]:
+        """The experiment's commit, or the same change as a commit on `base`; or None and why not."""
         asked = experiment.asked
         if asked["base"] == base:
-            return asked["commit"]
+            return asked["commit"], ""
         name = f"{experiment.n}-on-{base[:7]}"
         known = git(
             "rev-parse", "-q", "--verify", f"refs/autoresearch/{self.night.tag}/{name}", check=False
         )
         if known:
-            return known
+            return known, ""
         files = [file_at(commit) for commit in (base, asked["base"], asked["commit"])]
         content = merged(*files)
         if content is None:
-            return None
-        commit = commit_file(content, base, git("log", "-1", "--format=%B", asked["commit"]))
+            return None, f"it conflicts with the best, {base[:7]}; bring {experiment.n} says where"
+        if content == files[0]:  # a run would measure the best again, and luck could keep it
+            return None, f"its change is in the best, {base[:7]}, already"
+        commit = commit_file(content, base, asked["message"])
         self.night.keep_ref(name, commit)
-        return commit
+        return commit, ""
+
+    def hand_back(self, experiment: Experiment, conflict: str):
+        """Not run on the best. One that had won on an older best keeps that score in its row."""
+        why = f"{HANDED_BACK}: {conflict}"
+        won = [run for run in experiment.runs() if run.get("again", "").startswith(BEST_MOVED)]
+        if won:
+            better = self.gained(experiment)
+            why += f" (on {won[-1]['base'][:7]} it was better by {better:.6f})"
+            self.close(experiment, won[-1], "discard", why)
+        else:
+            self.close(experiment, None, "crash", why)
 
     def clear(self, folder: Path):
         """Removes what a run leaves beside its log."""
@@ -959,6 +1072,7 @@ class Supervisor:
         """A run whose watcher died, by a kill or a power cut: it is queued again, but not for ever."""
         runs = experiment.runs()
         end_leftovers(runs[-1]["id"])
+        forget_half_made(self.night.home / "compiled", seconds_of(runs[-1]["began"]))
         if len([run for run in runs if run.get("again", "cut off") == "cut off"]) >= CUT_OFF:
             self.close(experiment, None, "crash", f"cut off {CUT_OFF} times")
         else:
@@ -973,9 +1087,15 @@ class Supervisor:
             return False
         if baseline:
             return self.conclude_baseline(baseline)
-        for experiment in ended:
+        for experiment in sorted(ended, key=self.gained, reverse=True):
             self.judge(experiment)
         return bool(ended)
+
+    def gained(self, experiment: Experiment) -> float:
+        """By how much its last score beat the best that it stood on; -inf where it has none."""
+        scored = [run for run in experiment.runs() if run.get("score") is not None]
+        before = self.kept(scored[-1]["base"]) if scored else None
+        return gain(scored[-1]["score"], before["score"]) if before else -math.inf
 
     def conclude_baseline(self, baseline: list[Experiment]) -> bool:
         """A doubtful one would fix the noise floor for the whole night: it runs once more before."""
@@ -1038,7 +1158,9 @@ class Supervisor:
             self.close(experiment, counted, "scored", "on the test split", share)
             return
         floor, simpler = noise_floor(self.records), experiment.asked["simpler"]
-        scores = [r["score"] for r in self.records if r["status"] == "keep"]
+        # of the bests up to the one that it stood on: what came after, the run on top meets
+        known = self.records[: self.records.index(before) + 1] if before else []
+        scores = [r["score"] for r in known if r["status"] == "keep"]
         lowest = max(scores, key=lambda score: gain(score, 0), default=None)
         status, why = decide(counted["score"], before.get("score"), floor, simpler, lowest)
         if experiment.is_baseline and best:
@@ -1046,7 +1168,7 @@ class Supervisor:
         elif not experiment.is_baseline and not best:
             status, why = "discard", "the baseline has no score to compare with"
         elif best and best["commit"] != base:
-            why = f"the best moved; on {base[:7]} it was {why}"
+            why = f"{BEST_MOVED}; on {base[:7]} it was {why}"
             if status == "keep":
                 experiment.again(why)
                 return
@@ -1100,7 +1222,7 @@ class Supervisor:
             "disturbed": share,
             "not_comparable": other,
             "conditions": run.get("conditions", {}),
-            "again": [earlier["again"] for earlier in runs if "again" in earlier],
+            "again": [earlier["again"] for earlier in runs[:-1] if "again" in earlier],
             "run": run.get("id"),
             "k": next((k for k, r in enumerate(runs, 1) if r["id"] == run.get("id")), len(runs)),
             **{
@@ -1134,7 +1256,10 @@ class Supervisor:
 
 
 def ran_again(experiment: Experiment, why: str) -> bool:
-    return any(run.get("again", "").startswith(why) for run in experiment.runs())
+    """Whether what ran last, on the same best, has run again for that reason."""
+    runs = experiment.runs()
+    same = [run for run in runs if run["commit"] == runs[-1]["commit"]]
+    return any(run.get("again", "").startswith(why) for run in same)
 
 
 def append_line(path: Path, line: str):

@@ -10,6 +10,8 @@ timed against a limit.
     uv run bench/bench.py --scale DIR     preparing 10 shards of 250 million characters made from
                                           DIR/*.parquet: time and memory
     uv run bench/bench.py --night [N]     what a night of N (10,000) experiments costs beside the runs
+    uv run bench/bench.py --slots [SECONDS]  how far one supervisor goes: 1 to 256 slots, 60 s each
+    uv run bench/bench.py --rules [NIGHTS]   simulated: what to do with wins on a best that has moved
     ... --json                            the same for programs
 
 Two ways of doing one thing are always measured in the same run, in turn, and compared as a ratio:
@@ -363,6 +365,8 @@ def main():
     add("--scale", type=Path, metavar="DIR", help="prepare 2.5 billion characters of DIR/*.parquet")
     add("--night", type=int, nargs="?", const=10_000, metavar="N", help="what N experiments cost")
     add("--confirm", type=int, nargs="?", const=20_000, metavar="N", help="chance in N nights")
+    add("--slots", type=float, nargs="?", const=60, metavar="SECONDS", help="1 to 256 slots")
+    add("--rules", type=int, nargs="?", const=200, metavar="NIGHTS", help="when the best has moved")
     add("--json", action="store_true", help="the rows as JSON on stdout")
     args = parser.parse_args()
     if args.night:
@@ -373,6 +377,14 @@ def main():
         import confirm_bench
 
         return confirm_bench.measure(args.confirm)
+    if args.slots:
+        import slots_bench
+
+        return slots_bench.measure(args.slots)
+    if args.rules:
+        import rules_bench
+
+        return rules_bench.measure(args.rules)
     prepare._append_to_ledger = lambda record: None  # what is measured here is no run
     device = prepare.training_device()
     if device.type == "cpu":
