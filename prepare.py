@@ -8,7 +8,9 @@ Nobody edits it during research.
 
 Notable, in the order of the rooms:
 - part I runs once. Downloads resume, retry and are checked; every finished piece is renamed into
-  place, so killing it loses nothing; `prepare()` at its end is the map
+  place, so killing it loses nothing, and a set that is there stays until another is whole;
+  `prepare()` at its end is the map
+- own text of any shape: no document on two sides, and where documents are few no neighbours
 - one manifest says what was prepared; with this file's source it makes the fingerprint: same
   fingerprint, comparable scores
 - byte-pair tokenizer (rustbpe trains, tiktoken encodes); every document is encoded once, into flat
@@ -38,18 +40,24 @@ if __name__ == "__main__":
 
 import argparse
 import base64
+import codecs
 import contextlib
+import difflib
+import errno
 import faulthandler
 import functools
 import hashlib
+import importlib.util
 import itertools
 import json
 import math
+import mmap
 import platform
 import random
 import re
 import shutil
 import site
+import socket
 import subprocess
 import sys
 import sysconfig
@@ -88,7 +96,12 @@ LIMITS = {  # smallest and largest
     "eval_tokens": (1, 1 << 40),
     "time_budget": (1, 1 << 20),
 }
-HELD_OUT_SHARE = 0.05  # of the documents for val, as many for test, where no file is named so
+# Whose source the demo is made of: all come with what train.py and the notebook need.
+DEMO_PACKAGES = ("matplotlib", "networkx", "numpy", "pandas", "sympy")
+BUILT = re.compile(r"version\.py|_version.*\.py|__config__\.py")  # differ by platform and build
+HELD_OUT_SHARE = 0.05  # of the text for val, as much for test, where no file is named so
+MIN_DRAWN = 20  # documents in each, or the draw is left: few give by chance far too much or nothing
+GAP_BYTES = 8  # of text for each token of the row that a gap holds; prose and code have 3 to 5
 
 HUB_PATH = "/datasets/karpathy/climbmix-400b-shuffle/resolve/main/"
 VAL_SHARD = 6542  # pinned; training shards count up from 0 and end before these two
@@ -100,6 +113,11 @@ MAX_TRIES = 8  # in a row without one new byte: with the pauses about four minut
 BACKOFF = 1.0  # seconds: the first pause, doubled with every try
 MAX_WAIT = 60.0  # seconds: the longest pause
 MAX_RETRY_AFTER = 300.0  # seconds: the longest pause a server may ask for
+# Seconds in all, as long as no byte of any file ever came.
+UNREACHABLE_LIMIT = 15.0  # refused, or an unknown host
+SILENT_LIMIT = 120.0  # connected, or at least not refused, and then nothing
+MAX_WRONG = 2  # times that a whole file may be the wrong one
+SHARD_TOKEN_BYTES = 125_000_000  # for the disk: 250 million characters, 4 a token as in our books
 
 SPECIAL_TOKENS = tuple(f"<|reserved_{i}|>" for i in range(4))  # the last four ids; the first is BOS
 # GPT-4's split pattern, but digits in groups of one or two: a small vocabulary has no room for all
@@ -111,8 +129,9 @@ SPLIT_PATTERN = (
 TOKENIZER_CHARS = 1_000_000_000  # of training text is what the tokenizer learns from
 TOKENIZER_DOC_CHARS = 10_000  # of one document at most
 ENCODE_CHARS = 1 << 18  # at a time: the splitter's regex overflows its stack on a million blanks
-PASSAGE_ROWS = 1.02  # plain text is cut into passages just over a row
-PASSAGE_SLACK = 0.05  # so much further on, a blank line to cut at is still preferred
+PASSAGE_SLACK = 0.05  # plain text is cut into passages of a row, or so much more up to a blank line
+PIECE_BYTES = 1 << 20  # of plain text, read and encoded at a time
+CUT_BYTES = 1 << 12  # so much further on, a blank line to cut a file at is still looked for
 BUNDLE_BYTES = 1 << 26  # of plain text, encoded and mixed as one: bounds memory and lost work
 
 BATCH_DOCS = 128  # packing, part of the metric: documents come in batches of so many
@@ -220,6 +239,7 @@ class Progress:
         self.files = files
         self.done = 0
         self.bytes = 0
+        self.said = set()
         self.began = self.drawn = _now()
         self.lock = threading.Lock()
         self.terminal = sys.stderr.isatty()
@@ -229,6 +249,13 @@ class Progress:
         if self.terminal:
             line = "\r\033[K" + line
         print(line, end="", file=sys.stderr, flush=True)
+
+    def say_once(self, line: str):
+        """As `say`, but not what was said before."""
+        with self.lock:
+            if line not in self.said:
+                self.said.add(line)
+                self.say(line)
 
     def add(self, count: int):
         """So many more bytes."""
@@ -375,40 +402,16 @@ def _jsonl_documents(path: Path):
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
+            place = f"{path}, line {number}"
             try:
-                text = well_formed(json.loads(line)["text"])
+                record = json.loads(line)
+                text = well_formed(record["text"])
             except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+                if isinstance(error, KeyError):
+                    raise Stop(f"{place} has no `text`, only: {', '.join(record)[:200]}") from None
                 kind = type(error).__name__
-                raise Stop(
-                    f"{path}, line {number}: not a JSON object with a string `text` ({kind})"
-                ) from None
+                raise Stop(f"{place}: not a JSON object with a string `text` ({kind})") from None
             yield 0, text
-
-
-def _passages(path: Path, size: int, measure):
-    """Cuts a text file at line ends into passages of just over `size`.
-
-    So packed rows are full and lose little. measure(line) says how much a line adds. A blank line
-    no further than PASSAGE_SLACK on is preferred as the end.
-    """
-    lines = []
-    total = 0
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            while line := file.readline(size):  # or a piece of a longer one
-                lines.append(line)
-                total += measure(line)
-                is_blank = not line.strip()
-                if total >= size and (is_blank or total >= size * (1 + PASSAGE_SLACK)):
-                    yield "".join(lines)
-                    lines = []
-                    total = 0
-        yield "".join(lines)
-    except UnicodeDecodeError as error:
-        raise Stop(
-            f"{path} is not UTF-8 ({error.reason}): convert it (iconv -f LATIN1 -t UTF-8) "
-            "or remove it"
-        ) from None
 
 
 READERS = {".parquet": _parquet_documents, ".jsonl": _jsonl_documents}
@@ -417,155 +420,164 @@ SUFFIXES = (*READERS, ".txt", ".md")  # what no reader knows is plain text
 # --------------------------------------------------------------------- documents: own text and demo
 
 
-@dataclass
+@dataclass(frozen=True)
+class Piece:
+    """Bytes of a plain text file, from one blank line to another: read and encoded at a time."""
+
+    path: Path
+    digest: bytes  # sha256 of the whole file
+    start: int
+    end: int
+
+    def text(self) -> str:
+        with open(self.path, "rb") as file:
+            file.seek(self.start)
+            raw = file.read(self.end - self.start)
+        if self.start == 0:
+            raw = raw.removeprefix(codecs.BOM_UTF8)
+        try:
+            return raw.decode()
+        except UnicodeDecodeError as error:
+            raise Stop(
+                f"{self.path} is not UTF-8 ({error.reason}): convert it "
+                "(iconv -f LATIN1 -t UTF-8) or remove it"
+            ) from None
+
+
+@dataclass(eq=False)
 class Source:
-    """A parquet or jsonl file, or a bundle of plain text files: encoded and restarted as a unit."""
+    """A parquet or jsonl file, or a bundle of plain text: encoded and restarted as a unit."""
 
     name: str
-    paths: list[Path]
-    split: str | None  # None: each document goes by its sha256
+    path: Path | None  # None for a bundle
+    split: str | None  # None: its documents go by `splits`
+    splits: Splits | None = None  # own text only
+    pieces: tuple[Piece, ...] = ()  # of a bundle
 
     def describe(self) -> dict:
         """What the manifest says of it."""
-        digests = [sha256_of(path) for path in self.paths]
-        digest = digests[0]
-        if len(digests) > 1:
-            digest = hashlib.sha256("".join(digests).encode()).hexdigest()
-        size = sum(path.stat().st_size for path in self.paths)
-        return {"name": self.name, "files": len(digests), "size": size, "sha256": digest}
+        record = {"name": self.name, "split": self.split}
+        if self.path:
+            return {**record, "size": self.path.stat().st_size, "sha256": sha256_of(self.path)}
+        digest = hashlib.sha256()
+        for piece in self.pieces:
+            digest.update(piece.digest + b"%d %d\n" % (piece.start, piece.end))
+        size = sum(piece.end - piece.start for piece in self.pieces)
+        return {**record, "size": size, "sha256": digest.hexdigest()}
+
+    @property
+    def is_cut(self) -> bool:
+        """Are its texts cut into passages, rather than documents that stay whole?"""
+        return self.path is None or (self.splits is not None and self.splits.stretches is not None)
 
 
-def text_sources(directory: Path) -> list[Source]:
-    """Every file of SUFFIXES below `directory`; links to folders are no part.
+class Splits:
+    """Which split a document of own text belongs to. None belongs to two.
 
-    Files named val* and test* are those splits. With both named, the rest is for training.
+    What a file named for a split holds belongs there, and is left out everywhere else. The rest is
+    drawn, each document by the sha256 of its text. Where so few are drawn that chance decides, all
+    text is laid end to end instead, by name, and cut in stretches: val, train, test, and between
+    them gaps of a row and more that belong nowhere, so that no passage has its neighbour on the
+    other side.
     """
-    if not directory.is_dir():
-        raise Stop(f"--data {directory}: there is no such directory")
-    found = [Path(root, name) for root, _, names in os.walk(directory) for name in names]
-    splits = {}
-    for path in sorted(found):
-        if path.suffix in SUFFIXES and path.is_file():
-            named = re.match("val|test", path.name)
-            splits[path] = named[0] if named else None
-    if {"val", "test"} <= set(splits.values()):
-        splits = {path: split or "train" for path, split in splits.items()}
-    return _sources(directory, splits)
+
+    def __init__(self, held_out: dict[bytes, str], wanted: list[str], row_length: int):
+        self.held_out = held_out  # {sha256: split} of the documents in files named for one
+        self.wanted = wanted  # of val and test, what no file is named for
+        self.gap = GAP_BYTES * row_length + CUT_BYTES
+        self.stretches = None  # {sha256: [(start, end, split)]} in bytes
+        self.documents = {}  # {sha256: bytes} of the rest, as far as they had to be counted
+        self.drawn = dict.fromkeys(SPLITS, 0)  # how many of them a draw gives, and their bytes
+        self.drawn_bytes = dict.fromkeys(SPLITS, 0)
+
+    def decide(self, plain: list[tuple[bytes, int]], others):
+        """Draw, or stretches? Both give (sha256, bytes); `others` are read until it is clear."""
+        if not self.wanted:
+            return
+        for document in plain:
+            self._count(*document)
+        for document in others:
+            if self._is_fair():
+                return
+            self._count(*document)
+        if not self._is_fair():
+            self._lay_out()
+
+    def _count(self, digest: bytes, length: int):
+        if digest not in self.held_out and digest not in self.documents:
+            self.documents[digest] = length
+            self.drawn[_drawn_split(digest)] += 1
+            self.drawn_bytes[_drawn_split(digest)] += length
+
+    def _is_fair(self) -> bool:
+        """Would a draw give enough documents, and about the share of the text?"""
+        share = HELD_OUT_SHARE * sum(self.drawn_bytes.values())
+        return all(
+            self.drawn[split] >= MIN_DRAWN and share / 2 <= self.drawn_bytes[split] <= 2 * share
+            for split in self.wanted
+        )
+
+    def _lay_out(self):
+        total = sum(self.documents.values())
+        share = int(HELD_OUT_SHARE * total)
+        train_start, train_end = 0, total
+        line = []  # (start, end, split) of all text
+        if "val" in self.wanted:
+            line.append((0, share, "val"))
+            train_start = share + self.gap
+        if "test" in self.wanted:
+            line.append((total - share, total, "test"))
+            train_end = total - share - self.gap
+        line.append((train_start, train_end, "train"))
+        self.stretches = {}
+        position = 0
+        for digest, size in self.documents.items():
+            clipped = [
+                (max(a - position, 0), min(b - position, size), split) for a, b, split in line
+            ]
+            self.stretches[digest] = [part for part in clipped if part[0] < part[1]]
+            position += size
+
+    def parts(self, digest: bytes, text, split: str | None) -> list[tuple[int, int, str]]:
+        """(start, end, split) of a document's bytes `text` in a file that is named for `split`."""
+        if digest in self.held_out or split:
+            own = split is not None and self.held_out.get(digest, split) == split
+            return [(0, len(text), split)] if own else []
+        if self.stretches is not None:
+            parts = self.stretches[digest]
+            return [(cut_place(text, start), cut_place(text, end), s) for start, end, s in parts]
+        split = _drawn_split(digest)
+        return [(0, len(text), split if split in self.wanted else "train")]
+
+    def __str__(self):
+        share = f"{HELD_OUT_SHARE:.0%}"
+        if not self.wanted:
+            return "split by name"
+        if self.stretches is None:
+            return f"split by the sha256 of each document: {share} for {' and '.join(self.wanted)}"
+        ends = {"val": "the first", "test": "the last"}
+        stretches = [f"{split} {ends[split]} {share}" for split in self.wanted]
+        return (
+            f"split in stretches, in order of names: {', '.join(stretches)}, {self.gap / 1e3:.0f} "
+            f"kB left out at each border (documents: {len(self.documents)}; a draw would be uneven)"
+        )
 
 
-def demo_sources() -> list[Source]:
-    """The running Python's own standard library: about 30 MB of text that every machine has."""
-    directory = Path(sysconfig.get_paths()["stdlib"])
-    splits = {}
-    for path in sorted(directory.rglob("*.py")):
-        installed = {"site-packages", "dist-packages"} & set(path.parts)
-        if not installed and _is_text(path):
-            splits[path] = None
-    return _sources(directory, splits)
+BLANK_LINE = re.compile(rb"\n\s*\n")
+LINE_END = re.compile(rb"\n")
 
 
-def _is_text(path: Path) -> bool:
-    """Not empty, and UTF-8: a few of the standard library's test files are broken on purpose."""
-    try:
-        return path.read_text("utf-8") != ""
-    except UnicodeDecodeError:
-        return False
-
-
-def _sources(directory: Path, splits: dict[Path, str | None]) -> list[Source]:
-    """One source for each file that has a reader; plain text files bundled, split by split."""
-    name = {path: path.relative_to(directory).as_posix() for path in splits}
-    sources = []
-    plain = {}  # split: paths
-    for path, split in splits.items():
-        if path.suffix in READERS:
-            sources.append(Source(name[path], [path], split))
-            plain.setdefault(split, [])  # bundles stand in the order in which splits first came
-        else:
-            plain.setdefault(split, []).append(path)
-    for split, paths in plain.items():
-        # By the hash of their names, so that every bundle is a fair sample.
-        paths.sort(key=lambda path: hashlib.sha256(os.fsencode(name[path])).digest())
-        for bundle in _bundles(paths):
-            sources.append(Source(name[bundle[0]], bundle, split))
-    return sources
-
-
-def _bundles(paths: list[Path]):
-    """Yields lists of the paths, in order, each ended by the file that fills BUNDLE_BYTES."""
-    bundle = []
-    size = 0
-    for path in paths:
-        bundle.append(path)
-        size += path.stat().st_size
-        if size >= BUNDLE_BYTES:
-            yield bundle
-            bundle = []
-            size = 0
-    if bundle:
-        yield bundle
-
-
-def read(source: Source, size: int = TOKENIZER_DOC_CHARS, measure=len):
-    """Yields (group, sha256 of the document, text) in file order.
-
-    A group is a parquet row group, or else the whole source. A plain text file is one document,
-    given out in passages (see _passages). Raises Stop, naming file and place, on anything that is
-    not text.
-    """
-    reader = READERS.get(source.paths[0].suffix)
-    if reader is None:
-        yield from _mixed_passages(source, size, measure)
-        return
-    for group, text in reader(source.paths[0]):
-        yield group, hashlib.sha256(text.encode()).digest(), text
-
-
-def _mixed_passages(source: Source, size: int, measure):
-    """The passages of a bundle, mixed: neighbours are alike. A window, as a file may be huge."""
-    window = []
-    chars = 0
-    for path in source.paths:
-        digest = bytes.fromhex(sha256_of(path))
-        for text in _passages(path, size, measure):
-            window.append((0, digest, text))
-            chars += len(text)
-            if chars >= BUNDLE_BYTES:
-                yield from sorted(window, key=_hash_of_text)
-                window = []
-                chars = 0
-    yield from sorted(window, key=_hash_of_text)
-
-
-def _hash_of_text(passage: tuple[int, bytes, str]) -> bytes:
-    return hashlib.sha256(passage[2].encode()).digest()
-
-
-def held_out_documents(sources: list[Source]) -> dict[bytes, str]:
-    """{sha256: split} of the documents in files that are named for a split."""
-    held_out = {}
-    for source in sources:
-        if source.split in ("val", "test"):
-            for _, digest, _ in read(source):
-                held_out[digest] = source.split
-    return held_out
-
-
-def documents(source: Source, size=TOKENIZER_DOC_CHARS, measure=len, held_out=None):
-    """Yields (split, group, text) as `read` does; held_out: see held_out_documents.
-
-    No document stands on two sides: what a named file holds is left out everywhere else.
-    """
-    held_out = held_out or {}
-    named = set(held_out.values())
-    for group, digest, text in read(source, size, measure):
-        split = source.split
-        if split is None:
-            split = _drawn_split(digest)
-            if split in named:
-                split = "train"  # the files named for that split are all of it
-        if text and held_out.get(digest, split) == split:
-            yield split, group, text
+def cut_place(text, place: int) -> int:
+    """Where a blank line ends, the first from byte `place` on; else a line; else a character."""
+    if not 0 < place < len(text):
+        return place
+    for end in (BLANK_LINE, LINE_END):
+        found = end.search(text, place, place + CUT_BYTES)
+        if found:
+            return found.end()
+    while place < len(text) and text[place] & 0xC0 == 0x80:
+        place += 1
+    return place
 
 
 def _drawn_split(digest: bytes) -> str:
@@ -577,19 +589,176 @@ def _drawn_split(digest: bytes) -> str:
     return "train"
 
 
+def text_files(data: Path) -> dict[str, Path]:
+    """{name: path} of every file of SUFFIXES below `data`, or `data` itself, which may be one.
+
+    Links to folders are no part.
+    """
+    if data.is_file():
+        found, data = [data], data.parent
+    elif data.is_dir():
+        found = [Path(root, name) for root, _, names in os.walk(data) for name in names]
+    else:
+        raise Stop(f"--data {data}: there is no such directory")
+    files = {}
+    for path in sorted(found):
+        if _kind(path) in SUFFIXES and path.is_file():
+            files[path.relative_to(data).as_posix()] = path
+    if not files:
+        *names, last = [f"*{suffix}" for suffix in SUFFIXES]
+        raise Stop(f"no {', '.join(names)} or {last} below {data}")
+    return files
+
+
+def _kind(path: Path) -> str:
+    return path.suffix.lower()
+
+
+def named_split(name: str) -> str | None:
+    """The split that a file is named for: val.*, val_*, val-*, val/*; also valid, validation, test."""
+    *folders, file = name.split("/")
+    for word in (*folders, re.split("[._-]", file)[0]):
+        if word in ("val", "valid", "validation"):
+            return "val"
+        if word == "test":
+            return "test"
+    return None
+
+
+def demo_files() -> dict[str, Path]:
+    """{name: path} of the .py files of DEMO_PACKAGES: the same text wherever their versions are.
+
+    Without the files that a build writes, and those that are empty or not UTF-8.
+    """
+    files = {}
+    for package in DEMO_PACKAGES:
+        found = importlib.util.find_spec(package)
+        if found is None or not found.origin:
+            raise Stop(f"the demo's text is the source of {package}, which is missing: uv sync")
+        directory = Path(found.origin).parent
+        for path in sorted(directory.rglob("*.py")):
+            if not BUILT.fullmatch(path.name) and _is_text(path):
+                files[path.relative_to(directory.parent).as_posix()] = path
+    return files
+
+
+def _is_text(path: Path) -> bool:
+    try:
+        return path.read_text("utf-8") != ""
+    except UnicodeDecodeError:
+        return False
+
+
+def text_sources(
+    files: dict[str, Path], named: dict[str, str], row_length: int
+) -> tuple[list[Source], Splits]:
+    """The sources of own text, and how it is split; files: by name; named: those for a split."""
+    sources = []
+    plain = {}  # name: sha256
+    for name, path in files.items():
+        if _kind(path) in READERS:
+            sources.append(Source(name, path, named.get(name)))
+        else:
+            plain[name] = bytes.fromhex(sha256_of(path))
+    held_out = {}
+    for name, split in named.items():
+        if name in plain and split != "train":
+            held_out[plain[name]] = split
+    for source in sources:
+        if source.split in ("val", "test"):
+            for _, digest, _ in read(source):
+                held_out[digest] = source.split
+
+    wanted = [split for split in ("val", "test") if split not in named.values()]
+    splits = Splits(held_out, wanted, row_length)
+    unnamed = [name for name in plain if name not in named]
+    others = ((digest, len(raw)) for s in sources if not s.split for _, digest, raw in read(s))
+    splits.decide([(plain[name], files[name].stat().st_size) for name in unnamed], others)
+    for source in sources:
+        source.splits = splits
+
+    pieces = {split: [] for split in SPLITS}
+    for name, digest in plain.items():
+        for split, piece in _pieces(files[name], digest, named.get(name), splits):
+            # By the hash of their names, so that every bundle is a fair sample.
+            key = hashlib.sha256(os.fsencode(name) + b"/%d" % piece.start).digest()
+            pieces[split].append((key, name, piece))
+    for split in SPLITS:
+        for bundle in _bundles(sorted(pieces[split], key=lambda entry: entry[0])):
+            names = sorted({name for _, name, _ in bundle})
+            label = names[0] if len(names) == 1 else f"{len(names)} text files"
+            sources.append(Source(label, None, split, splits, tuple(p for _, _, p in bundle)))
+    return sources, splits
+
+
+def _pieces(path: Path, digest: bytes, named: str | None, splits: Splits):
+    """Yields (split, piece) of a plain text file, in order."""
+    if path.stat().st_size == 0:
+        return
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
+        for start, end, split in splits.parts(digest, text, named):
+            while start < end:
+                stop = min(cut_place(text, start + PIECE_BYTES), end)
+                yield split, Piece(path, digest, start, stop)
+                start = stop
+
+
+def _bundles(pieces: list):
+    """Yields lists of the (key, name, piece), in order, each ended by what fills BUNDLE_BYTES."""
+    bundle = []
+    size = 0
+    for entry in pieces:
+        bundle.append(entry)
+        size += entry[2].end - entry[2].start
+        if size >= BUNDLE_BYTES:
+            yield bundle
+            bundle = []
+            size = 0
+    if bundle:
+        yield bundle
+
+
+def read(source: Source):
+    """Yields (row group, sha256, bytes) of a parquet or jsonl file's documents, in its order."""
+    for group, text in READERS[_kind(source.path)](source.path):
+        raw = text.encode()
+        yield group, hashlib.sha256(raw).digest(), raw
+
+
+def documents(source: Source):
+    """Yields (split, row group, text) in order; pieces of text where the source is cut.
+
+    Raises Stop, naming file and place, on anything that is not text.
+    """
+    if source.path is None:
+        for piece in source.pieces:
+            yield source.split, 0, piece.text()
+    elif source.splits is None:
+        for group, text in READERS[_kind(source.path)](source.path):
+            yield source.split, group, text
+    else:
+        for group, digest, raw in read(source):
+            for start, end, split in source.splits.parts(digest, raw, source.split):
+                if start < end:
+                    yield split, group, raw[start:end].decode()
+
+
 # ------------------------------------------------------------------------------ documents: climbmix
 
 
 class Retry(Exception):
     """This download may go better next time.
 
-    wait: seconds the server asked for, or None; discard: the bytes at hand are wrong.
+    wait: seconds the server asked for, or None; discard: the bytes at hand are wrong; wrong: they
+    are a whole file; limit: seconds after which to give up while no byte ever came.
     """
 
-    def __init__(self, reason: str, wait: float | None = None, discard: bool = False):
+    def __init__(self, reason: str, wait=None, discard=False, wrong=False, limit=None):
         super().__init__(reason)
         self.wait = wait
-        self.discard = discard
+        self.discard = discard or wrong
+        self.wrong = wrong
+        self.limit = limit
 
 
 def climbmix_sources(num_shards: int) -> list[Source]:
@@ -606,8 +775,8 @@ def climbmix_sources(num_shards: int) -> list[Source]:
     sources = []
     for number, split in splits.items():
         name = f"shard_{number:05d}.parquet"
-        sources.append(Source(name, [directory / name], split))
-    missing = [source.paths[0] for source in sources if not source.paths[0].exists()]
+        sources.append(Source(name, directory / name, split))
+    missing = [source.path for source in sources if not source.path.exists()]
     in_parallel(download, missing, PARALLEL_DOWNLOADS, "downloaded")
     return sources
 
@@ -620,9 +789,9 @@ def download(final: Path, progress: Progress):
     """
     part = final.with_name(final.name + ".part")
     part.touch()
-    tries = 0
-    most = 0  # bytes that have been there at once
+    tries = Tries(final.name, progress)
     while True:
+        tries.begin()
         try:
             digest = _fetch(final.name, part, progress)
             _check_shard(part, digest)
@@ -630,31 +799,70 @@ def download(final: Path, progress: Progress):
         except Retry as failure:
             if failure.discard:
                 part.write_bytes(b"")
-            arrived = part.stat().st_size
-            # A line that drops but moves on is not a failure.
-            tries = 0 if arrived > most else tries + 1
-            most = max(most, arrived)
-            if tries >= MAX_TRIES:
-                raise Stop(
-                    f"{final.name}: {failure}; what has arrived is kept: run the same command again"
-                ) from None
-            pause = failure.wait
-            if pause is None:
-                pause = min(BACKOFF * 2**tries, MAX_WAIT) * random.uniform(0.5, 1)
-            progress.say(f"{final.name}: {failure}; trying again in {pause:.0f} s\n")
+            pause = tries.pause_after(failure, part.stat().st_size)
             time.sleep(pause)
     with open(part, "rb+") as file:
         os.fsync(file.fileno())
     os.replace(part, final)
 
 
+class Tries:
+    """How often one file is asked for, how long in all, and what is said of it."""
+
+    OTHER_WAYS = (
+        "look at the network and at HF_ENDPOINT, or take `uv run prepare.py --demo`, "
+        "which needs neither"
+    )
+
+    def __init__(self, name: str, progress: Progress):
+        self.name = name
+        self.progress = progress
+        self.began = _now()
+        self.last_began = self.began
+        self.in_vain = 0  # in a row without one new byte
+        self.wrong = 0
+        self.most = 0  # bytes that have been there at once
+
+    def begin(self):
+        self.last_began = _now()
+
+    def pause_after(self, failure: Retry, arrived: int) -> float:
+        """Seconds until the next try; arrived: bytes that are there. Raises Stop after the last."""
+        self.wrong += failure.wrong
+        if self.wrong >= MAX_WRONG:
+            raise Stop(f"{self.name}: {failure}, {self.wrong} times: {self.OTHER_WAYS}")
+        # A line that drops but moves on is not a failure.
+        self.in_vain = 0 if arrived > self.most else self.in_vain + 1
+        self.most = max(self.most, arrived)
+        pause = failure.wait
+        if pause is None:
+            pause = min(BACKOFF * 2**self.in_vain, MAX_WAIT) * random.uniform(0.5, 1)
+        if failure.limit and not self.progress.bytes:  # no byte of any file ever came
+            now = _now()
+            next_ends = now + pause + (now - self.last_began)  # if it takes as long again
+            if next_ends - self.began > failure.limit:
+                raise Stop(f"{self.name}: {failure}: {self.OTHER_WAYS}")
+            self.progress.say_once(f"{failure}; trying again, {failure.limit:.0f} s in all\n")
+            return pause
+        if self.in_vain >= MAX_TRIES:
+            raise Stop(
+                f"{self.name}: {failure}; what has arrived is kept: run the same command again"
+            )
+        self.progress.say(f"{self.name}: {failure}; trying again in {pause:.0f} s\n")
+        return pause
+
+
 def _check_shard(part: Path, digest: str | None):
+    with open(part, "rb") as file:
+        begin = file.read(100).lstrip().lower()
+    if begin.startswith((b"<!doctype", b"<html")):
+        raise Retry("the server sent HTML (a login page?), no parquet file", wrong=True)
     if digest and sha256_of(part) != digest:
-        raise Retry("its sha256 is wrong", discard=True)
+        raise Retry("its sha256 is wrong", wrong=True)
     try:
         next(_parquet_documents(part), None)
     except Stop as problem:
-        raise Retry(str(problem.code).removeprefix("FAIL: "), discard=True) from None
+        raise Retry(str(problem.code).removeprefix("FAIL: "), wrong=True) from None
 
 
 def _fetch(name: str, part: Path, progress: Progress) -> str | None:
@@ -670,6 +878,7 @@ def _fetch(name: str, part: Path, progress: Progress) -> str | None:
         with requests.get(url, headers=headers, stream=True, timeout=timeout) as reply:
             if not _is_complete(reply, have):
                 _check_reply(reply, name, host, have)
+                _check_space(reply, part, have, progress)
                 _save(reply, part, have, progress)
             return _linked_sha256(reply)
     except ValueError as error:
@@ -677,7 +886,29 @@ def _fetch(name: str, part: Path, progress: Progress) -> str | None:
         kind = type(error).__name__
         raise Stop(f"{name}: HF_ENDPOINT or HF_TOKEN cannot be used ({kind})") from None
     except requests.RequestException as error:
-        raise Retry(f"{type(error).__name__} at {host}") from None
+        raise _as_retry(error, host) from None
+
+
+def _as_retry(error, host: str) -> Retry:
+    """What a request that failed says to a person; its own text may hold the token."""
+    import requests
+
+    if error.request is not None:  # which a redirect may have led elsewhere
+        host = urlsplit(error.request.url).hostname
+    if isinstance(error, requests.exceptions.ProxyError):
+        host = f"the proxy before {host}"
+    cause = error
+    while cause is not None:
+        if isinstance(cause, socket.gaierror):
+            return Retry(f"unknown host: {host}", limit=UNREACHABLE_LIMIT)
+        if isinstance(cause, ConnectionRefusedError):
+            return Retry(f"{host} refused the connection", limit=UNREACHABLE_LIMIT)
+        if isinstance(cause, OSError) and cause.errno in (errno.ENETUNREACH, errno.EHOSTUNREACH):
+            return Retry(f"{host} cannot be reached", limit=UNREACHABLE_LIMIT)
+        if isinstance(cause, (TimeoutError, requests.Timeout)):
+            return Retry(f"{host} is silent", limit=SILENT_LIMIT)
+        cause = cause.__cause__ or cause.__context__
+    return Retry(f"{type(error).__name__} at {host}")
 
 
 def _request_headers(have: int) -> dict[str, str]:
@@ -726,6 +957,25 @@ def _check_reply(reply, name: str, host: str, have: int):
         raise Stop(f"{name}: {host} answered {status} (check HF_TOKEN)")
     if status not in (200, 206):
         raise Stop(f"{name}: {host} answered {status}")
+
+
+def _check_space(reply, part: Path, have: int, progress: Progress):
+    """Before the first byte: is there room for all that is missing? Shards are alike in size."""
+    length = reply.headers.get("Content-Length", "")
+    if progress.bytes or not length.isdigit():
+        return
+    size = int(length)
+    if reply.status_code == 206:
+        size += have
+    begun = sum(path.stat().st_size for path in part.parent.glob("*.part"))
+    needed = progress.files * (size + SHARD_TOKEN_BYTES) - begun
+    free = shutil.disk_usage(part.parent).free
+    if needed > free:
+        raise Stop(
+            f"{progress.files} shards of {size / 1e6:,.0f} MB and their tokens need "
+            f"{needed / 1e9:,.1f} GB, and {free / 1e9:,.1f} GB are free in {part.parent}: free "
+            "some space, lower --num-shards, or set AUTORESEARCH_CACHE to another disk"
+        )
 
 
 def _save(reply, part: Path, have: int, progress: Progress):
@@ -784,6 +1034,10 @@ class Tokenizer:
         by_rank = sorted(trainer.get_mergeable_ranks(), key=lambda pair: pair[1])
         return cls([bytes(token) for token, _ in by_rank])
 
+    @functools.cached_property
+    def sha256(self) -> str:
+        return hashlib.sha256(self.to_bytes()).hexdigest()
+
     def to_bytes(self) -> bytes:
         lines = [base64.b64encode(token) + b" %d\n" % i for i, token in enumerate(self.ranks)]
         return b"".join(lines)
@@ -804,7 +1058,7 @@ class Tokenizer:
         except (OSError, ValueError) as error:
             raise Stop(
                 f"{path} is damaged or missing ({error}): "
-                "run the same `uv run prepare.py ...` with --force"
+                "run the same `uv run prepare.py ...` again, it repairs that"
             ) from None
 
     def encode(self, text: str | list[str], prepend: int | str | None = None) -> list:
@@ -851,89 +1105,179 @@ def _parse_ranks(raw: bytes) -> list[bytes]:
     return ranks
 
 
-def train_tokenizer(directory: Path, sources: list[Source], held_out: dict, vocab_size: int):
-    """The set's Tokenizer: trained on training text only, or the finished one of an earlier try."""
-    path = directory / "tokenizer.tiktoken"
-    if not path.exists():
-        began = _now()
-        texts = _tokenizer_text(sources, held_out)
-        with ThreadPoolExecutor(1) as pool:  # so that Ctrl-C is heard meanwhile
-            tokenizer = pool.submit(Tokenizer.train, texts, vocab_size).result()
-        write_atomically(path, tokenizer.to_bytes())
-        size = tokenizer.get_vocab_size()
-        print(f"trained a tokenizer of {size} tokens in {_now() - began:.1f} s", file=sys.stderr)
-    return Tokenizer.from_directory(directory)
+def train_tokenizer(directory: Path, sources: list[Source], vocab_size: int) -> Tokenizer:
+    """The set's Tokenizer: the finished one of an earlier try, or trained on training text only."""
+    with contextlib.suppress(Stop):
+        return Tokenizer.from_directory(directory)
+    began = _now()
+    texts = _tokenizer_text(sources)
+    with ThreadPoolExecutor(1) as pool:  # so that Ctrl-C is heard meanwhile
+        tokenizer = pool.submit(Tokenizer.train, texts, vocab_size).result()
+    write_atomically(directory / "tokenizer.tiktoken", tokenizer.to_bytes())
+    size = tokenizer.get_vocab_size()
+    print(f"trained a tokenizer of {size} tokens in {_now() - began:.1f} s", file=sys.stderr)
+    return tokenizer
 
 
-def _tokenizer_text(sources: list[Source], held_out: dict):
+def _tokenizer_text(sources: list[Source]):
     """Yields the first TOKENIZER_CHARS of training text, each document cut."""
     left = TOKENIZER_CHARS
     for source in sources:
         if source.split not in (None, "train"):
             continue
-        for split, _, text in documents(source, held_out=held_out):
+        for split, _, text in documents(source):
             if split != "train":
                 continue
-            if left <= 0:
-                return
-            text = text[: min(TOKENIZER_DOC_CHARS, left)]
-            left -= len(text)
-            yield text
+            # Of a cut source everything: there a document is no measure.
+            learned = len(text) if source.is_cut else TOKENIZER_DOC_CHARS
+            for start in range(0, min(len(text), learned), TOKENIZER_DOC_CHARS):
+                if left <= 0:
+                    return
+                part = text[start : start + min(TOKENIZER_DOC_CHARS, left)]
+                left -= len(part)
+                yield part
 
 
 # -------------------------------------------------------------------------------------- token cache
 
 
-def encode_source(texts, progress: Progress, tokenizer: Tokenizer, path: Path) -> dict:
-    """Writes a source's tokens and then, as the sign that they are whole, their index.
+def passages(tokenizer: Tokenizer, text: str, size: int) -> list[np.ndarray]:
+    """A text's tokens, cut into passages of `size` or a little more, so that packed rows are full.
 
-    texts: its (split, group, text).
+    Cut in tokens, so exactly, and encoded only once. A passage ends with a blank line where one
+    comes within PASSAGE_SLACK, else with a line, else anywhere.
+    """
+    ids = tokenizer.encode_array(text)
+    raw = text.encode()
+    ends = np.cumsum(tokenizer.token_bytes[ids])  # (tokens,) bytes up to the end of each
+    blank_lines = np.array([match.end() for match in BLANK_LINE.finditer(raw)], dtype=np.int64)
+    lines = np.flatnonzero(np.frombuffer(raw, dtype=np.uint8) == ord("\n")) + 1
+    places = []  # for each kind of end: how many tokens stand before, rising
+    for found in (blank_lines, lines):
+        last = ends.searchsorted(found)
+        places.append((last + 1)[ends[last] == found])  # most ends are a token's end
+    slack = int(PASSAGE_SLACK * size)
+    cut = []
+    start = 0
+    while len(ids) - start > size + slack:
+        end = least = start + size
+        for candidates in places:
+            i = candidates.searchsorted(least)
+            if i < len(candidates) and candidates[i] <= least + slack:
+                end = int(candidates[i])
+                break
+        cut.append(ids[start:end])
+        start = end
+    cut.append(ids[start:])
+    return cut
+
+
+def _encoded(source: Source, tokenizer: Tokenizer, row_length: int, pool, progress: Progress):
+    """Yields (split, row group, tokens) of a source. pool: threads for the pieces of a bundle."""
+    if not source.is_cut:
+        for split, group, text in documents(source):
+            yield split, group, tokenizer.encode_array(text)
+            progress.add(len(text))
+        return
+
+    def of_piece(piece: Piece):
+        text = piece.text()
+        return source.split, len(text), passages(tokenizer, text, row_length - 1)
+
+    def of_documents():
+        for split, _, text in documents(source):
+            yield split, len(text), passages(tokenizer, text, row_length - 1)
+
+    window = []  # mixed by their sha256, as neighbours are alike
+    chars = 0
+    for split, length, cut in (
+        pool.map(of_piece, source.pieces) if source.pieces else of_documents()
+    ):
+        window += [(hashlib.sha256(ids.tobytes()).digest(), split, ids) for ids in cut]
+        chars += length
+        progress.add(length)
+        if chars >= BUNDLE_BYTES:  # of a file that may be huge
+            yield from _mixed(window)
+            window = []
+            chars = 0
+    yield from _mixed(window)
+
+
+def _mixed(window: list):
+    for _, split, ids in sorted(window, key=lambda entry: entry[0]):
+        yield split, 0, ids
+
+
+def encode_source(encoded, tokenizer: Tokenizer, path: Path) -> dict:
+    """Writes a source's tokens and then, as the sign that they are whole, its manifest entry.
+
+    encoded: its (split, row group, tokens).
     PATH.bin: uint16, all documents one after another, each with BOS in front.
     PATH.idx: int32 (documents, 3): place of its split in SPLITS, its row group, its tokens.
-    Returns its entry in the manifest.
+    PATH.json: the entry that is returned, and which tokenizer made it.
     """
-    data_path = path.with_suffix(".bin")
-    index_path = path.with_suffix(".idx")
-    if not index_path.exists():
-        bos = [tokenizer.get_bos_token_id()]
-        index = []
-        with open(data_path, "wb") as file:
-            for split, group, text in texts:
-                ids = np.concatenate([bos, tokenizer.encode_array(text)])
-                file.write(ids.astype(np.uint16).data)
-                index.append((SPLITS.index(split), group, len(ids)))
-                progress.add(len(text))
-            file.flush()
-            os.fsync(file.fileno())
-        write_atomically(index_path, np.array(index, dtype=np.int32).tobytes())
-    index = np.fromfile(index_path, dtype=np.int32).reshape(-1, 3)
-    tokens = {}
-    for place, split in enumerate(SPLITS):
-        tokens[split] = int(index[index[:, 0] == place, 2].sum())
-    return {
+    bos = [tokenizer.get_bos_token_id()]
+    index = []
+    size = dict.fromkeys(SPLITS, 0)
+    with open(path.with_suffix(".bin"), "wb") as file:
+        for split, group, ids in encoded:
+            file.write(np.concatenate([bos, ids]).astype(np.uint16).data)
+            index.append((SPLITS.index(split), group, len(ids) + 1))
+            size[split] += int(tokenizer.token_bytes[ids].sum())
+        file.flush()
+        os.fsync(file.fileno())
+    index = np.array(index, dtype=np.int32).reshape(-1, 3)
+    write_atomically(path.with_suffix(".idx"), index.tobytes())
+    entry = {
         "name": path.name,
-        "sha256": sha256_of(data_path),
-        "index_sha256": sha256_of(index_path),
-        "tokens": tokens,
+        "sha256": sha256_of(path.with_suffix(".bin")),
+        "index_sha256": sha256_of(path.with_suffix(".idx")),
+        "documents": {},
+        "bytes": size,  # of text
+        "tokens": {},
     }
+    for place, split in enumerate(SPLITS):
+        lengths = index[index[:, 0] == place, 2]
+        entry["documents"][split] = len(lengths)
+        entry["tokens"][split] = int(lengths.sum())
+    write_atomically(path.with_suffix(".json"), signed({"tokenizer": tokenizer.sha256, **entry}))
+    return entry
+
+
+def _finished_entry(tokenizer: Tokenizer, path: Path) -> dict | None:
+    """What encode_source returned for `path` in an earlier try, if its files are what it wrote."""
+    try:
+        entry = parse_signed(path.with_suffix(".json").read_bytes())
+    except (OSError, ValueError):
+        return None
+    if entry.pop("tokenizer") != tokenizer.sha256:
+        return None
+    try:
+        open_tokens(path.parent, entry, verify=True)
+    except Stop:
+        return None
+    return entry
 
 
 def encode_sources(
-    directory: Path, sources: list[Source], held_out: dict, tokenizer: Tokenizer, row_length: int
+    directory: Path, sources: list[Source], tokenizer: Tokenizer, row_length: int
 ) -> list[dict]:
     """Encodes every source that an earlier try has not; returns the manifest's `tokens`."""
-    number = {source.name: i for i, source in enumerate(sources)}
-    passage_size = math.ceil(PASSAGE_ROWS * row_length)
+    paths = {source: directory / f"{number:05d}" for number, source in enumerate(sources)}
+    workers = os.cpu_count() or 1
+    pool = ThreadPoolExecutor(workers)
 
-    def tokens_in(line: str) -> int:
-        return len(tokenizer.encoding.encode_ordinary(line))
+    def finished(source: Source):
+        return source, _finished_entry(tokenizer, paths[source])
 
     def encode(source: Source, progress: Progress) -> dict:
-        texts = documents(source, passage_size, tokens_in, held_out)
-        path = directory / f"{number[source.name]:05d}"
-        return encode_source(texts, progress, tokenizer, path)
+        encoded = _encoded(source, tokenizer, row_length, pool, progress)
+        return encode_source(encoded, tokenizer, paths[source])
 
-    return in_parallel(encode, sources, os.cpu_count() or 1, "encoded")
+    entries = dict(pool.map(finished, sources))
+    missing = [source for source in sources if entries[source] is None]
+    entries.update(zip(missing, in_parallel(encode, missing, workers, "encoded")))
+    return [entries[source] for source in sources]
 
 
 def open_tokens(directory: Path, entry: dict, verify: bool) -> tuple[np.ndarray, np.ndarray]:
@@ -949,16 +1293,32 @@ def open_tokens(directory: Path, entry: dict, verify: bool) -> tuple[np.ndarray,
             raise ValueError("not the index that was written")
         if path.stat().st_size != 2 * sum(entry["tokens"].values()):
             raise ValueError("not the size that was written")
-        # A plain view: slicing np.memmap itself is slow.
-        tokens = np.asarray(np.memmap(path, dtype=np.uint16, mode="r"))
+        tokens = np.empty(0, dtype=np.uint16)
+        if path.stat().st_size:  # as a plain view: slicing np.memmap itself is slow
+            tokens = np.asarray(np.memmap(path, dtype=np.uint16, mode="r"))
         if verify and hashlib.sha256(tokens).hexdigest() != entry["sha256"]:
             raise ValueError("not the tokens that were written")
     except (OSError, ValueError) as error:
         raise Stop(
             f"{path} is damaged or missing ({error}): "
-            "run the same `uv run prepare.py ...` with --force"
+            "run the same `uv run prepare.py ...` again, it repairs that"
         ) from None
     return tokens, np.frombuffer(raw, dtype=np.int32).reshape(-1, 3).astype(np.int64)
+
+
+def check_prepared(split: str):
+    """What a run would notice only after minutes: is everything there to train on and to score?
+
+    Raises Stop where a file is damaged or missing, or the split is too small for a row.
+    """
+    prepared = manifest()
+    if not prepared["eval_rows"][split]:
+        raise Stop(
+            f"the {split} split is smaller than one row of {prepared['seq_len'] + 1} tokens: it "
+            "cannot be scored. Add text and prepare again"
+        )
+    for entry in prepared["tokens"]:
+        open_tokens(set_dir(), entry, verify=entry["tokens"][split] > 0)
 
 
 # ------------------------------------------------------------------------------- prepare(): the map
@@ -967,7 +1327,8 @@ def open_tokens(directory: Path, entry: dict, verify: bool) -> tuple[np.ndarray,
 def prepare(corpus: str, data: Path | None, num_shards: int, settings: dict, force: bool):
     """Fills the cache: sources, tokenizer, tokens, and last the manifest.
 
-    The same again does nothing. Finished pieces of an earlier try are kept.
+    The same again repairs what is damaged, or does nothing. A new set is made beside the one that
+    is there, which stays until the new one is whole. Finished pieces of an earlier try are kept.
     """
     began = _now()
     cache = cache_dir()
@@ -977,49 +1338,57 @@ def prepare(corpus: str, data: Path | None, num_shards: int, settings: dict, for
     old = _prepared_before(request, force)
 
     # 1. The files of text, downloaded where they are not here yet. With them the set has its key.
-    sources = find_sources(corpus, data, num_shards)
+    row_length = settings["seq_len"] + 1
+    sources, how_split = find_sources(corpus, data, num_shards, row_length)
     files = [source.describe() for source in sources]
+    if old and corpus == "climbmix" and _remove_damaged_shards(sources, files, old):
+        sources = climbmix_sources(num_shards)
+        files = [source.describe() for source in sources]
     described = {"format": FORMAT, "corpus": corpus, "request": request, "files": files}
     key = hashlib.sha256(canonical(described)).hexdigest()[:12]
     if old and old["key"] != key:
         raise _another_set()
-    if old:
+    if old and not _remove_damaged(cache / key, old):
         print(f"already prepared in {cache}: {corpus}, fingerprint {fingerprint()}; nothing to do")
         return
-    directory = _make_room(key, force)
+    directory = cache / (key if old else f"{key}.new")
+    if force:
+        shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir(exist_ok=True)
 
     # 2. The tokenizer, from training text only.
-    held_out = held_out_documents(sources) if corpus == "text" else {}
-    tokenizer = train_tokenizer(directory, sources, held_out, settings["vocab_size"])
+    tokenizer = train_tokenizer(directory, sources, settings["vocab_size"])
 
     # 3. Every document as tokens.
-    row_length = settings["seq_len"] + 1
-    entries = encode_sources(directory, sources, held_out, tokenizer, row_length)
+    entries = encode_sources(directory, sources, tokenizer, row_length)
 
     # 4. The rows to score, counted by the packer of part II; and last the manifest.
     eval_rows = count_rows(directory, entries, row_length, settings["eval_tokens"])
+    print(how_split)
+    print_table(sources, entries, eval_rows, row_length)
+    require_rows(entries, eval_rows, row_length)
     described.update(settings)
     described.update(
         key=key,
         vocab_size=tokenizer.get_vocab_size(),
         eval_rows=eval_rows,
         tokens=entries,
-        tokenizer_sha256=sha256_of(directory / "tokenizer.tiktoken"),
+        tokenizer_sha256=tokenizer.sha256,
     )
-    write_atomically(cache / "manifest.json", signed(described))
-    _read_manifest.cache_clear()
+    _put_in_place(directory, described)
     print(
         f"prepared {corpus} in {cache} in {_now() - began:.1f} s: "
-        f"{_tokens_of(entries, 'train'):,} training tokens, {eval_rows['val']} rows of "
+        f"{_total(entries, 'tokens', 'train'):,} training tokens, {eval_rows['val']} rows of "
         f"{settings['seq_len']} to score, fingerprint {fingerprint()}\nnext: uv run train.py"
     )
 
 
-def _prepared_before(request: dict, force: bool):
+def _prepared_before(request: dict, force: bool) -> dict | None:
     """The manifest of the set that is there, if it may be the one asked for; None without one."""
-    if force or not (cache_dir() / "manifest.json").exists():
+    path = cache_dir() / "manifest.json"
+    if force or not path.exists():
         return None
-    old = manifest()
+    old = _load_manifest(path)
     if old["request"] != request:
         raise _another_set()
     return old
@@ -1032,54 +1401,124 @@ def _another_set() -> Stop:
     )
 
 
-def find_sources(corpus: str, data: Path | None, num_shards: int) -> list[Source]:
+def find_sources(
+    corpus: str, data: Path | None, num_shards: int, row_length: int
+) -> tuple[list[Source], str]:
+    """(the sources, how they are split in words)."""
     if corpus == "climbmix":
-        return climbmix_sources(num_shards)
+        return climbmix_sources(num_shards), "split by shard: the last two are val and test"
     if corpus == "demo":
-        return demo_sources()
-    sources = text_sources(data)
-    if not sources:
-        *names, last = [f"*{suffix}" for suffix in SUFFIXES]
-        raise Stop(f"no {', '.join(names)} or {last} below {data}")
-    return sources
+        files, named = demo_files(), {}
+    else:
+        files = text_files(data)
+        named = {name: named_split(name) for name in files if named_split(name)}
+        if {"val", "test"} <= set(named.values()):
+            named = {name: named.get(name, "train") for name in files}
+    sources, splits = text_sources(files, named, row_length)
+    return sources, f"{_held_out_by_name(named)}{splits}"
 
 
-def _make_room(key: str, force: bool) -> Path:
-    """The set's directory. Other sets, and with `force` this one, are rebuilt from the sources."""
-    cache = cache_dir()
-    (cache / "manifest.json").unlink(missing_ok=True)
-    for entry in cache.iterdir():
-        if re.fullmatch("[0-9a-f]{12}", entry.name) and (force or entry.name != key):
-            shutil.rmtree(entry)
-    directory = cache / key
+def _held_out_by_name(named: dict[str, str]) -> str:
+    """A line for each split that files are named for."""
+    lines = ""
+    for split in ("val", "test"):
+        names = [name for name in named if named[name] == split]
+        if len(names) > 5:
+            names[4:] = [f"and {len(names) - 4:,} more"]
+        if names:
+            lines += f"{split} is what is named so: {', '.join(names)}\n"
+    return lines
+
+
+def _remove_damaged_shards(sources: list[Source], files: list[dict], old: dict) -> bool:
+    """Removes the shards that are not what the manifest `old` says. Are there any?"""
+    damaged = []
+    for source, file, was in zip(sources, files, old["files"]):
+        if file["sha256"] != was["sha256"]:
+            damaged.append(source.path)
+    for path in damaged:
+        print(f"{path} is damaged: downloading it again", file=sys.stderr)
+        path.unlink()
+    return bool(damaged)
+
+
+def _remove_damaged(directory: Path, old: dict) -> bool:
+    """Removes the files that are not what the manifest `old` says. Are there any?"""
     directory.mkdir(exist_ok=True)
-    return directory
+    damaged = []
+    path = directory / "tokenizer.tiktoken"
+    if not path.exists() or sha256_of(path) != old["tokenizer_sha256"]:
+        damaged.append(path)
+    for entry in old["tokens"]:
+        try:
+            open_tokens(directory, entry, verify=True)
+        except Stop:
+            damaged.append(directory / f"{entry['name']}.json")  # without it the rest is not there
+    for path in damaged:
+        print(f"{path.with_suffix('')} is damaged or missing: making it again", file=sys.stderr)
+        path.unlink(missing_ok=True)
+    return bool(damaged)
+
+
+def _put_in_place(directory: Path, described: dict):
+    """The finished set `directory` under its own name, the manifest, and no other set any more."""
+    cache = cache_dir()
+    final = cache / described["key"]
+    if directory != final:
+        if final.exists():  # the same set, made again by force
+            os.rename(final, cache / f"{described['key']}.old{os.getpid()}")
+        os.rename(directory, final)
+    write_atomically(cache / "manifest.json", signed(described))
+    _read_manifest.cache_clear()
+    for entry in cache.iterdir():
+        if re.fullmatch(r"[0-9a-f]{12}(\.new|\.old\d+)?", entry.name) and entry != final:
+            shutil.rmtree(entry)
 
 
 def count_rows(directory: Path, entries: list[dict], row_length: int, eval_tokens: int) -> dict:
-    """{split: the rows that its score is made of}. Raises Stop where there is too little text."""
+    """{split: the rows that its score is made of}."""
     wanted = max(1, eval_tokens // (row_length - 1))
     eval_rows = {}
     for split in ("val", "test"):
         packer = Packer(directory, entries, split, row_length, repeat=False)
         eval_rows[split] = packer.fill(np.empty((wanted, row_length), dtype=np.uint16))
-    if not _tokens_of(entries, "train"):
-        raise _too_small("train", entries, row_length)
-    if not eval_rows["val"]:
-        raise _too_small("val", entries, row_length)
     return eval_rows
 
 
-def _tokens_of(entries: list[dict], split: str) -> int:
-    return sum(entry["tokens"][split] for entry in entries)
+def _total(entries: list[dict], what: str, split: str) -> int:
+    return sum(entry[what][split] for entry in entries)
 
 
-def _too_small(split: str, entries: list[dict], row_length: int) -> Stop:
-    tokens = _tokens_of(entries, split)
-    return Stop(
-        f"the {split} split has {tokens:,} tokens and one row needs {row_length:,}: "
-        f"{row_length - tokens:,} are missing. Add text, or lower --seq-len"
-    )
+def print_table(sources: list[Source], entries: list[dict], eval_rows: dict, row_length: int):
+    """What each split holds; the rows of val and test are those of a score."""
+    print(f"{'split':5} {'files':>6} {'documents':>11} {'MB':>9} {'tokens':>15} {'rows':>10}")
+    for split in SPLITS:
+        files = set()
+        for source, entry in zip(sources, entries):
+            if entry["tokens"][split]:
+                files |= {source.path} if source.path else {piece.path for piece in source.pieces}
+        tokens = _total(entries, "tokens", split)
+        rows = eval_rows.get(split, tokens // row_length)
+        print(
+            f"{split:5} {len(files):6,} {_total(entries, 'documents', split):11,} "
+            f"{_total(entries, 'bytes', split) / 1e6:9,.1f} {tokens:15,} {rows:10,}"
+        )
+
+
+def require_rows(entries: list[dict], eval_rows: dict, row_length: int):
+    """Raises Stop where a split is too small to train on or to score; for test only a line."""
+    rows = {"train": _total(entries, "tokens", "train"), **eval_rows}
+    for split in SPLITS:
+        if rows[split]:
+            continue
+        tokens = _total(entries, "tokens", split)
+        message = (
+            f"the {split} split has {tokens:,} tokens and one row needs {row_length:,}: "
+            f"{row_length - tokens:,} are missing"
+        )
+        if split != "test":
+            raise Stop(f"{message}. Add text, or lower --seq-len")
+        print(f"{message}: AUTORESEARCH_SPLIT=test, for the end, will have no score")
 
 
 # ================================================================================= II. in every run
@@ -2027,15 +2466,32 @@ def lock(cache: Path):
     return file
 
 
+class Parser(argparse.ArgumentParser):
+    """A mistake is a Stop; an option that does not exist is answered with the nearest."""
+
+    def error(self, message: str):
+        given = re.fullmatch("unrecognized arguments: ([^ =]+).*", message)
+        if given and not given[1].startswith("-"):
+            message += f": your own text is --data {given[1]}"
+        elif given:
+            nearest = difflib.get_close_matches(
+                given[1], self._option_string_actions, 1, cutoff=0.5
+            )
+            message = f"there is no option {given[1]}"
+            if nearest:
+                message += f"; the nearest is {nearest[0]}"
+        raise Stop(f"{message}. `uv run prepare.py --help` shows all")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="prepare.py", description="Prepares a corpus for train.py."
+    parser = Parser(
+        prog="prepare.py", description="Prepares a corpus for train.py.", allow_abbrev=False
     )
     corpus = parser.add_mutually_exclusive_group()
     corpus.add_argument(
         "--demo",
         action="store_true",
-        help="Python's own standard library: offline, no GPU needed",
+        help="the source of installed packages: offline, no GPU needed",
     )
     corpus.add_argument(
         "--data",
@@ -2089,11 +2545,24 @@ def main(argv: list[str] | None = None):
         with lock(cache_dir()):
             prepare(corpus, args.data, args.num_shards, settings, args.force)
     except OSError as error:
-        where = error.filename or cache_dir()
-        raise Stop(
-            f"{where}: {error.strerror or error}; what was finished is kept. "
-            "Free some space or set AUTORESEARCH_CACHE, then run the same command again"
-        ) from None
+        raise _disk_failure(error) from None
+
+
+def _disk_failure(error: OSError) -> Stop:
+    cache = cache_dir().absolute()
+    where = Path(error.filename or cache).absolute()
+    what = f"{where}: {error.strerror or error}"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return Stop(
+            f"{what}; what was finished is kept. Free some space or set AUTORESEARCH_CACHE to "
+            "another disk, then run the same command again"
+        )
+    if where.is_relative_to(cache) or cache.is_relative_to(where):
+        return Stop(
+            f"the cache {cache} cannot be used ({what}): set AUTORESEARCH_CACHE to a folder that "
+            "you can write to"
+        )
+    return Stop(f"{what}. Make it readable, or take it away")
 
 
 if __name__ == "__main__":

@@ -24,9 +24,11 @@ import time
 
 STARTED = time.perf_counter()
 
+import atexit
 import gc
 import os
 import signal
+import sys
 
 
 def end_at_once(*_):
@@ -34,7 +36,17 @@ def end_at_once(*_):
     os._exit(1)
 
 
+def end_unfinished():
+    """Where the last line of this file is never reached: an error or an exit while it is read."""
+    error = getattr(sys, "last_value", None)
+    what = "train.py ended before run()" if error is None else f"{type(error).__name__}: {error}"
+    sys.stdout.flush()
+    print(f"FAIL: {' '.join(what.split())}: no score", file=sys.stderr, flush=True)
+    os._exit(1)
+
+
 if __name__ == "__main__":
+    atexit.register(end_unfinished)
     # Looking for cycles costs a second while importing and compiling, and stalls a training step.
     gc.disable()
     os.environ.setdefault("TORCH_DYNAMO_RUN_GC_AFTER_COMPILE", "0")
@@ -51,7 +63,6 @@ import math
 import re
 import resource
 import shutil
-import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -65,6 +76,7 @@ from torch import Tensor
 from prepare import (
     Stop,
     Tokenizer,
+    check_prepared,
     clock,
     describe_run,
     device_name,
@@ -1057,6 +1069,7 @@ class WarmUp:
         self.generator = torch.Generator().manual_seed(0)
         self.fresh_cache = None  # the folder, once there is one
         self.uncompiled = None  # why, once it is so
+        self.step_seconds = 0.0  # a step's passes, without the optimizer
 
     def run(self, rows: int, device_batch: int, eval_batch: int) -> tuple[int, int]:
         """The device batch and the evaluation batch that fit; rows: those of a step.
@@ -1085,8 +1098,13 @@ class WarmUp:
     def train(self, batch: int, rows: int):
         self.model.train()
         for _ in range(2):  # the second finds everything compiled and all memory allocated
-            for _ in range(min(2, rows // batch)):  # gradients to add to take memory of their own
+            began = time.perf_counter()
+            passes = min(2, rows // batch)  # gradients to add to take memory of their own
+            for _ in range(passes):
                 self.model(self.made_up(batch), self.made_up(batch)).backward()
+            if self.model.cos.device.type != "cpu":
+                torch.accelerator.synchronize()
+            self.step_seconds = (time.perf_counter() - began) * (rows // batch) / passes
             idle = [name for name, p in self.model.named_parameters() if p.grad is None]
             if idle:
                 raise Stop(f"no gradient reaches {', '.join(idle)}: use it in forward or remove it")
@@ -1273,12 +1291,14 @@ def build_model(
     return model, attention, why
 
 
-def main():
+def main() -> float:
+    """Trains once and scores. The score, which is printed too."""
     from prepare import MAX_SEQ_LEN, TIME_BUDGET
 
     # What is trained, and on what.
     imported = time.perf_counter()
     device, split = training_device(), split_name()
+    check_prepared(split)
     if device.type == "cpu":
         use_one_heap()
     dtype = compute_dtype(device)
@@ -1293,10 +1313,14 @@ def main():
     # The model and its optimizer.
     torch.manual_seed(seed())
     torch.set_float32_matmul_precision("high")
-    model, attention, why_attention = build_model(
-        hp, tokenizer.get_vocab_size(), MAX_SEQ_LEN, device, dtype
-    )
-    optimizer = Optimizer(parameter_groups(model))
+    vocab_size = tokenizer.get_vocab_size()
+    try:
+        model, attention, why_attention = build_model(hp, vocab_size, MAX_SEQ_LEN, device, dtype)
+        optimizer = Optimizer(parameter_groups(model))
+    except Exception as error:
+        if not out_of_memory(error):
+            raise
+        fail("out of memory building the model: lower N_EMBD or N_LAYER")
     model.compile_parts()
     n_params, flops_per_token = model.counts()
     peak = peak_tflops(device_name(device))
@@ -1323,6 +1347,11 @@ def main():
     compiled = not warm_up.uncompiled and os.environ.get("TORCH_COMPILE_DISABLE") != "1"
     conditions = {"attention": attention, "compiled": compiled, "dtype": short(dtype)}
     describe_run(**conditions, fell_back=[*filter(None, [why_attention, warm_up.uncompiled])])
+    if warm_up.step_seconds > TIME_BUDGET:
+        fail(
+            f"a step takes {warm_up.step_seconds:.0f} s and the budget is {TIME_BUDGET} s: lower "
+            "TOKENS_PER_STEP, N_LAYER or N_EMBD"
+        )
     torch.manual_seed(seed())  # whatever draws in training draws as if nothing had warmed up
     warm = time.perf_counter()
     print(
@@ -1369,6 +1398,7 @@ def main():
     print("---")
     for key, value in summary.items():
         print(f"{key}: {value}", flush=True)
+    return bpb
 
 
 def explain(error: Exception) -> str:
@@ -1390,9 +1420,14 @@ def run() -> int:
     try:
         try:
             signal.signal(signal.SIGINT, signal.default_int_handler)
-            main()
+            if main() is None:
+                fail("main() returned without a score")
         except KeyboardInterrupt:
             fail("interrupted: no score")
+        except Stop:
+            raise
+        except SystemExit as error:
+            fail(f"exit({error.code!r}) was called before the end of main(): no score")
         except Exception as error:
             fail(explain(error))
     except Stop as stop:

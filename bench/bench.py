@@ -97,8 +97,10 @@ def ceiling(table: Table, device: torch.device, dtype: torch.dtype) -> float:
 
 def encoding(table: Table, tokenizer: prepare.Tokenizer):
     texts = []
-    for source in prepare.demo_sources()[:1]:
-        texts += [text for _, _, text in prepare.documents(source, 6144)]
+    sources, _ = prepare.text_sources(prepare.demo_files(), {}, prepare.MAX_SEQ_LEN + 1)
+    for source in sources:
+        if source.split != "train":  # a tenth of the text
+            texts += [text for _, _, text in prepare.documents(source)]
     megabytes = sum(len(text.encode()) for text in texts) / 1e6
     cores = os.cpu_count()
     shares = [texts[i::cores] for i in range(cores)]

@@ -14,6 +14,7 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+MINIATURE = "--seq-len 64 --vocab-size 300 --eval-tokens 2048 --time-budget 2".split()
 WORDS = "the cat sat on a mat while dogs ran over hills and rivers under the old blue moon".split()
 
 
@@ -52,8 +53,7 @@ def miniature(tmp_path_factory) -> Path:
     """
     base = tmp_path_factory.mktemp("miniature")
     texts = write_texts(base / "texts")
-    small = ("--seq-len", 64, "--vocab-size", 300, "--eval-tokens", 2048, "--time-budget", 2)
-    done = run("prepare.py", "--data", texts, *small, cache=base / "cache")
+    done = run("prepare.py", "--data", texts, *MINIATURE, cache=base / "cache")
     assert done.returncode == 0, done.stderr
     return base / "cache"
 

@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import socket
 import struct
 import subprocess
@@ -18,6 +19,7 @@ from types import MappingProxyType
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import requests
 from conftest import ROOT, WORDS
 
 import prepare
@@ -31,6 +33,9 @@ CONSTANTS = dict(
     CONNECT_TIMEOUT=2,
     READ_TIMEOUT=0.4,
     MAX_TRIES=4,
+    UNREACHABLE_LIMIT=0.3,
+    SILENT_LIMIT=0.9,
+    SHARD_TOKEN_BYTES=1000,
 )
 NAMES = [f"shard_{number:05d}.parquet" for number in range(5)]
 
@@ -164,6 +169,9 @@ def hub(monkeypatch, tmp_path):
     monkeypatch.delenv("HF_TOKEN", raising=False)
     yield hub
     hub.close()
+    for thread in threading.enumerate():  # of failed calls: in life they end with the process
+        if thread.name.startswith("ThreadPoolExecutor"):
+            thread.join(10)
 
 
 def shards():
@@ -208,11 +216,13 @@ RECOVERS = {
     "drops again and again, but moves on": first(6, lambda r: r.honest(cut=20_000)),
     "sends too few bytes": first(2, lambda r: r.honest(cut=-7)),
     "sends too many bytes": first(1, lambda r: r.reply(200, r.body + b"more")),
-    "sends wrong bytes": first(2, wrong),
+    "sends wrong bytes once": first(1, wrong),
     "sends a page instead": first(1, lambda r: r.reply(200, b"<html>please log in</html>")),
     "ignores a range": range_only(lambda r: r.reply(200, r.body)),
     "ignores a range and drops": range_only(
-        lambda r: r.reply(200, r.body, cut=None if random.random() < 0.5 else len(r.body) // 4)
+        lambda r: r.reply(
+            200, r.body, cut=len(r.body) // 4 if r.server.hub.asked_for(r.name) < 4 else None
+        )
     ),
     "answers 416 to a range": range_only(lambda r: r.reply(416, b"")),
     "answers 416 with another size": range_only(
@@ -270,15 +280,19 @@ def test_all_shards(hub, wanted):
 
 
 FAILS = {
-    "sends wrong bytes always": (first(99, wrong), "sha256"),
-    "sends a page without a checksum": (
-        first(99, lambda r: r.reply(200, b"<html>" * 99, {"X-Linked-ETag": ""})),
+    "sends wrong bytes always": (first(99, wrong), "its sha256 is wrong, 2 times"),
+    "sends something else without a checksum": (
+        first(99, lambda r: r.reply(200, b"hello" * 99, {"X-Linked-ETag": ""})),
         "parquet",
+    ),
+    "sends a login page always": (
+        first(99, lambda r: r.reply(200, b"\n<!DOCTYPE html><html>" * 99, {"X-Linked-ETag": ""})),
+        "the server sent HTML",
     ),
     "answers 500 always": (first(99, lambda r: r.reply(500, b"")), "500"),
     "has no such file": (first(99, lambda r: r.reply(404, b"")), "404"),
     "wants another token": (first(99, lambda r: r.reply(401, b"")), "HF_TOKEN"),
-    "stalls always": (first(99, lambda r: r.honest(cut=0, hang=20)), "127.0.0.1"),
+    "stalls always": (first(99, lambda r: r.honest(cut=0, hang=20)), "is silent"),
     "drops always": (first(99, lambda r: r.honest(cut=0)), "127.0.0.1"),
     "ignores a range and drops always": (
         first(99, lambda r: r.reply(200, r.body, cut=r.body and random.randrange(9000))),
@@ -311,7 +325,7 @@ def test_a_clear_word_about_a_server_that(hub, name, monkeypatch):
 
 def test_a_failure_does_not_wait_for_slow_neighbours(hub):
     hub.misbehave = lambda r, nth: (
-        r.reply(404, b"") if r.name == NAMES[1] else r.honest(piece=5_000, pause=0.3),
+        r.reply(404, b"") if r.name == NAMES[1] else r.honest(piece=25_000, pause=0.3),
         True,
     )[1]
     began = time.monotonic()
@@ -347,14 +361,124 @@ def test_the_longest_wait_a_server_may_ask(hub, monkeypatch):
     assert_whole((0, 3, 4))
 
 
-def test_nobody_listens(hub, monkeypatch):
+def test_a_wrong_file_is_fetched_twice_and_no_more(hub):
+    def misbehave(request, nth):
+        request.reply(200, b"\n<!DOCTYPE html><html>" * 99, {"X-Linked-ETag": ""})
+        return True
+
+    hub.misbehave = misbehave
+    with pytest.raises(prepare.Stop, match="HTML.*2 times.*HF_ENDPOINT.*--demo"):
+        prepare.climbmix_sources(2)
+    assert len(hub.requests) <= 2 * 4
+
+
+def unused_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{free.getsockname()[1]}")
-    with pytest.raises(
-        prepare.Stop, match="shard_0000. *.parquet.*ConnectionError".replace(" *", "")
-    ):
-        prepare.climbmix_sources(1)
+        return free.getsockname()[1]
+
+
+@pytest.mark.parametrize("reason", ["refused the connection", "unknown host: no.such.host"])
+def test_nobody_there(hub, monkeypatch, capsys, reason):
+    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{unused_port()}")
+    if "unknown" in reason:
+        monkeypatch.setenv("HF_ENDPOINT", "http://no.such.host")
+
+        def getaddrinfo(*_, **__):
+            raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+        monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+    with pytest.raises(prepare.Stop, match=f"shard_0000.*{reason}.*HF_ENDPOINT.*--demo"):
+        prepare.climbmix_sources(2)
+    assert len(capsys.readouterr().err.splitlines()) == 1  # for all files and tries
+
+
+def test_a_silent_server(hub, capsys):
+    def misbehave(request, nth):
+        time.sleep(3)
+        return True
+
+    hub.misbehave = misbehave
+    began = time.monotonic()
+    with pytest.raises(prepare.Stop, match="127.0.0.1 is silent.*HF_ENDPOINT.*--demo"):
+        prepare.climbmix_sources(2)
+    assert time.monotonic() - began < 5
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+@pytest.fixture
+def seconds(monkeypatch):
+    """A clock that only sleeping, and the test, moves on."""
+    now = [0.0]
+
+    def sleep(pause):
+        now[0] += pause
+
+    monkeypatch.setattr(prepare, "_now", lambda: now[0])
+    monkeypatch.setattr(prepare.time, "sleep", sleep)
+    return now
+
+
+@pytest.mark.parametrize(
+    "error, takes, least, limit",
+    [
+        (requests.ReadTimeout(), prepare.READ_TIMEOUT, 2, 120),
+        (requests.ConnectTimeout(), prepare.CONNECT_TIMEOUT, 4, 120),
+        (ConnectionRefusedError(), 0.01, 3, 20),
+        (socket.gaierror(), 0.01, 3, 20),
+        (socket.gaierror(), 5, 2, 20),  # as long as the resolver took to say no
+        (socket.gaierror(), 12, 1, 20),
+    ],
+)
+def test_how_long_the_real_limits_let_it_try(
+    monkeypatch, tmp_path, seconds, error, takes, least, limit
+):
+    tries = []
+
+    def fetch(*_):
+        seconds[0] += takes
+        tries.append(seconds[0])
+        failure = error
+        if not isinstance(error, requests.RequestException):
+            failure = requests.ConnectionError()
+            failure.__cause__ = error
+        raise prepare._as_retry(failure, "the.host")
+
+    monkeypatch.setattr(prepare, "_fetch", fetch)
+    for _ in range(20):  # the pauses are drawn
+        seconds[0] = 0.0
+        tries.clear()
+        with pytest.raises(prepare.Stop, match="the.host"):
+            prepare.download(tmp_path / "shard", prepare.Progress("downloaded", 1))
+        assert seconds[0] < limit and len(tries) >= least
+
+
+def test_a_line_that_goes_dead_after_the_first_byte_gets_minutes(monkeypatch, tmp_path, seconds):
+    """The host was there: a router that starts again takes longer than the limits above."""
+
+    def fetch(name, part, progress):
+        if not progress.bytes:
+            part.write_bytes(b"some")
+            progress.add(4)
+        raise prepare.Retry("refused", limit=prepare.UNREACHABLE_LIMIT)
+
+    monkeypatch.setattr(prepare, "_fetch", fetch)
+    with pytest.raises(prepare.Stop, match="what has arrived is kept"):
+        prepare.download(tmp_path / "shard", prepare.Progress("downloaded", 1))
+    assert 60 < seconds[0] < 300
+
+
+def test_space_is_looked_at_before_the_first_byte(hub, monkeypatch):
+    size = max(len(FILES[name]) for name in NAMES)
+    monkeypatch.setattr(prepare, "SHARD_TOKEN_BYTES", 125_000_000)
+    usage = shutil.disk_usage(prepare.cache_dir())
+    monkeypatch.setattr(
+        shutil, "disk_usage", lambda _: usage._replace(free=3 * (size + 125_000_000))
+    )
+    with pytest.raises(prepare.Stop, match="4 shards of .* need 0.5 GB, and 0.4 GB are free"):
+        prepare.climbmix_sources(2)
+    assert not sum(path.stat().st_size for path in shards().iterdir())
+    prepare.climbmix_sources(1)
 
 
 @pytest.mark.parametrize(
@@ -429,6 +553,22 @@ def test_the_token_goes_to_its_host_only(hub, tmp_path):
     )
     for run in (done, again, refused):
         assert TOKEN not in run.stdout + run.stderr and "alsosecret" not in run.stdout + run.stderr
+
+
+def test_a_damaged_shard_is_downloaded_again_and_nothing_else(hub, capsys):
+    small = "--num-shards 2 --seq-len 64 --vocab-size 300 --eval-tokens 1024".split()
+    prepare.main(small)
+    before = prepare.fingerprint()
+    damaged = bytearray(FILES[NAMES[1]])
+    damaged[5000] ^= 1
+    (shards() / NAMES[1]).write_bytes(damaged)
+    hub.requests.clear()
+    prepare.main(small)
+    assert_whole()
+    assert [name for _, name, _, _ in hub.requests] == [NAMES[1]]
+    printed = capsys.readouterr()
+    assert f"{NAMES[1]} is damaged: downloading it again" in printed.err
+    assert "nothing to do" in printed.out and prepare.fingerprint() == before
 
 
 def fetch(url: str, cache: str):

@@ -332,7 +332,7 @@ def test_damage_is_found(parquet_cache, tmp_path, monkeypatch, damage):
         beyond = module.manifest()["vocab_size"] if damage == "one id" else 0xFFFF
         content[2:4] = beyond.to_bytes(2, "little")
         path.write_bytes(content)
-    with pytest.raises(module.Stop, match="--force") as stop:
+    with pytest.raises(module.Stop, match="run the same `uv run prepare.py") as stop:
         if damage == "val tokens":
             packed("val", 8)
         else:

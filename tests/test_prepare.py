@@ -5,21 +5,24 @@ import hashlib
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import ROOT, WORDS, run, write_texts
+from conftest import MINIATURE, ROOT, WORDS, draw_a_batch, run, write_texts
 
 import prepare as module
+from prepare import SPLITS
 
 SMALL = ("--seq-len", 32, "--vocab-size", 280, "--eval-tokens", 512)
 
@@ -46,6 +49,13 @@ def fails(done: subprocess.CompletedProcess, *words: str, code=1):
 
 def read_manifest(cache) -> dict:
     return json.loads((cache / "manifest.json").read_bytes())
+
+
+def with_cache(cache, function, *arguments):
+    """function(*arguments) in this process, on that cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AUTORESEARCH_CACHE", str(cache))
+        return function(*arguments)
 
 
 def documents_in(cache) -> dict[str, list[str]]:
@@ -110,12 +120,12 @@ def test_same_again_another_and_by_force(texts, tmp_path):
 
 
 def test_an_edit_of_any_text_file_makes_another_set(tmp_path, monkeypatch, capsys):
-    """Also one that keeps its length: the bundle is described by all the bytes of all its files."""
+    """Also one that keeps its length: a bundle is described by all the bytes of all its files."""
     data = write_texts(tmp_path / "data", files=60)
     monkeypatch.setenv("AUTORESEARCH_CACHE", str(tmp_path / "cache"))
     command = ["--data", str(data), *map(str, SMALL)]
     module.main(command)
-    assert len(read_manifest(tmp_path / "cache")["files"]) == 1
+    assert [file["split"] for file in read_manifest(tmp_path / "cache")["files"]] == list(SPLITS)
     for path in sorted(data.iterdir())[::20]:
         text = path.read_text()
         path.write_text(text.swapcase())
@@ -124,6 +134,111 @@ def test_an_edit_of_any_text_file_makes_another_set(tmp_path, monkeypatch, capsy
         path.write_text(text)
     module.main(command)
     assert "nothing to do" in capsys.readouterr().out
+
+
+DAMAGE = {
+    "gone": lambda path: path.unlink(),
+    "cut": lambda path: path.write_bytes(path.read_bytes()[:-2]),
+    "changed": lambda path: path.write_bytes(path.read_bytes()[:-2] + b"zz"),
+}
+
+
+@pytest.mark.parametrize("name", ["tokenizer.tiktoken", "00001.bin", "00001.idx", ""])
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_said_again_it_repairs_what_is_damaged(
+    prepared_copy, miniature, tmp_path, capsys, name, damage
+):
+    """Of all files only the damaged source's are made again, and the fingerprint is the same."""
+    cache = tmp_path / "cache"
+    before = module.fingerprint()
+    directory = module.set_dir()
+    made = {path.name: path.stat().st_mtime_ns for path in directory.iterdir()}
+    if name:
+        DAMAGE[damage](directory / name)
+    else:
+        shutil.rmtree(directory)
+    module.main(["--data", str(miniature.parent / "texts"), *MINIATURE])
+    printed = capsys.readouterr()
+    assert f"{name.partition('.')[0]} is damaged or missing: making it again" in printed.err
+    assert module.fingerprint() == before and "nothing to do" not in printed.out
+    for path in directory.iterdir():
+        assert path.read_bytes() == (miniature / directory.name / path.name).read_bytes()
+        if name and path.stem != name.partition(".")[0]:
+            assert path.stat().st_mtime_ns == made[path.name]
+    module.main(["--data", str(miniature.parent / "texts"), *MINIATURE])
+    assert "nothing to do" in capsys.readouterr().out
+    assert sorted(path.name for path in cache.iterdir() if path.is_dir()) == [directory.name]
+
+
+def test_force_that_fails_leaves_what_was_there(prepared_copy, tmp_path):
+    """A broken file, too little text, a kill: the set before is whole, and is used."""
+    before = {path: path.read_bytes() for path in module.cache_dir().rglob("*") if path.is_file()}
+    write_texts(tmp_path / "data", files=30)
+    put(tmp_path / "data" / "broken.jsonl", "{")
+    put(tmp_path / "small" / "note.txt", "the cat")
+    for data, reason in ((tmp_path / "data", "broken.jsonl"), (tmp_path / "small", "are missing")):
+        with pytest.raises(module.Stop, match=reason):
+            module.main(["--data", str(data), *map(str, SMALL), "--force"])
+    for path, content in before.items():
+        assert path.name == "lock" or path.read_bytes() == content
+    draw_a_batch(prepared_copy)
+    (tmp_path / "data" / "broken.jsonl").unlink()
+    module.main(["--data", str(tmp_path / "data"), *map(str, SMALL), "--force"])
+    directories = [path.name for path in module.cache_dir().iterdir() if path.is_dir()]
+    assert directories == [module.manifest()["key"]]
+
+
+def test_force_on_the_same_text_makes_the_same_set_anew(prepared_copy, miniature):
+    before = {path: path.stat().st_ino for path in module.set_dir().iterdir()}
+    fingerprint = module.fingerprint()
+    module.main(["--data", str(miniature.parent / "texts"), *MINIATURE, "--force"])
+    assert module.fingerprint() == fingerprint
+    assert all(path.stat().st_ino != number for path, number in before.items())
+    assert not list(module.cache_dir().glob("*.*d*"))
+
+
+@pytest.mark.parametrize("done", range(4))
+def test_killed_while_the_new_set_takes_the_place_of_the_old(
+    prepared_copy, miniature, monkeypatch, done
+):
+    """After so many of its four steps; the same command then makes it whole."""
+    before = module.fingerprint()
+    steps = []
+
+    def one_more(step):
+        def act(*arguments):
+            if len(steps) == done:
+                raise InterruptedError
+            steps.append(step)
+            step(*arguments)
+
+        return act
+
+    with monkeypatch.context() as patch:
+        put_in_place = module._put_in_place
+
+        def cut_off(*arguments):
+            patch.setattr(os, "rename", one_more(os.rename))
+            patch.setattr(module, "write_atomically", one_more(module.write_atomically))
+            patch.setattr(shutil, "rmtree", one_more(shutil.rmtree))
+            put_in_place(*arguments)
+
+        patch.setattr(module, "_put_in_place", cut_off)
+        with pytest.raises(module.Stop):
+            module.main(["--data", str(miniature.parent / "texts"), *MINIATURE, "--force"])
+    module.main(["--data", str(miniature.parent / "texts"), *MINIATURE])
+    assert module.fingerprint() == before
+    module.check_prepared("val")
+
+
+def test_a_source_without_a_document_is_no_damage(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("AUTORESEARCH_CACHE", str(tmp_path / "cache"))
+    write_texts(tmp_path / "data", files=30)
+    put(tmp_path / "data" / "blank.jsonl", "\n\n")
+    for word in ("next: uv run train.py", "nothing to do"):
+        module.main(["--data", str(tmp_path / "data"), *map(str, SMALL)])
+        assert word in capsys.readouterr().out
+    module.check_prepared("val")
 
 
 @pytest.mark.parametrize("damage", ["format", "cut", "edited", "not JSON", "binary"])
@@ -145,12 +260,9 @@ def test_a_manifest_that_cannot_be_read(texts, tmp_path, miniature, damage):
     )
     fails(prepare(texts, cache), "manifest.json", "--force")
     if damage == "format":
-        fails(run("train.py", cache=cache), "manifest.json", "--force", "99")
+        with pytest.raises(module.Stop, match="manifest.json has format 99.*--force"):
+            with_cache(cache, module.check_prepared, "val")
         assert prepare(texts, cache, "--force").returncode == 0
-
-
-def test_nothing_prepared(tmp_path):
-    fails(run("train.py", cache=tmp_path / "cache"), "uv run prepare.py")
 
 
 # ---- what cannot be read
@@ -197,7 +309,10 @@ BROKEN = {
     "bytes.parquet": (lambda path: parquet(path, text=[b"\xff\xfe\xfd"]), "parquet"),
     "lists.parquet": (lambda path: parquet(path, text=[["a"], ["b"]]), "parquet"),
     "line.jsonl": (lambda path: put(path, GOOD * 6 + b'{"text": "the d\n' + GOOD), "line 7"),
-    "field.jsonl": (lambda path: put(path, GOOD * 2 + b"\n" + b'{"content": "a"}\n'), "line 4"),
+    "field.jsonl": (
+        lambda path: put(path, GOOD * 2 + b"\n" + b'{"content": "a", "n": 1}\n'),
+        "line 4 has no `text`, only: content, n",
+    ),
     "number.jsonl": (lambda path: put(path, b'{"text": 5}\n' + GOOD), "line 1"),
     "list.jsonl": (lambda path: put(path, GOOD + b'["text"]\n'), "line 2"),
     "deep.jsonl": (lambda path: put(path, GOOD + b"[" * 100_000), "line 2"),
@@ -292,11 +407,12 @@ def test_disk_full(texts, tmp_path):
         cache = tmp_path / "disk" / "cache"
         fails(prepare(texts, cache), "No space left", "AUTORESEARCH_CACHE")
         assert not (cache / "manifest.json").exists()
-        tokenizer = next(cache.glob("*/tokenizer.tiktoken"))
+        (tokenizer,) = cache.glob("*.new/tokenizer.tiktoken")
         made = tokenizer.stat().st_mtime_ns
         subprocess.run(["mount", "-o", "remount,size=10m", tmp_path / "disk"], check=True)
         done = prepare(texts, cache)
         assert done.returncode == 0, done.stderr
+        (tokenizer,) = cache.glob("*/tokenizer.tiktoken")
         assert tokenizer.stat().st_mtime_ns == made
 
 
@@ -372,31 +488,28 @@ def test_killed_in_the_middle(larger, tmp_path):
     data, undisturbed = larger
     cache = tmp_path / "cache"
     process = start(data, cache)
-    wait_for(process, lambda: len(list(cache.glob("*/*.idx"))) >= 3)
+    wait_for(process, lambda: len(list(cache.glob("*/*.json"))) >= 3)
     process.kill()
     process.wait()
-    kept = {
-        path: path.stat().st_mtime_ns
-        for path in [*cache.glob("*/*.idx"), *cache.glob("*/tokenizer.tiktoken")]
-    }
-    kept.update(
-        {
-            path.with_suffix(".bin"): path.with_suffix(".bin").stat().st_mtime_ns
-            for path in cache.glob("*/*.idx")
-        }
-    )
-    assert 4 <= len(kept) < 25 and not (cache / "manifest.json").exists()
-    fails(run("train.py", cache=cache), "uv run prepare.py")
+    kept = {path: path.stat().st_mtime_ns for path in cache.glob("*/tokenizer.tiktoken")}
+    for sign in cache.glob("*/*.json"):
+        for path in (sign, sign.with_suffix(".bin"), sign.with_suffix(".idx")):
+            kept[path] = path.stat().st_mtime_ns
+    assert 10 <= len(kept) < 37 and not (cache / "manifest.json").exists()
+    with pytest.raises(module.Stop, match="nothing is prepared .*uv run prepare.py"):
+        with_cache(cache, module.check_prepared, "val")
     done = prepare(data, cache, small=LARGER)
     assert done.returncode == 0 and "trained a tokenizer" not in done.stderr
-    assert kept == {path: path.stat().st_mtime_ns for path in kept}
+    directory = cache / undisturbed["key"]
+    for path, made in kept.items():
+        assert (directory / path.name).stat().st_mtime_ns == made
     assert read_manifest(cache) == undisturbed
 
 
 def test_ctrl_c_at_random_moments(larger, tmp_path):
     data, undisturbed = larger
     cache, draw, interrupted = tmp_path / "cache", random.Random(2), 0
-    for moment in (0, 0.05, 0.2, 0.4, *(draw.uniform(0, 1) for _ in range(4))):
+    for moment in (0, 0.05, 0.2, 0.4, draw.uniform(0, 1), draw.uniform(0, 1)):
         process = start(data, cache)
         time.sleep(moment)
         process.send_signal(signal.SIGINT)
@@ -411,7 +524,7 @@ def test_ctrl_c_at_random_moments(larger, tmp_path):
             code=130,
         )
         interrupted += 1
-    assert interrupted >= 4
+    assert interrupted >= 3
     done = prepare(data, cache, small=LARGER)
     assert done.returncode == 0 and read_manifest(cache) == undisturbed
 
@@ -438,7 +551,7 @@ def share_of(data: bytes) -> str:
 def test_every_document_on_its_side(tmp_path):
     """Two thousand small files in nested folders, empty ones, duplicates across formats, links that loop."""
     draw, data = random.Random(7), tmp_path / "data"
-    pieces = [f"{i} {words(draw, 8)}" for i in range(2000)]
+    pieces = [f"{i} {words(draw, 5)}" for i in range(2000)]  # shorter than a row, so not cut
     for i, piece in enumerate(pieces):
         put(data / f"{i % 10}" / f"{i % 7}" / "deep" / f"{i}.{'md' if i % 3 else 'txt'}", piece)
     twice = draw.sample(pieces, 600)
@@ -474,7 +587,7 @@ def test_named_files_and_duplicates(tmp_path, named):
                 json.dumps({"text": t}) + "\n" for t in texts[100 * number : 100 * number + 150]
             ),
         )
-    put(tmp_path / "data" / "rest.jsonl", "".join(json.dumps({"text": t}) + "\n" for t in texts))
+    put(tmp_path / "data" / "zz.jsonl", "".join(json.dumps({"text": t}) + "\n" for t in texts))
     assert prepare(tmp_path / "data", tmp_path / "cache").returncode == 0
     found = {split: set(texts) for split, texts in documents_in(tmp_path / "cache").items()}
     assert set().union(*found.values()) == set(texts) and sum(map(len, found.values())) == len(
@@ -517,26 +630,188 @@ def test_the_tokenizer_learns_nothing_from_what_is_held_out(tmp_path, monkeypatc
     assert not [token for token in learned if b"z" in token or b"q" in token]
 
 
+def in_files(kind: str, data: Path, parts: list[str]):
+    """The parts as one file, as many, as documents of a jsonl, or as rows of a parquet."""
+    if kind == "one file":
+        put(data / "input.txt", "".join(parts))
+    if kind == "many files":
+        for number, part in enumerate(parts):
+            put(data / f"chapter {number:02d}.md", part)
+    if kind == "jsonl":
+        put(data / "book.jsonl", "".join(json.dumps({"text": part}) + "\n" for part in parts))
+    if kind == "parquet":
+        parquet(data / "book.parquet", text=parts)
+
+
+@pytest.mark.parametrize("kind", ["one file", "many files", "jsonl", "parquet"])
+def test_few_documents_are_split_in_stretches(tmp_path, monkeypatch, kind):
+    """Each 5% at an end; between them and training at least a row of text that is nowhere."""
+    monkeypatch.setattr(module, "PIECE_BYTES", 20_000)
+    draw = random.Random(13)
+    lines = [f"<{i}> {words(draw, 9)}\n" + "\n" * (i % 5 == 0) for i in range(6000)]
+    in_files(kind, tmp_path, ["".join(lines[i : i + 500]) for i in range(0, 6000, 500)])
+    sources, splits = module.text_sources(module.text_files(tmp_path), {}, 33)
+    assert str(splits).startswith(
+        "split in stretches, in order of names: val the first 5%, test the last 5%"
+    )
+    found = {split: [] for split in SPLITS}
+    for source in sources:
+        for split, _, text in module.documents(source):
+            found[split] += re.findall(r"^<(\d+)> ", text, re.M)
+    numbers = {split: sorted(map(int, of)) for split, of in found.items()}
+    tokenizer = module.Tokenizer.train(lines, 300)
+    for split, of in numbers.items():
+        assert of == list(range(of[0], of[-1] + 1))
+        low, high = (0.82, 0.9) if split == "train" else (0.045, 0.055)
+        assert low < len(of) / 6000 < high
+    assert numbers["val"][0] == 0 and numbers["test"][-1] == 5999
+    for before, after in (("val", "train"), ("train", "test")):
+        left_out = "".join(lines[numbers[before][-1] + 1 : numbers[after][0]])
+        assert 33 <= len(tokenizer.encode_array(left_out)) < 6000
+
+
+@pytest.mark.parametrize("given", ["data", "data/INPUT.TXT"])
+def test_one_file_prepared(tmp_path, given):
+    draw = random.Random(16)
+    put(tmp_path / "data" / "INPUT.TXT", "".join(words(draw, 9) + "\n" for _ in range(6000)))
+    done = prepare(tmp_path / given, tmp_path / "cache")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("split in stretches, ")
+    assert all(rows >= 10 for rows in read_manifest(tmp_path / "cache")["eval_rows"].values())
+
+
+def test_a_draw_far_from_its_share_is_not_taken(tmp_path):
+    """Among 700 notes chance takes enough, but one huge file would be all of a split."""
+    draw = random.Random(14)
+    notes = {f"{i}.txt": f"{i} {words(draw, 30)}" for i in range(700)}
+    notes["last.txt"] = notes["0.txt"]
+    for name, text in notes.items():
+        put(tmp_path / name, text)
+    _, splits = module.text_sources(module.text_files(tmp_path), {}, 33)
+    assert splits.stretches is None
+    seeds = range(1000)
+    huge = next(text for i in seeds if share_of((text := f"{i} " * 9000).encode()) == "val")
+    put(tmp_path / "log.txt", huge)
+    _, splits = module.text_sources(module.text_files(tmp_path), {}, 33)
+    assert splits.stretches is not None and "documents: 701;" in str(splits)
+
+
+def test_the_same_text_twice_is_on_one_side_in_stretches_too(tmp_path):
+    draw = random.Random(15)
+    for number in range(8):
+        text = "".join(f"<{number}.{i}> {words(draw, 9)}\n" for i in range(400))
+        put(tmp_path / f"{number}.txt", text)
+        put(tmp_path / f"{9 - number} copy.md", text)
+    sources, splits = module.text_sources(module.text_files(tmp_path), {}, 33)
+    assert splits.stretches is not None and len(splits.documents) == 8
+    lines = {}
+    for source in sources:
+        for split, _, text in module.documents(source):
+            lines.setdefault(split, set()).update(re.findall(r"<(\S+)>", text))
+    assert all(lines.values()) and not lines["val"] & lines["train"]
+    assert not lines["test"] & (lines["train"] | lines["val"])
+
+
+@pytest.mark.parametrize(
+    "name, split",
+    {
+        "val.txt": "val",
+        "valid.jsonl": "val",
+        "validation-00000-of-00001.parquet": "val",
+        "val_2.md": "val",
+        "books/val/a.txt": "val",
+        "test/deep/a.txt": "test",
+        "test-1.md": "test",
+        "valley of fear.md": None,
+        "testament.md": None,
+        "tests/a.txt": None,
+        "my val.txt": None,
+        "train-val.txt": None,
+        "valid news.txt": None,
+    }.items(),
+)
+def test_what_is_named_for_a_split(name, split):
+    assert module.named_split(name) == split
+
+
+def test_what_is_prepared_is_shown_and_what_is_missing(tmp_path):
+    write_texts(tmp_path / "data" / "train", files=130)
+    put(tmp_path / "data" / "val.md", words(random.Random(0), 500))
+    for number in range(7):
+        put(tmp_path / "data" / "test" / f"{number}.txt", "zq")
+    done = prepare(tmp_path / "data", tmp_path / "cache")
+    assert done.returncode == 0, done.stderr
+    val, test, how, header, *table = done.stdout.splitlines()[:7]
+    assert val == "val is what is named so: val.md"
+    names = ", ".join(f"test/{number}.txt" for number in range(4))
+    assert test == f"test is what is named so: {names}, and 3 more"
+    assert (
+        how == "split by name" and header.split() == "split files documents MB tokens rows".split()
+    )
+    found = documents_in(tmp_path / "cache")
+    rows = read_manifest(tmp_path / "cache")["eval_rows"]
+    for line, (split, files) in zip(table, dict(train=130, val=1, test=7).items()):
+        words_of_line = line.replace(",", "").split()
+        assert words_of_line[:3] == [split, str(files), str(len(found[split]))]
+        assert float(words_of_line[3]) == round(len("".join(found[split])) / 1e6, 1)
+        if split != "train":
+            assert int(words_of_line[5]) == rows[split]
+    assert re.search("the test split has .* are missing: AUTORESEARCH_SPLIT=test", done.stdout)
+    assert "encoded 130 text files (" in done.stderr and "encoded val.md (" in done.stderr
+
+
 def test_neighbours_in_a_text_file_do_not_stay_neighbours(tmp_path, monkeypatch):
-    """Passages go by their sha256, within a window of so many characters."""
-    monkeypatch.setattr(module, "BUNDLE_BYTES", 5000)
+    """Passages go by the sha256 of their tokens, within a window of so many characters."""
+    monkeypatch.setattr(module, "PIECE_BYTES", 1000)
+    monkeypatch.setattr(module, "CUT_BYTES", 100)
     draw = random.Random(10)
     story = "".join(f"line {i}: {words(draw, 9)}\n" for i in range(400))
-    put(tmp_path / "story.txt", story)
-    (source,) = module.text_sources(tmp_path)
-    passages = [text for _, _, text in module.read(source, size=100)]
-    in_order = sorted(passages, key=story.index)
-    assert "".join(in_order) == story
+    tokenizer = module.Tokenizer.train([story], 300)
+    named = {"train.txt": "train", "val.txt": "val", "test.txt": "test"}
+    files = {name: put(tmp_path / name, story if name == "train.txt" else name) for name in named}
+    sources, _ = module.text_sources(files, named, 65)
+    assert [source.split for source in sources] == ["train", "val", "test"]
+    pieces = [piece.text() for piece in sources[0].pieces]
+    in_order = sorted(pieces, key=story.index)
+    assert "".join(in_order) == story and pieces != in_order and len(pieces) > 15
+
+    monkeypatch.setattr(module, "BUNDLE_BYTES", 5000)  # now: a bundle of several windows
+    with ThreadPoolExecutor(2) as pool:
+        progress = module.Progress("encoded", 9)
+        encoded = list(module._encoded(sources[0], tokenizer, 65, pool, progress))
     windows = [[]]
-    for passage in in_order:
-        windows[-1].append(passage)
-        if sum(map(len, windows[-1])) >= 5000:
+    chars = 0
+    for text in pieces:
+        windows[-1] += [ids.tobytes() for ids in module.passages(tokenizer, text, 64)]
+        chars += len(text)
+        if chars >= 5000:
             windows.append([])
+            chars = 0
     mixed = []
     for window in windows:
-        mixed += sorted(window, key=lambda text: hashlib.sha256(text.encode()).digest())
+        mixed += sorted(window, key=lambda ids: hashlib.sha256(ids).digest())
     assert len(windows) > 3
-    assert passages == mixed != in_order
+    assert [ids.tobytes() for _, _, ids in encoded] == mixed
+
+
+def test_passages_are_a_row_or_a_little_more_and_end_where_a_paragraph_does():
+    draw = random.Random(12)
+    text = "".join(
+        words(draw, 8) + draw.choice(["\n", "\n", "\n", ".\r\n \r\n"]) for _ in range(900)
+    )
+    text += words(draw, 400)  # no line end at all
+    tokenizer = module.Tokenizer.train([text], 400)
+    cut = module.passages(tokenizer, text, 200)
+    assert tokenizer.decode(np.concatenate(cut).tolist()) == text
+    assert np.array_equal(np.concatenate(cut), tokenizer.encode_array(text))  # encoded once
+    assert all(200 <= len(ids) <= 210 for ids in cut[:-1]) and len(cut[-1]) <= 210
+    for ids, following in zip(cut[:-1], cut[1:]):
+        further = tokenizer.decode(np.concatenate([ids, following])[200:210].tolist())
+        end = tokenizer.decode(ids.tolist())
+        if "\r\n \r\n" in further:
+            assert end.endswith("\r\n \r\n")
+        elif "\n" in further.rstrip("\n"):
+            assert end.endswith("\n")
 
 
 def test_long_documents(tmp_path):
@@ -559,7 +834,7 @@ def test_long_documents(tmp_path):
     assert found[:2] == ["x" * 1_000_000, " " * 1_000_000 + "\n"]
     passages = found[2:]
     assert sum(map(len, passages)) == len(story) + len(long["line.txt"]) and len(passages) > 1000
-    assert all(text in story or text in long["line.txt"] for text in passages)
+    assert all(text in story or text in long["line.txt"] for text in passages[::20])
     assert max(map(len, passages)) < 1000  # about a row of 33 tokens
 
 
@@ -569,5 +844,64 @@ def test_own_text_with_a_byte_order_mark_and_surrogates(tmp_path):
     put(tmp_path / "data" / "lone.jsonl", r'{"text": "a\ud800b \ud83d\ude00 ' + "c" * 50 + '"}\n')
     assert prepare(tmp_path / "data", tmp_path / "cache").returncode == 0
     found = documents_in(tmp_path / "cache")
-    assert found["val"][0].startswith("the first word")
-    assert "a\ufffdb 😀 " + "c" * 50 in found["train"] + found["test"]
+    assert any(text.startswith("the first word") for text in found["val"])
+    assert any(text.startswith("a\ufffdb 😀 ccc") for text in found["train"] + found["test"])
+
+
+# ---- the demo
+
+
+@pytest.fixture
+def packages(tmp_path, monkeypatch) -> Path:
+    """A folder of two packages that the demo is made of, 900 files in all."""
+    monkeypatch.setattr(module, "DEMO_PACKAGES", ("red", "green"))
+    draw = random.Random(17)
+    folder = tmp_path / "packages"
+    for number in range(900):
+        package = draw.choice(["red", "green"])
+        put(folder / package / "test" / f"{number}.py", f"# {number} {words(draw, 40)}\n")
+    for package in ("red", "green"):
+        put(folder / package / "__init__.py", "")
+        put(folder / package / "broken.py", b"caf\xe9")
+        put(folder / package / "notes.txt", "no source")
+        for built in ("version.py", "_version.py", "_version_meson.py", "__config__.py"):
+            put(folder / package / "sub" / built, words(draw, 40))
+    monkeypatch.syspath_prepend(folder)
+    monkeypatch.setenv("AUTORESEARCH_CACHE", str(tmp_path / "cache"))
+    return folder
+
+
+def test_the_demo_is_the_same_wherever_its_packages_are(packages, tmp_path, monkeypatch, capsys):
+    """Elsewhere, made in another order, with what another build writes: the same fingerprint."""
+    assert len(module.demo_files()) == 900
+    module.main(["--demo", *map(str, SMALL)])
+    assert "split by the sha256 of each document" in capsys.readouterr().out  # `test` is no name
+    before = module.fingerprint()
+    for path in sorted(packages.rglob("*"), reverse=True):
+        if path.is_file():
+            content = path.read_bytes()
+            if "version" in path.name or "config" in path.name:
+                content = b"another build"
+            put(tmp_path / "elsewhere" / path.relative_to(packages), content)
+    shutil.rmtree(packages)
+    monkeypatch.syspath_prepend(tmp_path / "elsewhere")
+    monkeypatch.setenv("AUTORESEARCH_CACHE", str(tmp_path / "cache2"))
+    module.main(["--demo", *map(str, SMALL)])
+    assert module.fingerprint() == before
+    with open(tmp_path / "elsewhere" / "red" / "more.py", "w") as file:
+        file.write("more = 1\n")
+    with pytest.raises(module.Stop, match="another prepared set"):
+        module.main(["--demo", *map(str, SMALL)])
+
+
+def test_a_package_of_the_demo_that_is_missing_is_named(packages, monkeypatch):
+    monkeypatch.setattr(module, "DEMO_PACKAGES", ("red", "blueish"))
+    with pytest.raises(module.Stop, match="the source of blueish, which is missing: uv sync"):
+        module.main(["--demo", *map(str, SMALL)])
+
+
+def test_the_demos_packages_are_here():
+    """Every name is a package that is installed, with sources."""
+    files = module.demo_files()
+    assert {name.split("/")[0] for name in files} == set(module.DEMO_PACKAGES)
+    assert len(files) > 3000

@@ -184,7 +184,7 @@ def test_nothing_in_the_cache_runs_code(prepared_copy, tmp_path, place):
             place != "tokenizer.pkl"
             and str(stop).startswith("FAIL: ")
             and "\n" not in str(stop)
-            and "--force" in str(stop)
+            and "uv run prepare.py" in str(stop)
         )
     else:
         assert place == "tokenizer.pkl"
@@ -219,7 +219,7 @@ def test_damage_gives_one_clear_line(tokenizer, tmp_path, prepared_copy, name):
         assert (
             str(stop.value).startswith("FAIL: ")
             and "\n" not in str(stop.value)
-            and "--force" in str(stop.value)
+            and "uv run prepare.py" in str(stop.value)
         )
     prepared = prepared_copy.set_dir() / "tokenizer.tiktoken"
     if name == "gone":
