@@ -20,7 +20,8 @@ Notable, in the order of the rooms:
   process that ends the run with all its children at the limit
 - each step of the bookkeeping may be done twice: whatever was cut off is finished by the next command
 
-Standard library only; prepare.py is imported where its ledger is read. Linux and macOS.
+Standard library only; prepare.py is imported where its ledger is read, and cluster.py, which needs
+Ray, where the night runs on a cluster. Linux and macOS.
 """
 
 from __future__ import annotations
@@ -33,12 +34,14 @@ import fcntl
 import functools
 import getpass
 import hashlib
+import importlib.util
 import json
 import math
 import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -46,7 +49,7 @@ import time
 import traceback
 import uuid
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from datetime import datetime, timezone
 from pathlib import Path
 from statistics import mean, median, variance
@@ -82,6 +85,7 @@ LEAST_WAITING = 2  # experiments that may wait; more would be stale when they st
 WAIT = 45  # seconds; agents' tools allow a command a minute or two
 BEST_MOVED, HANDED_BACK = "the best moved", "handed back"  # how such a reason begins
 COMPILER_WRITES = 10  # seconds; so long at most it writes one file, on a busy machine
+SILENCE = 3  # seconds in which a cluster must answer
 PAUSE = 0.05  # seconds between two looks at files that others write
 SCREEN, WIDTH = 36, 110  # lines and columns of what a command prints between first and last line
 
@@ -243,6 +247,9 @@ def row_of(record: dict) -> str:
         what = "simpler: " + what
     if record["score"] is None or record["why"].startswith(HANDED_BACK):
         what += f" [{record['why']}]"
+    lost = [why for why in record.get("again", []) if why.startswith("cut off: ")]
+    if lost:  # by a cluster, which says why
+        what += f" [ran again, {lost[-1]}]"
     score = record["score"] or 0
     memory = record["memory_gb"] if record["score"] is not None else 0
     what = one_line(what, 400).replace('"', "'")
@@ -441,8 +448,42 @@ def cores() -> int:
     return os.cpu_count() or 1
 
 
+def cluster_address() -> str | None:
+    """Where the Ray cluster answers (HOST:PORT, or `auto`); None where the runs stay on this machine."""
+    named = knob("cluster", os.environ.get("RAY_ADDRESS") or "none").split()[0]
+    if named == "none":
+        return None
+    said = f"the cluster {one_line(named, 60)} (RAY_ADDRESS, or program.md's knob)"
+    if named != "auto" and not re.fullmatch(r"[^\s/]+:\d{1,5}", named):
+        raise Refused(f"{said}: it must be HOST:PORT as `ray start --head` says it, auto, or none")
+    if importlib.util.find_spec("ray") is None:
+        install = "uv sync --group cluster (or: uv run --group cluster night.py)"
+        raise Refused(f"{said} needs Ray, which is not installed: {install}")
+    return named
+
+
+def silence(address: str | None) -> str | None:
+    """What to say where nothing listens there. Whether it is Ray, the supervisor will find out."""
+    if address in (None, "auto"):
+        return None
+    host, port = address.rsplit(":", 1)
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=SILENCE).close()
+    except (OSError, OverflowError, UnicodeError):
+        return f"the cluster {address} does not answer; nothing is lost, all goes on when it does"
+    return None
+
+
+def cluster_state() -> dict:
+    """What the supervisor last saw of the cluster. slots: runs at once; words: lines for the agent."""
+    return read_json(ROOT / ".night" / "cluster.json") or {"slots": 1, "words": []}
+
+
 def slots() -> list[dict]:
     """The environment of each place where a run may stand: one a visible GPU, or what the knob says."""
+    if cluster_address():
+        number_knob("slots", "1")  # a knob that cannot be read is said here
+        return [{}] * cluster_state()["slots"]
     gpus = visible_gpus()
     wanted = number_knob("slots", str(max(1, len(gpus))))
     if gpus and wanted > len(gpus):
@@ -457,12 +498,18 @@ def slots() -> list[dict]:
     return [{"OMP_NUM_THREADS": str(max(1, cores() // wanted))}] * wanted
 
 
+def split_of(asked: dict) -> str:
+    """Which split an experiment is scored on; asked: what its experiment.json holds."""
+    return "test" if asked["kind"] == "confirm" else "val"
+
+
 @dataclasses.dataclass
 class Experiment:
     """One folder of the queue. Its files, each written once, are:
 
     experiment.json   what was asked for: n, kind (baseline, try, confirm), commit, base, seed, ...
-    run-K.json        the K-th run: its id, the commit that runs, the best it stands on, why again
+    run-K.json        the K-th run: its id, the commit that runs, the best it stands on; `cluster`
+                      where Ray has it; there, once known, node-K.json says on which node
     run-K.log         all that it printed
     end-K.json        how it ended, and what the ledger says of it
     again-K.json      why it is to be run once more
@@ -502,7 +549,7 @@ class Experiment:
 
     @property
     def split(self) -> str:
-        return "test" if self.is_confirm else "val"
+        return split_of(self.asked)
 
     def runs(self) -> list[dict]:
         """What is known of each run so far, oldest first; `code` is there once it has ended."""
@@ -547,8 +594,8 @@ class Experiment:
             return "waiting"
         if "code" in runs[-1]:
             return "ended"
-        if self.alive():
-            return "running"
+        if "cluster" in runs[-1] or self.alive():
+            return "running"  # in a cluster it may be lost: the supervisor finds out
         return "ended" if (self.folder / f"end-{len(runs)}.json").exists() else "cut off"
 
 
@@ -784,21 +831,23 @@ class Isolation:
         )
 
 
-def run_environment(night: Night, experiment: Experiment, run_id: str, slot: dict) -> dict:
-    """The user's, but a home and a place for temporary files of the run's own, and named compiler caches."""
-    folder, compiled = experiment.folder, night.home / "compiled"
+def run_environment(folder: Path, compiled: Path, asked: dict, run: dict) -> dict:
+    """The user's, but a home and a place for temporary files of the run's own, and named compiler caches.
+
+    asked, run: what experiment.json and run-K.json hold.
+    """
     home, temporary = folder / "home", folder / "tmp"
     for path in (home, temporary, compiled):
-        path.mkdir(exist_ok=True)
+        path.mkdir(parents=True, exist_ok=True)
     environment = {
         **os.environ,
-        **slot,
+        **run["slot"],
         "HOME": str(home),
         "TMPDIR": str(temporary),
         "AUTORESEARCH_CACHE": str(cache_folder()),
-        "AUTORESEARCH_RUN": run_id,
-        SEED: str(experiment.asked["seed"]),
-        SPLIT: experiment.split,
+        "AUTORESEARCH_RUN": run["id"],
+        SEED: str(asked["seed"]),
+        SPLIT: split_of(asked),
         "PYTHONDONTWRITEBYTECODE": "1",
     }
     environment.setdefault("TORCHINDUCTOR_CACHE_DIR", str(compiled / "inductor"))
@@ -852,19 +901,23 @@ def why_it_failed(code: int, stopped: str | None, ledger: dict, log: str) -> str
     return f"exit {code}: {last[-250:]}"
 
 
-def watch(night: Night, experiment: Experiment, k: int, isolation: Isolation, limit: int):
-    """Runs the k-th run of an experiment to its end and writes end-K.json. In a process of its own."""
-    import prepare
+def run_to_its_end(
+    tree: Path,
+    environment: dict,
+    compiled: Path,
+    log_path: Path,
+    isolation: Isolation,
+    limit: int,
+    given_up: Callable[[], bool],
+) -> dict:
+    """Runs COMMAND in `tree` and ends it, with all its children, at the limit or when it is given up.
 
-    run = read_json(experiment.folder / f"run-{k}.json")
-    ledger_path = prepare.cache_dir() / LEDGER
-    ledger_path.touch()
-    start = ledger_path.stat().st_size
-    tree = experiment.folder / "tree"
-    environment = run_environment(night, experiment, run["id"], run["slot"])
+    compiled: the folder of the compilers' caches. Returns its exit code, why it was stopped, and
+    its seconds. To be called by a process that has no other children.
+    """
     began = time.monotonic()
     stopped = None
-    with open(experiment.folder / f"run-{k}.log", "wb") as log:
+    with open(log_path, "wb") as log:
         process = subprocess.Popen(
             [*isolation.prefix, *COMMAND],
             cwd=tree,
@@ -880,7 +933,7 @@ def watch(night: Night, experiment: Experiment, k: int, isolation: Isolation, li
                 code = process.wait(timeout=0.25)
                 break
             except subprocess.TimeoutExpired:
-                if experiment.dropped():
+                if given_up():
                     stopped = "dropped"
                 elif time.monotonic() - began > limit:
                     stopped = f"still running after {limit} s, the limit in program.md"
@@ -888,23 +941,30 @@ def watch(night: Night, experiment: Experiment, k: int, isolation: Isolation, li
                     end_group(process.pid)
         end_group(process.pid)
         end_children()
-    seconds = time.monotonic() - began
-    if code < 0 and not progress(experiment.folder / f"run-{k}.log"):  # while it compiled
-        forget_half_made(night.home / "compiled", time.time() - COMPILER_WRITES)
-    text = log_text(experiment.folder / f"run-{k}.log")
-    mine = [r for r in prepare.read_ledger(start)[0] if r.get("run") == run["id"]]
-    said = {key: value for r in mine for key, value in r.items()}
-    scored = said.get("score") if code == 0 and said.get("split") == experiment.split else None
+    if code < 0 and not progress(log_path):  # while it compiled
+        forget_half_made(compiled, time.time() - COMPILER_WRITES)
+    seconds = round(time.monotonic() - began, 2)
+    return {"code": code, "stopped": stopped, "wall_seconds": seconds}
+
+
+def outcome(ended: dict, records: list[dict], text: str, split: str) -> dict:
+    """What end-K.json holds: how a run ended, with what the ledger's records of it and its log say."""
+    said = {key: value for record in records for key, value in record.items()}
+    code = ended["code"]
+    scored = said.get("score") if code == 0 and said.get("split") == split else None
     if not isinstance(scored, (int, float)) or not math.isfinite(scored):
         scored = None
+    failure = None
+    if scored is None:
+        failure = why_it_failed(code, ended["stopped"], said, text)
     memory = MEMORY.search(text)
     steps = STEPS.search(text)
-    end = {
+    return {
         "code": code,
         "ended": now(),
-        "wall_seconds": round(seconds, 2),
+        "wall_seconds": ended["wall_seconds"],
         "score": scored,
-        "failure": None if scored is not None else why_it_failed(code, stopped, said, text),
+        "failure": failure,
         "memory_gb": float(memory[1]) / 1024 if memory else 0.0,
         "steps": int(steps[1]) if steps else None,
         "tokens": said.get("tokens"),
@@ -912,7 +972,25 @@ def watch(night: Night, experiment: Experiment, k: int, isolation: Isolation, li
         "pace": said.get("pace"),
         "conditions": {key: said[key] for key in (*CONDITIONS, FELL_BACK) if key in said},
     }
-    write_json(experiment.folder / f"end-{k}.json", end)
+
+
+def watch(night: Night, experiment: Experiment, k: int, isolation: Isolation, limit: int):
+    """Runs the k-th run of an experiment to its end and writes end-K.json. In a process of its own."""
+    import prepare
+
+    folder, compiled = experiment.folder, night.home / "compiled"
+    run = read_json(folder / f"run-{k}.json")
+    ledger_path = prepare.cache_dir() / LEDGER
+    ledger_path.touch()
+    start = ledger_path.stat().st_size
+    environment = run_environment(folder, compiled, experiment.asked, run)
+    log_path = folder / f"run-{k}.log"
+    ended = run_to_its_end(
+        folder / "tree", environment, compiled, log_path, isolation, limit, experiment.dropped
+    )
+    mine = [r for r in prepare.read_ledger(start)[0] if r.get("run") == run["id"]]
+    end = outcome(ended, mine, log_text(log_path), experiment.split)
+    write_json(folder / f"end-{k}.json", end)
 
 
 # ------------------------------------------------------------------------------- the supervisor
@@ -927,12 +1005,22 @@ class Supervisor:
 
     def __init__(self, night: Night):
         self.night = night
-        self.slots = slots()
         self.limit = time_limit()
-        cache = cache_folder()
-        (cache / LEDGER).touch()
-        self.isolation = Isolation.here(cache)
-        write_once(night.home / "isolation", self.isolation.words.encode())
+        (cache_folder() / LEDGER).touch()
+        self.cluster = None
+        address = cluster_address()
+        if address:
+            import cluster  # the only file that needs Ray
+
+            self.cluster = cluster.Cluster(night, address)
+        else:
+            self.slots = slots()
+            self.isolation = Isolation.here(cache_folder())
+            write_once(night.home / "isolation", self.isolation.words.encode())
+
+    def disconnect(self):
+        if self.cluster:
+            self.cluster.disconnect()
 
     @property
     def records(self) -> list[dict]:
@@ -948,10 +1036,16 @@ class Supervisor:
         while True:
             if self.turn():
                 pause = 0
-            elif not any(e.state() == "running" for e in self.night.open()):
+            elif not self.may_go_on():
                 return
             pause = min(pause + PAUSE / 10, 5 * PAUSE)
             time.sleep(pause)
+
+    def may_go_on(self) -> bool:
+        """Whether something runs, or waits for a node that a cluster may still get."""
+        if any(e.state() == "running" for e in self.night.open()):
+            return True
+        return self.cluster is not None and can_work(self.night)
 
     def turn(self) -> bool:
         """One look at the queue. Returns whether anything moved."""
@@ -967,12 +1061,14 @@ class Supervisor:
             elif state == "waiting" and experiment.dropped():
                 self.close(experiment, None, "crash", "dropped while it waited")
                 moved = True
+            elif state == "running" and "cluster" in experiment.runs()[-1]:
+                moved = self.look_into_cluster(experiment) or moved
         moved = self.conclude() or moved
         return self.fill_slot() or moved
 
     def fill_slot(self) -> bool:
         experiments = self.night.open()
-        free = list(self.slots)
+        free = self.cluster.slots() if self.cluster else list(self.slots)
         states = {e.n: e.state() for e in experiments}
         for experiment in experiments:
             if states[experiment.n] == "running" and free:
@@ -989,7 +1085,7 @@ class Supervisor:
         return True
 
     def start(self, experiment: Experiment, slot: dict):
-        """Puts the change on top of the best where that has moved, lays a worktree, starts the run."""
+        """Puts the change on top of the best where that has moved, and starts the run."""
         best = best_of(self.records)
         base = experiment.asked["base"]
         if best and not experiment.is_baseline and not experiment.is_confirm:
@@ -998,12 +1094,6 @@ class Supervisor:
         if commit is None:
             self.hand_back(experiment, conflict)
             return
-        folder, k = experiment.folder, len(experiment.runs()) + 1
-        if k > 1 or (folder / "tree").exists():
-            self.clear(folder)
-        git("worktree", "add", "-q", "--force", "--force", "--detach", str(folder / "tree"), commit)
-        lock = open(folder / "lock", "w")
-        fcntl.flock(lock, fcntl.LOCK_EX)
         run = {
             "id": uuid.uuid4().hex[:12],
             "commit": commit,
@@ -1011,6 +1101,20 @@ class Supervisor:
             "slot": slot,
             "began": now(),
         }
+        k = len(experiment.runs()) + 1
+        if self.cluster:
+            self.cluster.start(experiment, k, run, self.limit)
+        else:
+            self.start_here(experiment, k, run)
+
+    def start_here(self, experiment: Experiment, k: int, run: dict):
+        """Lays a worktree; a process of its own runs and watches, and outlives us."""
+        folder, commit = experiment.folder, run["commit"]
+        if k > 1 or (folder / "tree").exists():
+            self.clear(folder)
+        git("worktree", "add", "-q", "--force", "--force", "--detach", str(folder / "tree"), commit)
+        lock = open(folder / "lock", "w")
+        fcntl.flock(lock, fcntl.LOCK_EX)
         write_json(folder / f"run-{k}.json", run)
         if os.fork() == 0:  # this process holds the lock until it ends, whatever becomes of ours
             try:
@@ -1025,6 +1129,16 @@ class Supervisor:
             finally:
                 os._exit(0)
         lock.close()
+
+    def look_into_cluster(self, experiment: Experiment) -> bool:
+        """Whether anything is new of a run that Ray has; one that it has lost is cut off."""
+        if self.cluster is None:
+            self.cut_off(experiment, "cut off: its cluster is no longer used")
+            return True
+        lost = self.cluster.look(experiment)
+        if lost:
+            self.cut_off(experiment, lost)
+        return bool(lost)
 
     def on_top(self, experiment: Experiment, base: str) -> tuple[str | None, str]:
         """The experiment's commit, or the same change as a commit on `base`; or None and why not."""
@@ -1069,14 +1183,20 @@ class Supervisor:
     # what has ended
 
     def take_up(self, experiment: Experiment):
-        """A run whose watcher died, by a kill or a power cut: it is queued again, but not for ever."""
-        runs = experiment.runs()
-        end_leftovers(runs[-1]["id"])
-        forget_half_made(self.night.home / "compiled", seconds_of(runs[-1]["began"]))
-        if len([run for run in runs if run.get("again", "cut off") == "cut off"]) >= CUT_OFF:
-            self.close(experiment, None, "crash", f"cut off {CUT_OFF} times")
+        """A run whose watcher died, by a kill or a power cut."""
+        run = experiment.runs()[-1]
+        end_leftovers(run["id"])
+        forget_half_made(self.night.home / "compiled", seconds_of(run["began"]))
+        self.cut_off(experiment, "cut off")
+
+    def cut_off(self, experiment: Experiment, why: str):
+        """Queues the run again, but not for ever. why: begins with `cut off`."""
+        before = [run.get("again", "") for run in experiment.runs()]
+        if len([said for said in before if said.startswith("cut off")]) + 1 >= CUT_OFF:
+            last = why.removeprefix("cut off")  # ": its node was lost", say
+            self.close(experiment, None, "crash", f"cut off {CUT_OFF} times{last}")
         else:
-            experiment.again("cut off")
+            experiment.again(why)
 
     def conclude(self) -> bool:
         """Decides what has ended: the baseline first and as a whole, for all else is measured by it."""
@@ -1227,7 +1347,7 @@ class Supervisor:
             "k": next((k for k, r in enumerate(runs, 1) if r["id"] == run.get("id")), len(runs)),
             **{
                 key: run.get(key)
-                for key in ("tokens", "training_seconds", "wall_seconds", "steps", "began")
+                for key in ("tokens", "training_seconds", "wall_seconds", "steps", "began", "host")
             },
             "memory_gb": run.get("memory_gb") or 0.0,
             "ended": now(),
@@ -1280,7 +1400,11 @@ def supervise():
         with night.hold("supervisor", 1) as lock:  # a command that looks holds it for a moment
             if not lock:
                 return
-            Supervisor(night).work()
+            supervisor = Supervisor(night)
+            try:
+                supervisor.work()
+            finally:
+                supervisor.disconnect()
         if not can_work(night):
             return
 
@@ -1293,14 +1417,24 @@ def can_work(night: Night) -> bool:
     return bool(experiments) and best_of(night.records()) is not None
 
 
-def wake(night: Night):
-    """Starts a supervisor where there is work and none: it outlives command, terminal and agent."""
+def wake(night: Night) -> str | None:
+    """Starts a supervisor where there is work and none: it outlives command, terminal and agent.
+
+    Returns what keeps it from that, where its cluster does not answer.
+    """
     time_limit(), slots()  # a knob that cannot be read is said here, to somebody who reads it
+    address = cluster_address()
+    if not address and not knob("cluster", "") and (night.folder / "device.json").exists():
+        again = "set it again, or put `- cluster: ADDRESS` (none: go on without) into program.md"
+        raise Refused(f"this night runs on a Ray cluster, and RAY_ADDRESS is not set: {again}")
     if not can_work(night):
-        return
+        return None
     with night.hold("supervisor", 0) as lock:
         if not lock:
-            return
+            return None
+    silent = silence(address)
+    if silent:
+        return silent
     with open(night.home / "supervisor.log", "ab") as log:
         subprocess.Popen(
             [sys.executable, __file__, "supervise"],
@@ -1310,6 +1444,7 @@ def wake(night: Night):
             stderr=log,
             start_new_session=True,
         )
+    return None
 
 
 # ----------------------------------------------------------------------------- what is said of it
@@ -1336,6 +1471,8 @@ def phase(night: Night, experiment: Experiment, best_curve: list[tuple[float, fl
     path = experiment.folder / f"run-{len(experiment.runs())}.log"
     text = log_text(path)
     curve = progress(path)
+    if "cluster" in experiment.runs()[-1] and not path.exists():
+        return "waiting for a GPU of the cluster"
     if any(SCORING.match(line) for line in text.splitlines()):
         return "scoring"
     if not curve:
@@ -1424,6 +1561,10 @@ def standing(night: Night) -> list[str]:
     experiments = [e for e in experiments if e.n not in ended]
     best = best_of(records)
     lines = []
+    address = cluster_address()
+    if address:
+        silent = silence(address)
+        lines = [silent] if silent else list(cluster_state()["words"])
     if best:
         lines.append(
             f"best {best['score']:.6f}: {best['n']}, {best['commit'][:7]}, {name_of(best)}"
@@ -2559,7 +2700,8 @@ def wait(night: Night, seconds: float):
     told = read_json(night.folder / "told") or {"records": 0, "ended": []}
     with night.command():
         night.settle()
-        wake(night)
+        if wake(night):
+            seconds = min(seconds, SILENCE)  # said at once, but not in a tight loop
     end = time.monotonic() + seconds
     while True:
         experiments = night.open()

@@ -156,7 +156,8 @@ class Lab:
     def __init__(self, folder: Path):
         self.folder, self.root, self.cache = folder, folder / "lab", folder / "cache"
         self.env = {**os.environ, "AUTORESEARCH_CACHE": str(self.cache), "CUDA_VISIBLE_DEVICES": ""}
-        for name in ("EMAIL", "GIT_AUTHOR_NAME", "GIT_AUTHOR_EMAIL", "AUTORESEARCH_SEED"):
+        unwanted = "EMAIL GIT_AUTHOR_NAME GIT_AUTHOR_EMAIL AUTORESEARCH_SEED RAY_ADDRESS"
+        for name in unwanted.split():
             self.env.pop(name, None)
         self.env |= {"GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_SYSTEM": os.devnull}
 
