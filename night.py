@@ -90,6 +90,7 @@ PAUSE = 0.05  # seconds between two looks at files that others write
 SCREEN, WIDTH = 36, 110  # lines and columns of what a command prints between first and last line
 
 LEDGER = "autoresearch.jsonl"  # in the prepared cache
+OWN_NAMES = ("command", "compiled", "isolation", "supervisor")  # in .night, beside the tags
 COLUMNS = ["commit", SCORE, "memory_gb", "status", "description"]
 ROOT = Path(__file__).resolve().parent
 
@@ -615,6 +616,8 @@ class Night:
             raise Refused(
                 f"program.md, knob `tag: {one_line(self.tag, 40)}`: it cannot be a part of a branch's name"
             )
+        if self.tag in OWN_NAMES:
+            raise Refused(f"program.md, knob `tag: {self.tag}`: night.py has files of that name")
         self.home = ROOT / ".night"
         self.folder = self.home / self.tag
         self.queue, self.done = self.folder / "queue", self.folder / "done"

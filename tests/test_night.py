@@ -1363,6 +1363,7 @@ HEADER = "commit\tval_bpb\tmemory_gb\tstatus\tdescription\n"
         ("begun", put("results.tsv", HEADER + ROW), ["begin"], "of another night: mv results.tsv"),
         ("fresh", page("- tag: a b\n"), [], "knob `tag: a b`"),
         ("fresh", page("- tag: ../../x\n"), [], "knob `tag: ../../x`"),
+        ("fresh", page("- tag: compiled\n"), [], "knob `tag: compiled`: night.py has files of that name"),
         ("fresh", page(""), [], "program.md has no line `- tag: ...`: add it"),
         ("fresh", page("- limit: 1,200 seconds\n", "limit"), ["begin"], "knob `limit: 1,200 seconds`: it"),
         ("fresh", page("- limit: 20 minutes\n", "limit"), ["begin"], "knob `limit: 20 minutes`: it must"),
