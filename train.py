@@ -1385,15 +1385,15 @@ def main() -> float:
         "num_params_M": f"{n_params / 1e6:.1f}",
         "depth": hp.N_LAYER,
         "device": device_name(device),
-        "driver": driver_version() or "none",
-        "torch": torch.__version__,
-        "dtype": short(dtype),
         "attention": attention,
-        "compiled": "yes" if compiled else "no",
         "device_batch_size": device_batch,
         "seed": seed(),
         "fingerprint": fingerprint(),
         "loss_curve": " ".join(f"{loss:.3f}" for loss in report.curve()),
+        "compiled": "yes" if compiled else "no",
+        "dtype": short(dtype),
+        "torch": torch.__version__,
+        "driver": driver_version() or "none",
     }
     print("---")
     for key, value in summary.items():

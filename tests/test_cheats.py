@@ -15,8 +15,8 @@ import pytest
 from conftest import ROOT, run
 
 LOOP = "while clock.elapsed + step_seconds < budget:"
-TRAIN = "steps = train(compiled, optimizer, hp, loader, accumulation_steps, TIME_BUDGET, report)"
-SCORE = "bpb = evaluate_bpb(compiled, tokenizer, eval_batch)"
+TRAIN = "steps = train(model, optimizer, hp, loader, accumulation_steps, TIME_BUDGET, report)"
+SCORE = "bpb = evaluate_bpb(model, tokenizer, eval_batch)"
 LAST_IMPORT = "from torch import Tensor\n"
 
 

@@ -254,7 +254,7 @@ def gpt(attend, dtype, T, width=32, depth=3, vocab_size=V):
     torch.manual_seed(0)
     with torch.no_grad():
         for p in model.parameters():
-            p.normal_(std=0.5 if p.ndim == 1 else p.shape[-1] ** -0.5)
+            p.normal_(std=0.5 if p.ndim < 2 else p.shape[-1] ** -0.5)
     return model
 
 

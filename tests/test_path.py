@@ -5,7 +5,8 @@ import re
 from conftest import run, write_texts
 
 KEYS = """val_bpb training_seconds total_seconds peak_vram_mb mfu_percent total_tokens_M num_steps
-num_params_M depth device attention device_batch_size seed fingerprint loss_curve""".split()
+num_params_M depth device attention device_batch_size seed fingerprint loss_curve compiled
+dtype torch driver""".split()
 
 
 def test_from_nothing_to_a_score(tmp_path):

@@ -433,15 +433,15 @@ SUMMARY = dict(
     num_params_M=r"0\.0",
     depth="2",
     device=".+",
-    driver=r"none|\d+\.[\d.]+",
-    torch=r"\d+\.\d+\.\d+.*",
-    dtype="float32|bfloat16",
     attention="blocked",
-    compiled="no",
     device_batch_size="8",
     seed="42",
     fingerprint="[0-9a-f]{12}",
     loss_curve=r"\d\.\d{3}( \d\.\d{3}){9}",
+    compiled="no",
+    dtype="float32|bfloat16",
+    torch=r"\d+\.\d+\.\d+.*",
+    driver=r"none|\d+\.[\d.]+",
 )
 
 
@@ -611,7 +611,7 @@ def test_a_terminal_gets_one_line_rewritten(miniature, patches):
         assert code == 1 and lines[-2].startswith("FAIL: ") and lines[-1] == ""
     else:
         assert re.search(r"\r\033\[Kscoring after \d+ steps$", progress)
-        assert code == 0 and lines[-2].startswith("loss_curve: ")
+        assert code == 0 and lines[-2].startswith("driver: ")
 
 
 # ------------------------------------------------------------------------- the compiler's cache
