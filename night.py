@@ -201,6 +201,25 @@ def disturbed(run: dict, same_code: list[float]) -> float | None:
     return share if share < DISTURBED else None
 
 
+def better_than_best(records: list[dict]) -> dict | None:
+    """What scored better than the best by more than the noise floor, and yet is not the best.
+
+    A win on an older best that is in conflict with the new one. The best such record, or None.
+    """
+    best, floor = best_of(records), noise_floor(records)
+    if best is None or floor is None:
+        return None
+    found = [
+        record
+        for record in records
+        if record["score"] is not None
+        and gain(record["score"], best["score"]) > floor
+        and not record.get("disturbed")
+        and not record.get("not_comparable")
+    ]
+    return max(found, key=lambda record: gain(record["score"], best["score"]), default=None)
+
+
 def not_comparable(conditions: dict, baseline: dict) -> str | None:
     """In words what the machine did otherwise than for the baseline, or None.
 
@@ -1574,9 +1593,17 @@ def standing(night: Night) -> list[str]:
         )
         first = next(r for r in records if r["status"] == "keep")
         kept = len([r for r in records if r["status"] == "keep"])
+        scored = len([r for r in records if r["score"] is not None])
         lines.append(
-            f"     from {first['score']:.6f}; {len(records)} ended, {kept} kept; {floor_words(records)}"
+            f"     from {first['score']:.6f}; {len(records)} ended, {scored} with a score, {kept} kept; "
+            f"{floor_words(records)}"
         )
+        lost = better_than_best(records)
+        if lost:
+            lines.append(
+                f"     better still, but not on the branch: {lost['n']}, {lost['score']:.6f} "
+                f"({name_of(lost)}): bring {lost['n']} and try it by itself, before anything else"
+            )
     said, direction, size = calibration(records, noise_floor(records))
     if said:
         lines.append(f"     predictions: {direction} of {said} right in direction, {size} in size")

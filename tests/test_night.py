@@ -465,6 +465,23 @@ def test_the_noise_floor_is_the_widest_range_of_one_commit_and_only_widens():
     assert night.noise_floor([*seeds, ran("a", None)]) == pytest.approx(0.003)
 
 
+def test_a_score_better_than_the_best_beyond_the_noise_is_not_passed_over_in_silence():
+    def record(n, score, status="discard", commit=None, **more):
+        return dict(n=n, score=score, status=status, commit=commit or f"c{n}", **more)
+
+    baseline = [record(1, 1.0, "keep", "c1"), record(2, 1.01, commit="c1")]
+    kept = [*baseline, record(3, 0.9, "keep")]
+    assert night.better_than_best(kept) is None
+    assert night.better_than_best([record(1, 1.0, "keep"), record(3, 0.5)]) is None  # no floor yet
+    near, handed_back, lower = record(4, 0.895), record(5, 0.85), record(6, 0.84)
+    assert night.better_than_best([*kept, near]) is None
+    assert night.better_than_best([*kept, near, handed_back, lower])["n"] == 6
+    for doubt in ("disturbed", "not_comparable"):
+        assert night.better_than_best([*kept, record(7, 0.5, **{doubt: 0.4})]) is None
+    assert night.better_than_best([*kept, handed_back, record(8, 0.8, "keep")]) is None
+    assert night.better_than_best([record(1, None, "crash")]) is None
+
+
 def even(seconds: float, tokens: int, parts: int = 20) -> list:
     return [[seconds * i / parts, tokens * i / parts] for i in range(1, parts + 1)]
 
