@@ -224,11 +224,12 @@ def not_comparable(conditions: dict, baseline: dict) -> str | None:
     """In words what the machine did otherwise than for the baseline, or None.
 
     conditions, baseline: CONDITIONS and FELL_BACK of the two runs; what one does not know is not
-    compared. Where neither fell back, another attention or an uncompiled run is the change's own.
+    compared. Where both fell back alike, or not at all, another attention or an uncompiled run is
+    the change's own.
     """
     known = [key for key in CONDITIONS if key in conditions and key in baseline]
     differ = [key for key in known if conditions[key] != baseline[key]]
-    reasons = conditions.get(FELL_BACK) or baseline.get(FELL_BACK) or []
+    reasons = sorted({*conditions.get(FELL_BACK, [])} ^ {*baseline.get(FELL_BACK, [])})
     chosen = [] if reasons else ["attention", "compiled", "dtype"]
     differ = [key for key in differ if key not in chosen]
     if not differ:

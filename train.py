@@ -455,7 +455,11 @@ def why_not_flash_attention_3(device: torch.device, dtype: torch.dtype) -> str |
 def choose_attention(
     device: torch.device, dtype: torch.dtype, seq_len: int, windows: set[int]
 ) -> tuple[str, Callable, str | None]:
-    """The first that works here: (name, attend, why a better one does not, which is also printed)."""
+    """The first that works here: (name, attend, what went wrong with a better one).
+
+    None went wrong where this device or dtype has no better one. Either is printed.
+    """
+    failure = None
     reason = why_not_flash_attention_3(device, dtype)
     if reason is None:
         try:
@@ -463,15 +467,15 @@ def choose_attention(
             return "flash3", flash_attention_3(flash), None
         except Exception as error:
             reason = first_line(error)
+            failure = f"FlashAttention 3 is not usable: {reason}"
     if device.type == "cuda":
         name, attend = "flex", FlexAttention(seq_len, windows, device)
     elif device.type == "cpu":
         name, attend = "blocked", blocked_attention
     else:
         name, attend = "sdpa", sdpa_attention
-    reason = f"FlashAttention 3 is not usable: {reason}"
-    print(f"attention: {name}, because {reason}", flush=True)
-    return name, attend, reason
+    print(f"attention: {name}, because FlashAttention 3 is not usable: {reason}", flush=True)
+    return name, attend, failure
 
 
 # ---------------------------------------------------------------------------------------- loss
@@ -1281,7 +1285,7 @@ def train(
 def build_model(
     hp: SimpleNamespace, vocab_size: int, seq_len: int, device: torch.device, dtype: torch.dtype
 ) -> tuple[GPT, str, str | None]:
-    """(the model at its start, on the device; its attention's name; why it is not a better one)."""
+    """(the model at its start, on the device; its attention's name; what kept it from a better)."""
     model = GPT(hp, vocab_size, seq_len, dtype).init_weights().to(device)
     if device.type == "cuda":
         model.embedding.to(dtype)

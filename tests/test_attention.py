@@ -150,7 +150,8 @@ def test_the_choice_and_its_reason(monkeypatch, capsys, choice):
     monkeypatch.setattr(train, "load_flash_attention_3", lambda: flash)
     monkeypatch.setattr(train, "FlexAttention", lambda seq_len, windows, device: flex)
     device = torch.device(choice.kind)
-    name, attend, _ = train.choose_attention(device, choice.dtype, 64, {8, 64})
+    name, attend, failure = train.choose_attention(device, choice.dtype, 64, {8, 64})
+    assert failure is None  # this device has no better one: nothing went wrong
     assert name == choice.name
     lines = capsys.readouterr().out.splitlines()
     if name == "flash3":
@@ -385,7 +386,8 @@ def test_a_dead_hub_costs_a_few_seconds_and_one_line(monkeypatch, tmp_path, capf
     for name in ("KERNELS_CACHE", "LOCAL_KERNELS", "HTTP_PROXY", "http_proxy", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
     began = time.monotonic()
-    name, _, _ = train.choose_attention(torch.device("cuda"), torch.bfloat16, 64, {64})
+    name, _, failure = train.choose_attention(torch.device("cuda"), torch.bfloat16, 64, {64})
+    assert failure.startswith("FlashAttention 3 is not usable: ")
     assert name == "flex" and time.monotonic() - began < 5
     server.close()
     out, err = capfd.readouterr()

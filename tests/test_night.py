@@ -532,6 +532,7 @@ FLEX = {**FLASH, "attention": "flex", "fell_back": ["FlashAttention 3 is not usa
         ({**FLASH, "driver": "580"}, {**FLASH, "driver": "570"}, "driver 580, not 570 as the baseline"),
         # the change's own
         ({**FLASH, "attention": "mine"}, FLASH, None),
+        ({**FLEX, "attention": "mine"}, FLEX, None),
         ({**FLASH, "compiled": False, "dtype": "float32"}, {**FLASH, "dtype": "bfloat16"}, None),
         # a ledger of before, or an agent's train.py that does not say
         ({}, FLASH, None),
