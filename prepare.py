@@ -1958,7 +1958,7 @@ def _imported() -> dict[str, str]:
     known += [*site.getsitepackages(), site.getusersitepackages()]
     compiled = os.environ.get("TORCHINDUCTOR_CACHE_DIR")  # torch sets it itself
     if compiled:
-        known += [compiled, re.sub(r"-\d+$", "", compiled)]  # and the one it was made beside
+        known += [compiled, re.sub(r"-fresh-\d+$", "", compiled)]  # and the one it was made beside
     folders = tuple({os.path.realpath(folder) + os.sep for folder in known})
     files = set()
     for module in list(sys.modules.values()):

@@ -1051,9 +1051,9 @@ def compiler_caches() -> list[Path]:
     """The compiler's cache folder, and those made beside it because the one before was damaged."""
     from torch._inductor.runtime.cache_dir_utils import cache_dir
 
-    first = Path(re.sub(r"-\d+$", "", cache_dir()))
+    first = Path(re.sub(r"-fresh-\d+$", "", cache_dir()))
     caches = [first]
-    while (following := Path(f"{first}-{len(caches) + 1}")).is_dir():
+    while (following := Path(f"{first}-fresh-{len(caches)}")).is_dir():
         caches.append(following)
     return caches
 
@@ -1153,8 +1153,8 @@ class WarmUp:
         reason = cause(error)
         if self.fresh_cache is None:
             caches = compiler_caches()
-            self.fresh_cache = Path(f"{caches[0]}-{len(caches) + 1}")
-            self.fresh_cache.mkdir()
+            self.fresh_cache = Path(f"{caches[0]}-fresh-{len(caches)}")
+            self.fresh_cache.mkdir(exist_ok=True)  # another run may be where this one is
             own_compiler_cache(self.fresh_cache)
             torch.compiler.reset()
             clear_caches()  # what it remembers of the old folder

@@ -560,10 +560,10 @@ def test_what_does_not_compile_runs_uncompiled(tmp_path, miniature):
     assert code == 0, log
     said = [line for line in log.splitlines() if "compiling failed" in line]
     assert len(said) == 2 and all("InvalidCxxCompiler" in line for line in said), log
-    assert said[0].endswith(f"cache-2, in case {tmp_path / 'cache'} is damaged")
+    assert said[0].endswith(f"cache-fresh-1, in case {tmp_path / 'cache'} is damaged")
     assert said[1].startswith("not compiled, because")
     assert re.search(r"^compiled: no$", log, re.M)
-    assert not (tmp_path / "cache-2").exists()  # it was not the cache's fault
+    assert not (tmp_path / "cache-fresh-1").exists()  # it was not the cache's fault
     assert "Traceback" not in log and re.search(r"^val_bpb: \d\.\d{6}$", log, re.M)
 
 
@@ -676,7 +676,9 @@ def test_a_damaged_cache_is_left_for_a_fresh_one(tmp_path):
         os.truncate(library, 0)
     first, last = warmed_up(cache, "warm_up(3)").splitlines()
     assert first.startswith("compiling failed (") and "file too short" in first
-    assert first.endswith(f"once more with a fresh cache, {cache}-2, in case {cache} is damaged")
+    assert first.endswith(
+        f"once more with a fresh cache, {cache}-fresh-1, in case {cache} is damaged"
+    )
     assert last == "uncompiled: None"
     assert warmed_up(cache, "warm_up(3)") == "uncompiled: None\n"
 
