@@ -18,6 +18,21 @@ MINIATURE = "--seq-len 64 --vocab-size 300 --eval-tokens 2048 --time-budget 2".s
 WORDS = "the cat sat on a mat while dogs ran over hills and rivers under the old blue moon".split()
 
 
+# Begun first, so that the other processes have something to do until the end.
+LONGEST = [
+    "test_training.py",
+    "test_night.py",
+    "test_cluster.py",
+    "test_cheats.py",
+    "test_leaks.py",
+]
+
+
+def pytest_collection_modifyitems(items):
+    last = len(LONGEST)
+    items.sort(key=lambda i: LONGEST.index(i.path.name) if i.path.name in LONGEST else last)
+
+
 def write_texts(directory: Path, files: int = 120, seed: int = 0) -> Path:
     """A folder of small text files of random words: something to learn, enough for every split."""
     draw = random.Random(seed)
