@@ -1093,8 +1093,12 @@ class Supervisor:
         experiments = self.night.open()
         free = self.cluster.slots() if self.cluster else list(self.slots)
         states = {e.n: e.state() for e in experiments}
+        # What has ended since the last decisions keeps its slot until it is judged: it may move the
+        # best. While the baseline lasts, nothing is judged.
+        lasts = any(e.is_baseline for e in experiments)
+        occupying = ("running",) if lasts else ("running", "ended")
         for experiment in experiments:
-            if states[experiment.n] == "running" and free:
+            if states[experiment.n] in occupying and free:
                 slot = experiment.runs()[-1]["slot"]
                 free.remove(slot if slot in free else free[0])  # the knob may have changed
         waiting = [e for e in experiments if states[e.n] == "waiting"]

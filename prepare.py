@@ -967,7 +967,10 @@ def _check_space(reply, part: Path, have: int, progress: Progress):
     size = int(length)
     if reply.status_code == 206:
         size += have
-    begun = sum(path.stat().st_size for path in part.parent.glob("*.part"))
+    begun = 0
+    for path in part.parent.glob("*.part"):
+        with contextlib.suppress(FileNotFoundError):  # another thread has just finished it
+            begun += path.stat().st_size
     needed = progress.files * (size + SHARD_TOKEN_BYTES) - begun
     free = shutil.disk_usage(part.parent).free
     if needed > free:
