@@ -648,7 +648,10 @@ def test_few_documents_are_split_in_stretches(tmp_path, monkeypatch, kind):
     """Each 5% at an end; between them and training at least a row of text that is nowhere."""
     monkeypatch.setattr(module, "PIECE_BYTES", 20_000)
     draw = random.Random(13)
-    lines = [f"<{i}> {words(draw, 9)}\n" + "\n" * (i % 5 == 0) for i in range(6000)]
+    lines = []
+    for i in range(6000):
+        blank = "\n" if i % 5 == 0 else ""
+        lines.append(f"<{i}> {words(draw, 9)}\n{blank}")
     in_files(kind, tmp_path, ["".join(lines[i : i + 500]) for i in range(0, 6000, 500)])
     sources, splits = module.text_sources(module.text_files(tmp_path), {}, 33)
     assert str(splits).startswith(
