@@ -100,7 +100,7 @@ SIZE = None
 # fmt: off
 TABLE = dict(
     # model                         h100      gpu       cpu
-    N_LAYER                      = (9,        5,        5),
+    N_LAYER                      = (9,        5,        3),
     N_EMBD                       = (640,      512,      192),      # width of the residual stream
     HEAD_DIM                     = (128,      128,      64),       # n_head = N_EMBD / HEAD_DIM
     N_KV_HEAD                    = None,                           # key/value heads; None: n_head

@@ -266,7 +266,7 @@ EDITS = {  # what an agent tries first, each from the file as it is
     "another rate": row("MUON_LR", "0.05"),
     "another warm-down": row("WARMDOWN", "0.5"),
     "another decay": row("MUON_WEIGHT_DECAY", "0.1"),
-    "one layer more": row("N_LAYER", "6"),
+    "one layer more": row("N_LAYER", "4"),
     "wider": row("N_EMBD", "256"),
     "smaller heads": row("HEAD_DIM", "32"),
     "other windows": row("WINDOW_PATTERN", '"SL"'),
