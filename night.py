@@ -2582,10 +2582,11 @@ def page_hours(bars: list[dict[str, float]], slots: int) -> str:
 
 
 def status(night: Night):
-    print(f"night {night.tag} on {night.branch}")
     if not night.begun():
+        print(f"no night has begun; the next is {night.tag} (program.md's tag), on {night.branch}")
         print("next: uv run night.py begin")
         return
+    print(f"night {night.tag} on {night.branch}")
     night.settle()
     lines = standing(night)
     recent = [f"  {row_of(record)[:WIDTH]}" for record in night.records()[-5:]]
@@ -2957,6 +2958,9 @@ def runs(count: int):
         score, tokens = record.get("score"), record.get("tokens")
         commit = (record.get("commit") or "-")[:7] + ("*" if record.get("changed") else "")
         status = record.get("failure") or ("scored" if score is not None else "no end")
+        share = disturbed(record, [])
+        if share and score is not None:
+            status += f", disturbed ({share:.0%} of its own rate)"
         cells = [
             record.get("time", "-"),
             commit,

@@ -96,6 +96,12 @@ LIMITS = {  # smallest and largest
     "eval_tokens": (1, 1 << 40),
     "time_budget": (1, 1 << 20),
 }
+MEANING = {
+    "seq_len": "tokens that the model sees at once",
+    "vocab_size": "different tokens",
+    "eval_tokens": "tokens that are scored",
+    "time_budget": "seconds of training",
+}
 # Whose source the demo is made of: all come with what train.py and the notebook need.
 DEMO_PACKAGES = ("matplotlib", "networkx", "numpy", "pandas", "sympy")
 BUILT = re.compile(r"version\.py|_version.*\.py|__config__\.py")  # differ by platform and build
@@ -2500,7 +2506,8 @@ def _parser() -> argparse.ArgumentParser:
         "--data",
         type=Path,
         metavar="DIR",
-        help="your own *.parquet (text), *.jsonl (text), *.txt, *.md",
+        help="your own *.parquet (column text), *.jsonl (field text), *.txt, *.md below DIR, "
+        "or one such file",
     )
     corpus.add_argument(
         "--num-shards",
@@ -2509,12 +2516,11 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="climbmix training shards (default 10; -1: all 6,541)",
     )
-    for name, (low, high) in LIMITS.items():
+    for name, meaning in MEANING.items():
+        usual, demo = PRESETS["climbmix"][name], PRESETS["demo"][name]
+        default = f"{usual:,}" if usual == demo else f"{usual:,}, for the demo {demo:,}"
         parser.add_argument(
-            _option(name),
-            type=int,
-            metavar="N",
-            help=f"{low} to {high}; the default is the corpus's",
+            _option(name), type=int, metavar="N", help=f"{meaning} (default {default})"
         )
     parser.add_argument(
         "--force",

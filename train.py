@@ -46,6 +46,11 @@ def end_unfinished():
 
 
 if __name__ == "__main__":
+    if len(sys.argv) > 1:
+        sys.exit(
+            "FAIL: train.py takes no options: its settings are the table in it, and a run's seconds "
+            "are what `uv run prepare.py ... --time-budget N` prepared"
+        )
     atexit.register(end_unfinished)
     # Looking for cycles costs a second while importing and compiling, and stalls a training step.
     gc.disable()
@@ -1192,8 +1197,9 @@ class Progress:
     On a terminal one line rewritten in place, otherwise a plain line about every 5% of the budget.
     """
 
-    def __init__(self, tokens_per_step: int):
+    def __init__(self, tokens_per_step: int, budget: float):
         self.tokens_per_step = tokens_per_step
+        self.budget = budget  # seconds
         self.terminal = sys.stdout.isatty()
         self.tenths = [[] for _ in range(10)]  # the losses, by tenth of the budget
         self.unread = None  # the last step: (number, share of the budget where it began, loss)
@@ -1230,6 +1236,7 @@ class Progress:
         loss = sum(self.since_line) / count
         rate = count * self.tokens_per_step / (now - self.line_time)
         line = f"{progress:6.1%}  step {step:5}  loss {loss:.4f}  {rate:9,.0f} tokens/s"
+        line += f"  {(1 - progress) * self.budget:4.0f} s left"
         if self.terminal:
             print(f"\r{line}\033[K", end="", flush=True)
         else:
@@ -1241,6 +1248,15 @@ class Progress:
         self.read()
         if self.terminal:
             print("\r\033[K", end="", flush=True)
+
+    def pace(self) -> str:
+        """Tokens a second, and in the fastest tenth: far apart where something else ran, too."""
+        steps = [len(losses) for losses in self.tenths]
+        mean, fastest = sum(steps) / 10, max(steps)
+        per_second = 10 * self.tokens_per_step / self.budget
+        return (
+            f"{mean * per_second:,.0f} tokens/s, {fastest * per_second:,.0f} in the fastest tenth"
+        )
 
     def curve(self) -> list[float]:
         """The mean loss of each tenth of the budget; without a step in it, the one before."""
@@ -1340,7 +1356,7 @@ def main() -> float:
     built = time.perf_counter()
 
     # Compile and warm up, off the clock.
-    print("compiling: slow the first time, later from the compiler's cache", flush=True)
+    print("compiling: a minute or two the first time, seconds when the cache has it", flush=True)
     own_compiler_cache(compiler_caches()[-1])
     # The loader exists before the warm-up: its watchdog covers compiling too.
     loader = make_dataloader(tokenizer, wanted_batch, MAX_SEQ_LEN, "train", device)
@@ -1365,12 +1381,13 @@ def main() -> float:
     )
 
     # Train, on the clock.
-    report = Progress(hp.TOKENS_PER_STEP)
+    print(f"training for {TIME_BUDGET} s", flush=True)
+    report = Progress(hp.TOKENS_PER_STEP, TIME_BUDGET)
     accumulation_steps = rows // device_batch
     steps = train(model, optimizer, hp, loader, accumulation_steps, TIME_BUDGET, report)
 
     # Score.
-    print(f"scoring after {steps} steps", flush=True)
+    print(f"scoring after {steps} steps: {report.pace()}", flush=True)
     began = time.perf_counter()
     bpb = evaluate_bpb(model, tokenizer, eval_batch)
     print(f"scored in {time.perf_counter() - began:.1f} s", flush=True)

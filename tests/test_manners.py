@@ -138,6 +138,13 @@ def test_a_mistake_while_it_is_read(tmp_path, line, words):
     assert done.stderr.splitlines()[-1] == words and done.stderr.count("FAIL: ") == 1
 
 
+@pytest.mark.parametrize("option", ["--help", "--time-budget=60", "demo"])
+def test_train_takes_no_options(tmp_path, option):
+    done = run("train.py", option, cache=tmp_path, timeout=10)
+    assert done.returncode == 1 and done.stdout == "" and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("FAIL: train.py takes no options")
+
+
 def failure(capsys) -> str:
     """What train.run() says last, as it fails."""
     assert train.run() == 1

@@ -1245,6 +1245,7 @@ def test_a_disturbed_run_is_repeated_once_and_the_faster_one_counts(fresh, tmp_p
         "ran again: disturbed (20% of its own rate)" in told
         and "20,000 tokens/s, 100 steps" in told
     )
+    assert "scored, disturbed (20% of its own rate)" in lab.say("runs")
     # evenly slow: only the best's rate can tell, so it is asked once more, and then believed
     lab.plan(r6=dict(rate=5_000), r7=dict(rate=5_500))
     n = lab.attempt("a slow change", WIDTH=-1)

@@ -203,7 +203,7 @@ def test_batches_that_divide():
 
 def report(losses, total, capsys):
     """The curve and the printed lines of a run whose step i of `total` had losses[i]."""
-    progress = train.Progress(tokens_per_step=1000)
+    progress = train.Progress(tokens_per_step=1000, budget=100)
     for i, loss in enumerate(losses):
         progress.add(i + 1, i / total, torch.tensor(float(loss)))
     progress.close()
@@ -218,6 +218,15 @@ def test_the_curve_is_the_mean_of_each_tenth(capsys):
 def test_a_tenth_without_a_step_shows_the_one_before(capsys):
     assert report([6, 4, 5], 3, capsys)[0] == [6, 6, 6, 4, 4, 4, 5, 5, 5, 5]
     assert report([6], 1, capsys)[0] == [6] * 10
+
+
+def test_the_pace_shows_what_a_disturbed_run_could_have_made():
+    progress = train.Progress(tokens_per_step=1000, budget=100)
+    for tenth, steps in enumerate([12, 2, 2, 4]):
+        for step in range(steps):
+            progress.add(step, (tenth + 0.5) / 10, torch.tensor(3.0))
+    progress.close()
+    assert progress.pace() == "200 tokens/s, 1,200 in the fastest tenth"
 
 
 def test_a_line_holds_the_mean_since_the_last(capsys):
@@ -244,7 +253,7 @@ class LossOnAGpu:
 
 
 def test_a_loss_on_a_gpu_is_read_one_step_late_and_the_last_one_at_the_end(capsys):
-    progress = train.Progress(tokens_per_step=1000)
+    progress = train.Progress(tokens_per_step=1000, budget=100)
     losses = [LossOnAGpu(value) for value in (6.0, 4.0, 5.0)]
     for i, loss in enumerate(losses):
         progress.add(i + 1, i / 3, loss)
@@ -255,7 +264,7 @@ def test_a_loss_on_a_gpu_is_read_one_step_late_and_the_last_one_at_the_end(capsy
 
 @pytest.mark.parametrize("value", [math.nan, 101.0, math.inf])
 def test_a_loss_that_diverged_ends_the_run(capsys, value):
-    progress = train.Progress(tokens_per_step=1000)
+    progress = train.Progress(tokens_per_step=1000, budget=100)
     progress.add(1, 0.0, torch.tensor(100.0))
     with pytest.raises(SystemExit, match=f"FAIL: loss diverged at step 2: it is {value}"):
         progress.add(2, 0.5, torch.tensor(value))
@@ -264,7 +273,7 @@ def test_a_loss_that_diverged_ends_the_run(capsys, value):
 def test_the_rate_is_that_of_the_steps_since_the_last_line(monkeypatch, capsys):
     now = 0.0
     monkeypatch.setattr(train.time, "perf_counter", lambda: now)
-    progress = train.Progress(tokens_per_step=1000)
+    progress = train.Progress(tokens_per_step=1000, budget=100)
     for step in range(1, 11):
         now += 0.5
         progress.add(step, (step - 1) / 100, torch.tensor(3.0))
@@ -311,7 +320,7 @@ def loop(monkeypatch, seconds, parts=1):
     def model(inputs, targets):
         return weight * inputs.mean()
 
-    hp, report = train.hyperparameters("cpu"), train.Progress(tokens_per_step=1000)
+    hp, report = train.hyperparameters("cpu"), train.Progress(tokens_per_step=1000, budget=100)
     steps = train.train(model, Optimizer(), hp, batches(), parts, clock.budget, report)
     assert steps == len(gradients)
     return gradients, report.curve(), clock
@@ -452,13 +461,13 @@ def test_the_log_and_the_summary(miniature):
     assert "\r" not in log
     head, summary = log.split("---\n")
     lines = head.splitlines()
-    form = r" *\d+\.\d%  step +\d+  loss \d+\.\d{4}  +[\d,]+ tokens/s"
+    form = r" *\d+\.\d%  step +\d+  loss \d+\.\d{4}  +[\d,]+ tokens/s +\d s left"
     progress = [line for line in lines if re.fullmatch(form, line)]
     others = [line for line in lines if line not in progress]
     steps = int(re.search(r"^num_steps: (\d+)$", summary, re.M)[1])
     assert min(12, steps) <= len(progress) <= 21, log  # a busy machine makes few steps
     starts = ["attention: blocked, because", "", "mfu_percent will be 0", "compiling", "start-up: "]
-    starts += ["scoring after ", "scored in "]
+    starts += ["training for 2 s", "scoring after ", "scored in "]
     assert all(map(str.startswith, others, starts)) and len(others) == len(starts), log
 
     pairs = [line.split(": ", 1) for line in summary.splitlines()]
@@ -611,7 +620,10 @@ def test_a_terminal_gets_one_line_rewritten(miniature, patches):
     if patches:
         assert code == 1 and lines[-2].startswith("FAIL: ") and lines[-1] == ""
     else:
-        assert re.search(r"\r\033\[Kscoring after \d+ steps$", progress)
+        assert re.search(
+            r"\r\033\[Kscoring after \d+ steps: [\d,]+ tokens/s, [\d,]+ in the fastest tenth$",
+            progress,
+        )
         assert code == 0 and lines[-2].startswith("driver: ")
 
 
