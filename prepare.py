@@ -66,6 +66,7 @@ import time
 import uuid
 import warnings
 from bisect import bisect_left
+from collections import Counter
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -107,6 +108,7 @@ DEMO_PACKAGES = ("matplotlib", "networkx", "numpy", "pandas", "sympy")
 BUILT = re.compile(r"version\.py|_version.*\.py|__config__\.py")  # differ by platform and build
 HELD_OUT_SHARE = 0.05  # of the text for val, as much for test, where no file is named so
 MIN_DRAWN = 20  # documents in each, or the draw is left: few give by chance far too much or nothing
+FEW_TOKENS = 100_000  # scored: below, a score's standard error is over about 0.01 nats a token
 GAP_BYTES = 8  # of text for each token of the row that a gap holds; prose and code have 3 to 5
 
 HUB_PATH = "/datasets/karpathy/climbmix-400b-shuffle/resolve/main/"
@@ -444,10 +446,7 @@ class Piece:
         try:
             return raw.decode()
         except UnicodeDecodeError as error:
-            raise Stop(
-                f"{self.path} is not UTF-8 ({error.reason}): convert it "
-                "(iconv -f LATIN1 -t UTF-8) or remove it"
-            ) from None
+            raise Stop(f"{self.path} is no longer UTF-8 ({error.reason})") from None
 
 
 @dataclass(eq=False)
@@ -596,24 +595,75 @@ def _drawn_split(digest: bytes) -> str:
 
 
 def text_files(data: Path) -> dict[str, Path]:
-    """{name: path} of every file of SUFFIXES below `data`, or `data` itself, which may be one.
-
-    Links to folders are no part.
-    """
-    if data.is_file():
-        found, data = [data], data.parent
-    elif data.is_dir():
-        found = [Path(root, name) for root, _, names in os.walk(data) for name in names]
-    else:
-        raise Stop(f"--data {data}: there is no such directory")
+    """{name: path} of every file of SUFFIXES below `data`, or `data` itself, which may be one."""
+    top = data.parent if data.is_file() else data
     files = {}
-    for path in sorted(found):
-        if _kind(path) in SUFFIXES and path.is_file():
-            files[path.relative_to(data).as_posix()] = path
+    for path in _files_below(data):
+        if _kind(path) in SUFFIXES:
+            files[path.relative_to(top).as_posix()] = path
     if not files:
         *names, last = [f"*{suffix}" for suffix in SUFFIXES]
-        raise Stop(f"no {', '.join(names)} or {last} below {data}")
+        names = f"{', '.join(names)} or {last}"
+        raise Stop(f"{data} is no {names}" if data.is_file() else f"no {names} below {data}")
+    wrong = [path for path in files.values() if _kind(path) not in READERS and not _is_text(path)]
+    if wrong:
+        raise _not_utf8(wrong)
     return files
+
+
+def _files_below(data: Path) -> list[Path]:
+    """Without what is hidden, and what lies behind links to folders."""
+    if data.is_file():
+        return [data]
+    if not data.is_dir():
+        raise Stop(f"--data {data}: there is no such directory")
+    found = []
+    for root, folders, names in os.walk(data):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [Path(root, name) for name in names if not name.startswith(".")]
+    return sorted(path for path in found if path.is_file())
+
+
+def _is_text(path: Path) -> bool:
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    with open(path, "rb") as file:
+        try:
+            while block := file.read(PIECE_BYTES):
+                decoder.decode(block)
+            decoder.decode(b"", final=True)
+        except UnicodeDecodeError:
+            return False
+    return True
+
+
+def _not_utf8(paths: list[Path]) -> Stop:
+    with open(paths[0], "rb") as file:
+        is_utf16 = file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+    return Stop(
+        f"not UTF-8: {_some(paths)}. Save as UTF-8, by an editor or `iconv -f "
+        f"{'UTF-16' if is_utf16 else 'LATIN1'} -t UTF-8 OLD > NEW`, or move away"
+    )
+
+
+def _some(names) -> str:
+    """The names, or four of them and how many more."""
+    names = [str(name) for name in names]
+    if len(names) > 5:
+        names[4:] = [f"and {len(names) - 4:,} more"]
+    return ", ".join(names)
+
+
+def _left_out(data: Path) -> str:
+    """A line that counts the files below `data` that are not read, by their kind; or nothing."""
+    kinds = Counter()
+    for path in _files_below(data):
+        if _kind(path) not in SUFFIXES:
+            kinds[_kind(path) or "without a suffix"] += 1
+        elif not path.stat().st_size:
+            kinds["empty"] += 1
+    most_first = sorted(kinds.items(), key=lambda kind: (-kind[1], kind[0]))
+    counted = _some(f"{count:,} {kind}" for kind, count in most_first)
+    return f"not read: {counted}\n" if counted else ""
 
 
 def _kind(path: Path) -> str:
@@ -643,16 +693,9 @@ def demo_files() -> dict[str, Path]:
             raise Stop(f"the demo's text is the source of {package}, which is missing: uv sync")
         directory = Path(found.origin).parent
         for path in sorted(directory.rglob("*.py")):
-            if not BUILT.fullmatch(path.name) and _is_text(path):
+            if not BUILT.fullmatch(path.name) and path.stat().st_size and _is_text(path):
                 files[path.relative_to(directory.parent).as_posix()] = path
     return files
-
-
-def _is_text(path: Path) -> bool:
-    try:
-        return path.read_text("utf-8") != ""
-    except UnicodeDecodeError:
-        return False
 
 
 def text_sources(
@@ -1356,7 +1399,7 @@ def prepare(corpus: str, data: Path | None, num_shards: int, settings: dict, for
     described = {"format": FORMAT, "corpus": corpus, "request": request, "files": files}
     key = hashlib.sha256(canonical(described)).hexdigest()[:12]
     if old and old["key"] != key:
-        raise _another_set()
+        raise _another_set("of other files, or of these before they changed")
     if old and not _remove_damaged(cache / key, old):
         print(f"already prepared in {cache}: {corpus}, fingerprint {fingerprint()}; nothing to do")
         return
@@ -1375,7 +1418,7 @@ def prepare(corpus: str, data: Path | None, num_shards: int, settings: dict, for
     eval_rows = count_rows(directory, entries, row_length, settings["eval_tokens"])
     print(how_split)
     print_table(sources, entries, eval_rows, row_length)
-    require_rows(entries, eval_rows, row_length)
+    require_rows(entries, eval_rows, row_length, sources[0].splits if sources else None)
     described.update(settings)
     described.update(
         key=key,
@@ -1398,15 +1441,18 @@ def _prepared_before(request: dict, force: bool) -> dict | None:
     if force or not path.exists():
         return None
     old = _load_manifest(path)
-    if old["request"] != request:
-        raise _another_set()
+    was = old["request"]
+    differ = [name for name in {**was, **request} if was.get(name) != request.get(name)]
+    if differ:
+        now = [f"{name} {was.get(name)}, not {request.get(name)}" for name in differ]
+        raise _another_set("; ".join(now))
     return old
 
 
-def _another_set() -> Stop:
+def _another_set(difference: str) -> Stop:
     return Stop(
-        f"{cache_dir()} holds another prepared set: set AUTORESEARCH_CACHE to another directory "
-        "to keep both, or replace it with --force"
+        f"{cache_dir()} holds another prepared set ({difference}): set AUTORESEARCH_CACHE to "
+        "another directory to keep both, or replace it with --force"
     )
 
 
@@ -1424,18 +1470,22 @@ def find_sources(
         if {"val", "test"} <= set(named.values()):
             named = {name: named.get(name, "train") for name in files}
     sources, splits = text_sources(files, named, row_length)
-    return sources, f"{_held_out_by_name(named)}{splits}"
+    if corpus == "demo":
+        return sources, str(splits)
+    return sources, f"{_left_out(data)}{_held_out(sources, files, named)}{splits}"
 
 
-def _held_out_by_name(named: dict[str, str]) -> str:
-    """A line for each split that files are named for."""
+def _held_out(sources: list[Source], files: dict[str, Path], named: dict[str, str]) -> str:
+    """A line for each split that files are named for, or that plain files were drawn for."""
     lines = ""
     for split in ("val", "test"):
-        names = [name for name in named if named[name] == split]
-        if len(names) > 5:
-            names[4:] = [f"and {len(names) - 4:,} more"]
-        if names:
-            lines += f"{split} is what is named so: {', '.join(names)}\n"
+        pieces = [piece for source in sources if source.split == split for piece in source.pieces]
+        if split in named.values():
+            names = [name for name in named if named[name] == split]
+            lines += f"{split} is what is named so: {_some(names)}\n"
+        elif pieces and sources[0].splits.stretches is None:
+            paths = {piece.path for piece in pieces}
+            lines += f"{split} is {_some(name for name in files if files[name] in paths)}\n"
     return lines
 
 
@@ -1514,7 +1564,7 @@ def print_table(sources: list[Source], entries: list[dict], eval_rows: dict, row
         )
 
 
-def require_rows(entries: list[dict], eval_rows: dict, row_length: int):
+def require_rows(entries: list[dict], eval_rows: dict, row_length: int, splits: Splits | None):
     """Raises Stop where a split is too small to train on or to score; for test only a line."""
     rows = {"train": _total(entries, "tokens", "train"), **eval_rows}
     for split in SPLITS:
@@ -1525,9 +1575,30 @@ def require_rows(entries: list[dict], eval_rows: dict, row_length: int):
             f"the {split} split has {tokens:,} tokens and one row needs {row_length:,}: "
             f"{row_length - tokens:,} are missing"
         )
-        if split != "test":
-            raise Stop(f"{message}. Add text, or lower --seq-len")
-        print(f"{message}: AUTORESEARCH_SPLIT=test, for the end, will have no score")
+        if split == "test":
+            print(f"{message}: AUTORESEARCH_SPLIT=test, for the end, will have no score")
+        elif splits and split != "train" and split not in splits.wanted:
+            raise Stop(f"{message}. Add text to what is named {split}, or lower --seq-len")
+        else:
+            size = sum(splits.documents.values()) if splits else 0
+            raise Stop(f"{message}. {_enough_text(size, row_length)}")
+    if eval_rows["val"] * row_length < FEW_TOKENS:
+        print("few rows to score: only large differences between scores will mean something")
+
+
+def _enough_text(size: int, row_length: int) -> str:
+    """What to do about too little text (bytes): how much is enough, or for which rows this is."""
+
+    def enough(row_length: int) -> float:
+        row = GAP_BYTES * row_length
+        gaps = 2 * (row + CUT_BYTES)
+        return max(row / HELD_OUT_SHARE, (row + gaps) / (1 - 2 * HELD_OUT_SHARE))
+
+    if enough(row_length) <= size:  # and yet it was not: it is hardly text
+        return "Add other text, or lower --seq-len"
+    advice = f"Add text until there are {enough(row_length) / 1e3:,.0f} kB"
+    lengths = [2**power for power in range(4, 20) if enough(2**power + 1) <= size]
+    return f"{advice}, or prepare with --seq-len {lengths[-1]}" if lengths else advice
 
 
 # ================================================================================= II. in every run

@@ -349,9 +349,16 @@ def test_a_broken_file_as_a_user_sees_it(tmp_path, name):
 def test_no_text(tmp_path):
     fails(prepare(tmp_path / "nowhere", tmp_path / "cache"), "no such directory")
     put(tmp_path / "data" / "picture.png", b"\x89PNG")
-    fails(prepare(tmp_path / "data", tmp_path / "cache"), "no *.parquet, *.jsonl, *.txt or *.md")
+    words_of_all = "no *.parquet, *.jsonl, *.txt or *.md"
+    fails(prepare(tmp_path / "data", tmp_path / "cache"), f"{words_of_all} below ")
+    fails(
+        prepare(tmp_path / "data" / "picture.png", tmp_path / "cache"),
+        f"picture.png is {words_of_all}",
+    )
     put(tmp_path / "data" / "empty.txt", b"")
-    fails(prepare(tmp_path / "data", tmp_path / "cache"), "33 are missing")
+    fails(
+        prepare(tmp_path / "data", tmp_path / "cache"), "33 are missing. Add text until there are"
+    )
 
 
 def test_too_small_says_how_much_is_missing(tmp_path):
@@ -671,6 +678,53 @@ def test_few_documents_are_split_in_stretches(tmp_path, monkeypatch, kind):
     for before, after in (("val", "train"), ("train", "test")):
         left_out = "".join(lines[numbers[before][-1] + 1 : numbers[after][0]])
         assert 33 <= len(tokenizer.encode_array(left_out)) < 6000
+
+
+@pytest.mark.parametrize("size", [700, 12_000, 40_000, 300_000])
+def test_the_advice_for_too_little_text_is_right(tmp_path, monkeypatch, capsys, size):
+    """One file in the rows of real text, 2,048 tokens: what is said to be enough is."""
+    monkeypatch.setenv("AUTORESEARCH_CACHE", str(tmp_path / "cache"))
+    text = words(random.Random(5), 60_000).replace(" of ", "\n\n")
+    arguments = ["--data", str(tmp_path / "data"), "--vocab-size", "300"]
+    put(tmp_path / "data" / "note.md", text[:size])
+    said = ""
+    try:
+        module.main([*arguments, "--seq-len", "2048"])
+    except module.Stop as stop:
+        said = str(stop)
+    assert "Add text until there are 328 kB" in said or size == 300_000
+    if advised := re.search(r"or prepare with --seq-len (\d+)$", said):
+        module.main([*arguments, "--seq-len", advised[1]])
+    else:
+        assert size in (700, 300_000)
+    put(tmp_path / "data" / "note.md", text[:328_000])
+    module.main([*arguments, "--seq-len", "2048", "--force"])
+    assert "few rows to score" in capsys.readouterr().out
+
+
+def test_what_is_left_out_is_counted_and_hidden_files_are_not_read(tmp_path):
+    write_texts(tmp_path / "data", files=30)
+    for name in (".trash/old.md", ".hidden.txt", "photo.png", "more/photo.PNG", "LICENSE"):
+        put(tmp_path / "data" / name, b"\xff" * 9)
+    put(tmp_path / "data" / "empty.md", b"")
+    done = prepare(tmp_path / "data", tmp_path / "cache")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[0] == "not read: 2 .png, 1 empty, 1 without a suffix"
+
+
+def test_every_file_that_is_not_utf8_is_named(tmp_path):
+    write_texts(tmp_path / "data", files=30)
+    for number in range(6):
+        put(tmp_path / "data" / f"{number} latin.txt", "déjà vu".encode("latin-1"))
+    two_blocks = words(random.Random(1), 1 << 18)[: module.PIECE_BYTES - 1] + "é"
+    put(tmp_path / "data" / "cut.md", two_blocks)
+    fails(prepare(tmp_path / "data", tmp_path / "cache"), "3 latin.txt, and 2 more. ", "-f LATIN1")
+    for number in range(6):
+        put(tmp_path / "data" / f"{number} latin.txt", "déjà vu".encode("utf-16"))
+    fails(prepare(tmp_path / "data", tmp_path / "cache"), "not UTF-8: ", "-f UTF-16")
+    for path in (tmp_path / "data").glob("* latin.txt"):
+        path.unlink()
+    assert prepare(tmp_path / "data", tmp_path / "cache").returncode == 0
 
 
 @pytest.mark.parametrize("given", ["data", "data/INPUT.TXT"])
