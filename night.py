@@ -8,6 +8,7 @@ night.py: the mechanics of the night, so that program.md is plain English. Nobod
     uv run night.py show N             diff, losses beside the best's, end of the log
     uv run night.py bring N|best       N's change back into train.py; or train.py as the best has it
     uv run night.py drop N             gives up what waits or runs
+    uv run night.py stop               ends what runs, for `begin` to run again; nothing starts
     uv run night.py runs [COUNT]       the ledger as a table
     uv run night.py audit              what speaks against the results
     uv run night.py confirm            baseline and best on the test split: is the gain real?
@@ -48,6 +49,7 @@ import tempfile
 import time
 import traceback
 import uuid
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from datetime import datetime, timezone
@@ -71,9 +73,9 @@ SCORING = re.compile(r"^scoring\b")
 MEMORY = re.compile(r"^peak_vram_mb:\s*([\d.]+)\s*$", re.M)  # MiB
 STEPS = re.compile(r"^num_steps:\s*(\d+)\s*$", re.M)
 
-# What the ledger says of a run that changes its speed without being its code, and why it took
+# What the ledger says of a run that changes its score without being its code, and why it took
 # something slower than the best.
-CONDITIONS = ("device", "attention", "compiled", "dtype", "torch", "driver")
+CONDITIONS = ("fingerprint", "device", "attention", "compiled", "dtype", "torch", "driver")
 FELL_BACK = "fell_back"
 
 FEW_STEPS = 50  # a score after fewer measures the machine more than the idea
@@ -720,6 +722,10 @@ class Night:
                     time.sleep(PAUSE)
             yield file
 
+    def stopped(self) -> bool:
+        """By `stop`, until `begin`."""
+        return (self.folder / "stop").exists()
+
     @contextlib.contextmanager
     def command(self):
         """One command at a time touches the agent's tree."""
@@ -1008,9 +1014,16 @@ def watch(night: Night, experiment: Experiment, k: int, isolation: Isolation, li
     start = ledger_path.stat().st_size
     environment = run_environment(folder, compiled, experiment.asked, run)
     log_path = folder / f"run-{k}.log"
+
+    def given_up() -> bool:
+        return experiment.dropped() or night.stopped()
+
     ended = run_to_its_end(
-        folder / "tree", environment, compiled, log_path, isolation, limit, experiment.dropped
+        folder / "tree", environment, compiled, log_path, isolation, limit, given_up
     )
+    if ended["stopped"] == "dropped" and not experiment.dropped():
+        experiment.again("stopped")
+        return
     mine = [r for r in prepare.read_ledger(start)[0] if r.get("run") == run["id"]]
     end = outcome(ended, mine, log_text(log_path), experiment.split)
     write_json(folder / f"end-{k}.json", end)
@@ -1090,6 +1103,8 @@ class Supervisor:
         return self.fill_slot() or moved
 
     def fill_slot(self) -> bool:
+        if self.night.stopped():
+            return False
         experiments = self.night.open()
         free = self.cluster.slots() if self.cluster else list(self.slots)
         states = {e.n: e.state() for e in experiments}
@@ -1439,6 +1454,8 @@ def supervise():
 def can_work(night: Night) -> bool:
     """Whether a supervisor would find something to do."""
     experiments = night.open()
+    if night.stopped():
+        return any(e.state() in ("running", "cut off") or e.dropped() for e in experiments)
     if any(e.state() != "waiting" or e.is_baseline or e.dropped() for e in experiments):
         return True
     return bool(experiments) and best_of(night.records()) is not None
@@ -1569,12 +1586,18 @@ def end_of_log(path: Path, most: int) -> list[str]:
 def what_next(night: Night, records: list[dict], experiments: list[Experiment]) -> str:
     waiting = [e for e in experiments if e.asked["kind"] == "try" and e.state() == "waiting"]
     capacity = max(LEAST_WAITING, len(slots()))
+    if night.stopped():
+        return (
+            "the night was stopped (night.py stop), and only who stopped it goes on: night.py begin"
+        )
     if best_of(records) is None and not any(e.is_baseline for e in experiments):
         return "the baseline gave no score (see above): tell the human, or mend it and say begin"
-    if night.edits() is not None:
-        return f'{EDITED} has edits: finish them, then night.py try "..."; or night.py bring best'
+    edits = night.edits() is not None
     if len(waiting) >= capacity:
-        return "the queue is full: night.py wait"
+        kept = f"; {EDITED} keeps its edits until then" if edits else ""
+        return f"the queue is full: night.py wait{kept}"
+    if edits:
+        return f'{EDITED} has edits: finish them, then night.py try "..."; or night.py bring best'
     return f'edit {EDITED} and night.py try "what changes; what is expected"' + (
         ", or night.py wait" if experiments else ""
     )
@@ -2639,6 +2662,7 @@ def begin(night: Night):
     for seed in missing:
         enqueue(night, "baseline", baseline, baseline, "baseline", seed)
     night.settle()
+    (night.folder / "stop").unlink(missing_ok=True)
     wake(night)
     fixed = {key: prepared[key] for key in ("corpus", "seq_len", "vocab_size", "time_budget")}
     settings = ", ".join(f"{key} {value}" for key, value in fixed.items())
@@ -2693,6 +2717,9 @@ def try_(night: Night, message: str, simpler: bool, expect: float | None):
         raise Refused(
             f"{len(waiting)} experiments wait already, more would be stale: night.py wait, then try again"
         )
+    mistake = syntax_error(content)
+    if mistake:
+        raise Refused(f"{EDITED} is not Python ({mistake}): mend it, then try again")
     base = night.tip()
     if simpler and len(content) >= len(file_at(base)):
         raise Refused(
@@ -2727,6 +2754,21 @@ def try_(night: Night, message: str, simpler: bool, expect: float | None):
     best = best_of(night.records())
     where = f"the best, {best['commit'][:7]}" if best else f"the baseline, {night.tip()[:7]}"
     print(f"{n}: queued as {commit[:7]}; {EDITED} stands at {where} again, free for the next idea")
+
+
+def syntax_error(content: bytes) -> str | None:
+    """What a run would stumble over in its first second, or None."""
+    if not EDITED.endswith(".py"):
+        return None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            compile(content, EDITED, "exec", dont_inherit=True)
+        except SyntaxError as error:
+            return f"line {error.lineno}: {error.msg}"
+        except ValueError as error:  # a zero byte
+            return str(error)
+    return None
 
 
 def wait(night: Night, seconds: float):
@@ -2903,7 +2945,9 @@ def bring(night: Night, what: str):
             aside = night.folder / f"edits-{count + 1}-{EDITED}"
             write_once(aside, content)
             night.write_edited(file_at(night.tip()))
-            print(f"the edits were put aside: {aside.relative_to(ROOT)}")
+            print(
+                f"the edits were put aside: cp {aside.relative_to(ROOT)} {EDITED} brings them back"
+            )
         night.settle()
         print(f"{EDITED} stands at the best, {night.tip()[:7]}")
         return
@@ -2933,10 +2977,20 @@ def drop(night: Night, n: int):
     if "status" in record:
         raise Refused(f"{n} has ended ({record['status']}): there is nothing to drop")
     if record["kind"] == "baseline":
-        raise Refused(f"{n} is the baseline: all else is measured by it")
+        raise Refused(f"{n} is the baseline: all else is measured by it; to end all, night.py stop")
     (folder / "drop").touch()
     wake(night)
     print(f"{n} is dropped; night.py wait")
+
+
+def stop(night: Night):
+    """Ends what runs, to run again after `begin`. What a cluster runs, it runs to its end."""
+    (night.folder / "stop").touch()
+    on_cluster = any("cluster" in e.runs()[-1] for e in night.open() if e.state() == "running")
+    ending = ", and what runs on the cluster comes to its end" if on_cluster else ""
+    print(
+        f"stopped: nothing starts{ending}; what ran will run again: uv run night.py begin goes on"
+    )
 
 
 def runs(count: int):
@@ -3017,6 +3071,7 @@ def main(argv: list[str] | None = None):
         ("drop", "gives up what waits or runs"),
     ):
         commands.add_parser(name, help=words).add_argument("n", type=int)
+    commands.add_parser("stop", help="ends what runs; nothing starts before you say begin")
     commands.add_parser("bring", help="N's change back into train.py, or `best`").add_argument(
         "what"
     )
@@ -3058,6 +3113,8 @@ def main(argv: list[str] | None = None):
             bring(night, args.what)
         elif args.command == "drop":
             drop(night, args.n)
+        elif args.command == "stop":
+            stop(night)
 
 
 if __name__ == "__main__":

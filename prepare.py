@@ -562,9 +562,10 @@ class Splits:
             return f"split by the sha256 of each document: {share} for {' and '.join(self.wanted)}"
         ends = {"val": "the first", "test": "the last"}
         stretches = [f"{split} {ends[split]} {share}" for split in self.wanted]
+        files = "1 document" if len(self.documents) == 1 else f"{len(self.documents):,} documents"
         return (
-            f"split in stretches, in order of names: {', '.join(stretches)}, {self.gap / 1e3:.0f} "
-            f"kB left out at each border (documents: {len(self.documents)}; a draw would be uneven)"
+            f"split in stretches, for {files} cannot be drawn from evenly: {', '.join(stretches)} "
+            f"of the text in order of names, {self.gap / 1e3:.0f} kB left out at each border"
         )
 
 
@@ -1388,6 +1389,9 @@ def prepare(corpus: str, data: Path | None, num_shards: int, settings: dict, for
     if corpus == "climbmix":
         request["num_shards"] = num_shards
     old = _prepared_before(request, force)
+    for directory in cache.iterdir():
+        if force and re.fullmatch("[0-9a-f]{12}", directory.name):
+            _require_unused(directory)
 
     # 1. The files of text, downloaded where they are not here yet. With them the set has its key.
     row_length = settings["seq_len"] + 1
@@ -1447,6 +1451,16 @@ def _prepared_before(request: dict, force: bool) -> dict | None:
         now = [f"{name} {was.get(name)}, not {request.get(name)}" for name in differ]
         raise _another_set("; ".join(now))
     return old
+
+
+def _require_unused(directory: Path):
+    held = hold_set(directory, alone=True)
+    if held is None:
+        raise Stop(
+            f"a run is using the set in {cache_dir()}: wait until it has ended, end it, or set "
+            "AUTORESEARCH_CACHE to another directory"
+        )
+    os.close(held)
 
 
 def _another_set(difference: str) -> Stop:
@@ -1830,7 +1844,7 @@ class Clock:
 
     __slots__ = (
         "_made _began _ended _budget _script _script_sha256 _run _tokens _batches "
-        "_looked _step_began _longest_step _pace _next_sample _conditions"
+        "_looked _step_began _longest_step _pace _next_sample _conditions _held"
     ).split()
 
     def __init__(self):
@@ -1852,6 +1866,7 @@ class Clock:
         self._pace = []  # [seconds, tokens handed out before]
         self._next_sample = 0.0  # seconds
         self._conditions = {}  # what changes a run's speed without being its code
+        self._held = None  # the set, against being replaced meanwhile; see hold_set
 
     @property
     def elapsed(self) -> float:
@@ -1877,6 +1892,7 @@ class Clock:
             self._run = _describe_run(device)
             self._budget = manifest()["time_budget"]
             self._next_sample = PACE_SHARE * self._budget
+            self._held = hold_set(set_dir())
             _arm_watchdog(START_LIMIT)
 
     def _hand_out(self, tokens: int):
@@ -1975,6 +1991,9 @@ def describe_run(attention: str, compiled: bool, dtype: str, fell_back: list[str
 def _end_run(**result):
     run = clock._run
     clock._run = None  # a run ends once
+    if clock._held is not None:
+        os.close(clock._held)
+        clock._held = None
     if run is None:
         return
     measured = {
@@ -2544,6 +2563,19 @@ def lock(cache: Path):
     file.write(str(os.getpid()))
     file.flush()
     return file
+
+
+def hold_set(directory: Path, alone: bool = False) -> int | None:
+    """Holds a set, for reading it or alone; the open file that does, or None where others hold it."""
+    import fcntl
+
+    held = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(held, (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(held)
+        return None
+    return held
 
 
 class Parser(argparse.ArgumentParser):

@@ -48,6 +48,21 @@ def loader_of(prepare):
     return prepare.make_dataloader(prepare.Tokenizer.from_directory(), 2, 64, "train", CPU)
 
 
+def test_a_run_holds_its_set_until_its_end(standing):
+    prepare, _ = standing
+
+    def is_free() -> bool:
+        held = prepare.hold_set(prepare.set_dir(), alone=True)
+        return held is not None and os.close(held) is None
+
+    assert is_free()
+    loader = loader_of(prepare)
+    assert not is_free()
+    next(loader)
+    prepare._end_run(score=1.0)
+    assert is_free()
+
+
 def test_the_clock_starts_with_the_first_batch(standing):
     prepare, moment = standing
     clock = prepare.clock

@@ -239,7 +239,7 @@ def test_ten_experiments_a_node_and_the_supervisor_killed_and_each_is_recorded_o
     assert "ran again: cut off: its node" in lab.say("show", lost[0])
     said = [row[-1] for row in lab.rows() if "[ran again, cut off: its node" in row[-1]]
     assert len(said) == len(lost) == 2
-    assert "SyntaxError" in lab.record(waiting[0])["why"]
+    assert "NameError" in lab.record(waiting[0])["why"]
     assert "8 of 8 scores match the ledger" in lab.say("audit")
     lab.until(lambda: not list(Path("/tmp").glob("autoresearch-*/order.json")))
 

@@ -143,10 +143,10 @@ PAGE = "# The night's program\n\n- tag: nov21\n- limit: 60 seconds for one run\n
 
 
 def text_of(**constants) -> str:
-    """The stand-in with other constants; `EVENT=None` makes it a syntax error."""
+    """The stand-in with other constants; `EVENT=None` makes it a mistake as it is read."""
     text = STAND_IN
     for name, value in constants.items():
-        line = f"{name} = {value!r}" if value is not None else f"{name} = = 1"
+        line = f"{name} = {value!r}" if value is not None else f"{name} = nonsense"
         text = re.sub(rf"^{name} = .*$", line, text, flags=re.M)
     return text
 
@@ -226,7 +226,7 @@ class Lab:
         """As an agent: changes lines of the train.py that stands there."""
         text = (self.root / "train.py").read_text()
         for name, value in constants.items():
-            line = f"{name} = {value!r}" if value is not None else f"{name} = = 1"
+            line = f"{name} = {value!r}" if value is not None else f"{name} = nonsense"
             text, count = re.subn(rf"^{name} = .*$", line, text, flags=re.M)
             assert count == 1
         (self.root / "train.py").write_text(text)
@@ -537,6 +537,9 @@ FLEX = {**FLASH, "attention": "flex", "fell_back": ["FlashAttention 3 is not usa
         # a ledger of before, or an agent's train.py that does not say
         ({}, FLASH, None),
         (FLASH, {}, None),
+        # somebody prepared another set meanwhile
+        ({**FLASH, "fingerprint": "b"}, {**FLASH, "fingerprint": "a"},
+         "fingerprint b, not a as the baseline"),
     ],
 )  # fmt: skip
 def test_what_is_not_comparable_because_of_the_machine(conditions, baseline, said):
@@ -605,7 +608,7 @@ def test_a_night_from_begin_to_end_with_all_that_a_run_can_do(lab):
         ("worse", ["--expect", "-0.003"], dict(WIDTH=-3), "discard", "worse by 0.04"),
         ("a tie", [], dict(COMMENT=1), "discard", "equal to the best"),
         ("without a comment", ["--simpler"], dict(COMMENT=2), "keep", "simpler"),
-        ("a syntax error", [], dict(EVENT=None), "crash", "SyntaxError"),
+        ("a mistake", [], dict(EVENT=None), "crash", "NameError"),
         ("an import", [], dict(EVENT="import"), "crash", "No module named 'no_such_module'"),
         ("diverges", [], dict(EVENT="nan"), "crash", "loss diverged at step 4"),
         ("too large", [], dict(EVENT="memory"), "crash", "CUDA out of memory"),
@@ -864,6 +867,75 @@ def test_a_killed_run_is_a_crash_a_killed_watcher_a_repeat_and_a_killed_command_
 def log_of(lab: Lab, n: int, k: int = 1) -> str:
     path = lab.root / f".night/nov21/queue/{n}/run-{k}.log"
     return path.read_text() if path.is_file() else ""
+
+
+@needs_proc
+def test_stop_ends_what_runs_and_begin_runs_it_again(lab):
+    held, waits = lab.attempt("wider", WIDTH=1, HOLD="a"), lab.attempt("deeper", DEPTH=1)
+    lab.until(lambda: "40.0%" in log_of(lab, held))
+    assert "stopped: nothing starts; what ran will run again" in lab.say("stop")
+    lab.until_idle()
+    lab.until(lambda: not lab.running())
+    began = time.monotonic()
+    for said in (lab.say("wait", 40), lab.say()):
+        assert "next: the night was stopped" in said and said.count("waiting") >= 2
+    assert time.monotonic() - began < 20
+    lab.until_idle()
+    assert len(lab.records()) == 3 and not lab.running()
+    lab.say("begin")
+    record = lab.until_ended(held, go="a")
+    assert (record["status"], record["again"]) == ("keep", ["stopped"])
+    assert lab.until_ended(waits)["status"] == "keep"
+    lab.say()
+    lab.until_idle()
+    lab.check()
+
+
+@needs_proc
+def test_stop_during_the_baseline(fresh, tmp_path):
+    lab = fresh.copy(tmp_path / "it")
+    lab.edit(HOLD="a")
+    lab.git("commit", "-qam", "a long baseline")
+    lab.say("begin")
+    lab.until(lambda: "40.0%" in log_of(lab, 1))
+    assert "to end all, night.py stop" in lab.refused("drop", 1)
+    lab.say("stop")
+    lab.until_idle()
+    lab.until(lambda: not lab.running())
+    lab.say("begin")
+    assert lab.until_ended(1, go="a")["status"] == "keep"
+    lab.until_ended(3)
+    lab.until_idle()
+    assert len(lab.records()) == 3
+
+
+def test_what_is_no_python_is_not_queued(lab):
+    (lab.root / "train.py").write_text(STAND_IN.replace("WIDTH = 0", "WIDTH = = 0"))
+    line = STAND_IN[: STAND_IN.index("WIDTH = 0")].count("\n") + 1
+    said = lab.refused("try", "a slip of the finger")
+    assert f"train.py is not Python (line {line}: invalid syntax): mend it" in said
+    assert lab.queue() == [] and "= = 0" in (lab.root / "train.py").read_text()
+    assert night.syntax_error(b"a = 1\0") and night.syntax_error(b"\xff = 1")
+    assert night.syntax_error(b"assert (1, 'a warning')\n") is None
+
+
+def test_edits_beside_a_full_queue_are_not_told_to_be_tried(lab):
+    lab.attempt("wider", WIDTH=1, HOLD="a")
+    for number in (1, 2):
+        lab.until(lambda: log_of(lab, 4))
+        lab.attempt(f"deeper {number}", DEPTH=number)
+    lab.edit(COMMENT=1)
+    said = lab.say()
+    assert said.endswith(
+        "next: the queue is full: night.py wait; train.py keeps its edits until then\n"
+    )
+    (lab.cache / "go-a").touch(), (lab.cache / "score-a").touch()
+    lab.until_ended(6)
+    aside = re.search(r"put aside: (cp \S+ train\.py) brings them back", lab.say("bring", "best"))[
+        1
+    ]
+    subprocess.run(aside.split(), cwd=lab.root, check=True)
+    assert "COMMENT = 1" in (lab.root / "train.py").read_text()
 
 
 @needs_proc
@@ -1319,7 +1391,7 @@ def test_wait_tells_the_phase_and_returns_when_something_ended(lab):
         n = lab.attempt(f"crash {i}", EVENT=None, NOTE=i)
         lab.until_ended(n)
     said = lab.say("wait", 0)
-    assert said.count("   | ") == 8 and "SyntaxError: invalid syntax" in said
+    assert said.count("   | ") == 8 and "NameError: name 'nonsense' is not defined" in said
     assert said.count("\n") <= 40 and max(map(len, said.splitlines())) <= 200
     lab.until_idle()
     assert lab.say("wait", 30).count("\n") < 10  # nothing runs: nothing to wait for

@@ -661,8 +661,10 @@ def test_few_documents_are_split_in_stretches(tmp_path, monkeypatch, kind):
         lines.append(f"<{i}> {words(draw, 9)}\n{blank}")
     in_files(kind, tmp_path, ["".join(lines[i : i + 500]) for i in range(0, 6000, 500)])
     sources, splits = module.text_sources(module.text_files(tmp_path), {}, 33)
-    assert str(splits).startswith(
-        "split in stretches, in order of names: val the first 5%, test the last 5%"
+    assert re.match(
+        r"split in stretches, for \d+ documents? cannot be drawn from evenly: "
+        "val the first 5%, test the last 5% of the text in order of names, ",
+        str(splits),
     )
     found = {split: [] for split in SPLITS}
     for source in sources:
@@ -700,6 +702,20 @@ def test_the_advice_for_too_little_text_is_right(tmp_path, monkeypatch, capsys, 
     put(tmp_path / "data" / "note.md", text[:328_000])
     module.main([*arguments, "--seq-len", "2048", "--force"])
     assert "few rows to score" in capsys.readouterr().out
+
+
+def test_a_set_is_not_replaced_while_a_run_reads_it(prepared_copy, tmp_path):
+    put(tmp_path / "data" / "note.txt", words(random.Random(6), 20_000))
+    command = ["--data", str(tmp_path / "data"), *map(str, SMALL)]
+    before = (module.cache_dir() / "manifest.json").read_bytes()
+    running = module.hold_set(module.set_dir()), module.hold_set(module.set_dir())
+    for held in running:
+        with pytest.raises(module.Stop, match="a run is using the set in .* wait until it has"):
+            module.main([*command, "--force"])
+        assert (module.cache_dir() / "manifest.json").read_bytes() == before
+        os.close(held)
+    module.main([*command, "--force"])
+    module.main(command)
 
 
 def test_what_is_left_out_is_counted_and_hidden_files_are_not_read(tmp_path):
