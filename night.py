@@ -1511,7 +1511,7 @@ def at_share(curve: list[tuple[float, float]], percent: float) -> float | None:
 
 
 def phase(night: Night, experiment: Experiment, best_curve: list[tuple[float, float]]) -> str:
-    """`compiling`, `training 40%, loss 2.41 (best at 40%: 2.20)` or `scoring`."""
+    """`compiling, 20 s so far`, `training 40%, loss 2.41 (best at 40%: 2.20)` or `scoring`."""
     path = experiment.folder / f"run-{len(experiment.runs())}.log"
     text = log_text(path)
     curve = progress(path)
@@ -1520,7 +1520,7 @@ def phase(night: Night, experiment: Experiment, best_curve: list[tuple[float, fl
     if any(SCORING.match(line) for line in text.splitlines()):
         return "scoring"
     if not curve:
-        return "compiling"
+        return f"compiling, {time.time() - seconds_of(experiment.runs()[-1]['began']):.0f} s so far"
     percent, loss = curve[-1]
     same = at_share(best_curve, percent)
     beside = f" (best at {percent:.0f}%: {same:.4g})" if same is not None else ""

@@ -1347,7 +1347,7 @@ def main() -> float:
     print(
         f"{device_name(device)}: size {size}, {short(dtype)}, {attention} attention, "
         f"{n_params / 1e6:.1f} M parameters, {hp.TOKENS_PER_STEP} tokens a step, "
-        f"fingerprint {fingerprint()}",
+        f"{manifest()['corpus']}, fingerprint {fingerprint()}",
         flush=True,
     )
     if not peak:
