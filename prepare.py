@@ -2566,13 +2566,16 @@ def lock(cache: Path):
 
 
 def hold_set(directory: Path, alone: bool = False) -> int | None:
-    """Holds a set, for reading it or alone; the open file that does, or None where others hold it."""
+    """Holds a set, for reading it or alone, until what is returned is closed.
+
+    None where others hold it, or where the file system has no locks.
+    """
     import fcntl
 
     held = os.open(directory, os.O_RDONLY)
     try:
         fcntl.flock(held, (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | fcntl.LOCK_NB)
-    except BlockingIOError:
+    except OSError:
         os.close(held)
         return None
     return held

@@ -81,6 +81,8 @@ def own_clock(monkeypatch):
     monkeypatch.setattr(prepare, "clock", prepare.Clock())
     yield
     faulthandler.cancel_dump_traceback_later()
+    if prepare.clock._held is not None:
+        os.close(prepare.clock._held)
 
 
 @pytest.fixture

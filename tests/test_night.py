@@ -1391,7 +1391,7 @@ def test_wait_tells_the_phase_and_returns_when_something_ended(lab):
         n = lab.attempt(f"crash {i}", EVENT=None, NOTE=i)
         lab.until_ended(n)
     said = lab.say("wait", 0)
-    assert said.count("   | ") == 8 and "NameError: name 'nonsense' is not defined" in said
+    assert said.count("   | ") == 10 and "NameError: name 'nonsense' is not defined" in said
     assert said.count("\n") <= 40 and max(map(len, said.splitlines())) <= 200
     lab.until_idle()
     assert lab.say("wait", 30).count("\n") < 10  # nothing runs: nothing to wait for
