@@ -2610,7 +2610,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     corpus.add_argument(
         "--data",
-        type=Path,
+        type=lambda path: Path(path).expanduser(),  # `--data=~/notes` is not the shell's to expand
         metavar="DIR",
         help="your own *.parquet (column text), *.jsonl (field text), *.txt, *.md below DIR, "
         "or one such file",

@@ -347,6 +347,11 @@ def test_a_broken_file_as_a_user_sees_it(tmp_path, name):
     assert prepare(tmp_path / "data", tmp_path / "cache").returncode == 0
 
 
+def test_a_home_that_the_shell_did_not_expand(tmp_path):
+    write_texts(tmp_path / "home" / "notes", files=30)
+    assert prepare("~/notes", tmp_path / "cache", HOME=str(tmp_path / "home")).returncode == 0
+
+
 def test_no_text(tmp_path):
     fails(prepare(tmp_path / "nowhere", tmp_path / "cache"), "no such directory")
     put(tmp_path / "data" / "picture.png", b"\x89PNG")
