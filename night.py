@@ -2546,7 +2546,7 @@ def night_spans(morning: Morning) -> list[tuple[str, float, float]]:
     for run_id, run in morning.started.items():
         again = run.get("again", "")
         if run.get("kind") != "confirm" and run.get("began"):
-            is_lost = run_id in lost or again.startswith(("disturbed", "cut off"))
+            is_lost = run_id in lost or again.startswith(("disturbed", "cut off", "stopped"))
             found += run_spans(run, measured.get(run_id, {}), is_lost)
     for run_id, run in measured.items():
         if run_id not in morning.started and (run.get("commit") or "")[:7] in claimed:
