@@ -121,12 +121,13 @@ def test_the_hours_of_a_night_know_what_was_disturbed_and_leave_the_confirmation
         "disturbed, ran again": {**times, "again": "disturbed (40% of its rate)"},
         "disturbed, and counts": times,
         "cut off": {**times, "again": "cut off"},
+        "ended by `night.py stop`": {**times, "again": "stopped"},
         "ran on an old best": {**times, "again": "the best moved; ..."},
         "confirms": {**times, "kind": "confirm"},
     }
     records = [{"run": "disturbed, and counts", "disturbed": 0.4}]
     found = night.night_spans(morning(started=started, records=records))
-    assert Counter(what for what, *_ in found) == {"compiling": 2, "disturbed": 3}
+    assert Counter(what for what, *_ in found) == {"compiling": 2, "disturbed": 4}
     # without night.py the ledger tells, of the runs that have a row
     line = {"event": "start", "split": "val", "time": began, "startup_seconds": 9.0}
     ledger = [{**line, "run": "1", "commit": "a" * 40}, {**line, "run": "2", "commit": "b" * 40}]
