@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, run
+from miniature import ROOT, run
 
 LOOP = "while clock.elapsed + step_seconds < budget:"
 TRAIN = "steps = train(model, optimizer, hp, loader, accumulation_steps, TIME_BUDGET, report)"

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, draw_a_batch
+from miniature import ROOT, draw_a_batch
 
 CPU = torch.device("cpu")
 TOKENS = 2 * 64  # of a batch in these tests

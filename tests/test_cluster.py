@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from miniature import ROOT
 from test_night import LINUX, Lab, log_of, with_knob
 
 import night

@@ -4,7 +4,7 @@ import random
 import sys
 
 import pytest
-from conftest import ROOT
+from miniature import ROOT
 
 import night
 

@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import requests
-from conftest import ROOT, WORDS
+from miniature import ROOT, WORDS
 
 import prepare
 

@@ -7,7 +7,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from conftest import draw_a_batch
+from miniature import draw_a_batch
 
 CASES = 100  # of each kind of file
 

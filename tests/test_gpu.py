@@ -19,8 +19,8 @@ import pytest
 import requests
 import torch
 import torch.nn.functional as F
-from conftest import run
 from huggingface_hub import constants
+from miniature import run
 from test_attention import plain_attention
 
 import night

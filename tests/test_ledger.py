@@ -11,7 +11,7 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, draw_a_batch
+from miniature import ROOT, draw_a_batch
 
 import prepare
 

@@ -4,7 +4,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, run
+from miniature import ROOT, run
 
 import prepare as module
 import train

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from conftest import ROOT
+from miniature import ROOT
 from nbclient import NotebookClient
 
 NOTEBOOK = nbformat.read(ROOT / "analysis.ipynb", as_version=4)

@@ -6,7 +6,6 @@ import os
 
 import pytest
 import torch
-from conftest import ROOT  # noqa: F401 (puts the repository on the path)
 
 import train
 

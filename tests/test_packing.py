@@ -16,9 +16,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import ROOT, WORDS, run
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from miniature import ROOT, WORDS, run
 
 import prepare as module
 

@@ -2,7 +2,7 @@
 
 import re
 
-from conftest import run, write_texts
+from miniature import run, write_texts
 
 KEYS = """val_bpb training_seconds total_seconds peak_vram_mb mfu_percent total_tokens_M num_steps
 num_params_M depth device attention device_batch_size seed fingerprint loss_curve compiled

@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import MINIATURE, ROOT, WORDS, draw_a_batch, run, write_texts
+from miniature import MINIATURE, ROOT, WORDS, draw_a_batch, run, write_texts
 
 import prepare as module
 from prepare import SPLITS

@@ -6,9 +6,9 @@ import random
 
 import numpy as np
 import pytest
-from conftest import WORDS
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from miniature import WORDS
 
 import prepare
 from prepare import SPECIAL_TOKENS, Stop, Tokenizer

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
-from conftest import ROOT
+from miniature import ROOT
 
 import prepare
 import train

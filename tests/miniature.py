@@ -1,0 +1,45 @@
+"""A miniature prepared set, and the scripts run as a user types them."""
+
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+MINIATURE = "--seq-len 64 --vocab-size 300 --eval-tokens 2048 --time-budget 2".split()
+WORDS = "the cat sat on a mat while dogs ran over hills and rivers under the old blue moon".split()
+
+
+def write_texts(directory: Path, files: int = 120, seed: int = 0) -> Path:
+    """A folder of small text files of random words: something to learn, enough for every split."""
+    draw = random.Random(seed)
+    directory.mkdir(parents=True, exist_ok=True)
+    for number in range(files):
+        paragraphs = []
+        for _ in range(draw.randrange(1, 20)):
+            paragraphs.append(" ".join(draw.choices(WORDS, k=draw.randrange(5, 60))) + ".\n")
+        (directory / f"text{number:04d}.txt").write_text("\n".join(paragraphs))
+    return directory
+
+
+def run(
+    script: str, *arguments, cache: Path, cwd: Path = ROOT, timeout: float = 300, **environment
+) -> subprocess.CompletedProcess:
+    """`python SCRIPT ARGUMENTS` as a subprocess on the given cache; its output captured."""
+    own = {"AUTORESEARCH_CACHE": str(cache), "PYTHONUNBUFFERED": "1"}
+    return subprocess.run(
+        [sys.executable, script, *map(str, arguments)],
+        cwd=cwd,
+        env={**os.environ, **own, **environment},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+
+
+def draw_a_batch(prepare):
+    """What a run must have done before it may ask for a score. Returns the loader."""
+    loader = prepare.make_dataloader(prepare.Tokenizer.from_directory(), 2, 64, "train")
+    next(loader)
+    return loader
