@@ -129,7 +129,7 @@ def test_an_edit_of_any_text_file_makes_another_set(tmp_path, monkeypatch, capsy
     for path in sorted(data.iterdir())[::20]:
         text = path.read_text()
         path.write_text(text.swapcase())
-        with pytest.raises(module.Stop, match="another prepared set"):
+        with pytest.raises(module.Fail, match="another prepared set"):
             module.main(command)
         path.write_text(text)
     module.main(command)
@@ -177,12 +177,12 @@ def test_force_that_fails_leaves_what_was_there(prepared_copy, tmp_path):
     put(tmp_path / "data" / "broken.jsonl", "{")
     put(tmp_path / "small" / "note.txt", "the cat")
     for data, reason in ((tmp_path / "data", "broken.jsonl"), (tmp_path / "small", "are missing")):
-        with pytest.raises(module.Stop, match=reason):
+        with pytest.raises(module.Fail, match=reason):
             module.main(["--data", str(data), *map(str, SMALL), "--force"])
     for path, content in before.items():
         assert path.name == "lock" or path.read_bytes() == content
     draw_a_batch(prepared_copy)
-    prepared_copy._end_run(score=1.0)
+    prepared_copy.clock.end(score=1.0)
     (tmp_path / "data" / "broken.jsonl").unlink()
     module.main(["--data", str(tmp_path / "data"), *map(str, SMALL), "--force"])
     directories = [path.name for path in module.cache_dir().iterdir() if path.is_dir()]
@@ -225,7 +225,7 @@ def test_killed_while_the_new_set_takes_the_place_of_the_old(
             put_in_place(*arguments)
 
         patch.setattr(module, "_put_in_place", cut_off)
-        with pytest.raises(module.Stop):
+        with pytest.raises(module.Fail):
             module.main(["--data", str(miniature.parent / "texts"), *MINIATURE, "--force"])
     module.main(["--data", str(miniature.parent / "texts"), *MINIATURE])
     assert module.fingerprint() == before
@@ -261,7 +261,7 @@ def test_a_manifest_that_cannot_be_read(texts, tmp_path, miniature, damage):
     )
     fails(prepare(texts, cache), "manifest.json", "--force")
     if damage == "format":
-        with pytest.raises(module.Stop, match="manifest.json has format 99.*--force"):
+        with pytest.raises(module.Fail, match="manifest.json has format 99.*--force"):
             with_cache(cache, module.check_prepared, "val")
         assert prepare(texts, cache, "--force").returncode == 0
 
@@ -331,7 +331,7 @@ def test_a_broken_file_is_named(tmp_path, monkeypatch, name):
     make, reason = BROKEN[name]
     make(tmp_path / "data" / name)
     monkeypatch.setenv("AUTORESEARCH_CACHE", str(tmp_path / "cache"))
-    with pytest.raises(module.Stop) as stop:
+    with pytest.raises(module.Fail) as stop:
         module.main(["--data", str(tmp_path / "data"), *map(str, SMALL)])
     assert str(stop.value).startswith("FAIL: ") and "\n" not in str(stop.value)
     assert name in str(stop.value) and reason in str(stop.value)
@@ -395,7 +395,7 @@ def test_too_small_says_how_much_is_missing(tmp_path):
 )
 def test_settings_out_of_range(tmp_path, monkeypatch, arguments):
     monkeypatch.setenv("AUTORESEARCH_CACHE", str(tmp_path))
-    with pytest.raises(module.Stop, match=arguments[0]):
+    with pytest.raises(module.Fail, match=arguments[0]):
         module.main([*map(str, arguments)])
 
 
@@ -509,7 +509,7 @@ def test_killed_in_the_middle(larger, tmp_path):
         for path in (sign, sign.with_suffix(".bin"), sign.with_suffix(".idx")):
             kept[path] = path.stat().st_mtime_ns
     assert 10 <= len(kept) < 37 and not (cache / "manifest.json").exists()
-    with pytest.raises(module.Stop, match="nothing is prepared .*uv run prepare.py"):
+    with pytest.raises(module.Fail, match="nothing is prepared .*uv run prepare.py"):
         with_cache(cache, module.check_prepared, "val")
     done = prepare(data, cache, small=LARGER)
     assert done.returncode == 0 and "trained a tokenizer" not in done.stderr
@@ -698,7 +698,7 @@ def test_the_advice_for_too_little_text_is_right(tmp_path, monkeypatch, capsys, 
     said = ""
     try:
         module.main([*arguments, "--seq-len", "2048"])
-    except module.Stop as stop:
+    except module.Fail as stop:
         said = str(stop)
     assert "Add text until there are 328 kB" in said or size == 300_000
     if advised := re.search(r"or prepare with --seq-len (\d+)$", said):
@@ -714,9 +714,9 @@ def test_a_set_is_not_replaced_while_a_run_reads_it(prepared_copy, tmp_path):
     put(tmp_path / "data" / "note.txt", words(random.Random(6), 20_000))
     command = ["--data", str(tmp_path / "data"), *map(str, SMALL)]
     before = (module.cache_dir() / "manifest.json").read_bytes()
-    running = module.hold_set(module.set_dir()), module.hold_set(module.set_dir())
+    running = module.shared_lock(module.set_dir()), module.shared_lock(module.set_dir())
     for held in running:
-        with pytest.raises(module.Stop, match="a run is using the set in .* wait until it has"):
+        with pytest.raises(module.Fail, match="a run is using the set in .* wait until it has"):
             module.main([*command, "--force"])
         assert (module.cache_dir() / "manifest.json").read_bytes() == before
         os.close(held)
@@ -969,13 +969,13 @@ def test_the_demo_is_the_same_wherever_its_packages_are(packages, tmp_path, monk
     assert module.fingerprint() == before
     with open(tmp_path / "elsewhere" / "red" / "more.py", "w") as file:
         file.write("more = 1\n")
-    with pytest.raises(module.Stop, match="another prepared set"):
+    with pytest.raises(module.Fail, match="another prepared set"):
         module.main(["--demo", *map(str, SMALL)])
 
 
 def test_a_package_of_the_demo_that_is_missing_is_named(packages, monkeypatch):
     monkeypatch.setattr(module, "DEMO_PACKAGES", ("red", "blueish"))
-    with pytest.raises(module.Stop, match="the source of blueish, which is missing: uv sync"):
+    with pytest.raises(module.Fail, match="the source of blueish, which is missing: uv sync"):
         module.main(["--demo", *map(str, SMALL)])
 
 

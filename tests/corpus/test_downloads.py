@@ -309,7 +309,7 @@ FAILS = {
 def test_a_clear_word_about_a_server_that(hub, name, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     hub.misbehave, reason = FAILS[name]
-    with pytest.raises(prepare.Stop) as stop:
+    with pytest.raises(prepare.Fail) as stop:
         prepare.climbmix_sources(2)
     assert NAMES[0] in str(stop.value) and reason in str(stop.value) and "\n" not in str(stop.value)
     assert TOKEN not in str(stop.value)
@@ -329,7 +329,7 @@ def test_a_failure_does_not_wait_for_slow_neighbours(hub):
         True,
     )[1]
     began = time.monotonic()
-    with pytest.raises(prepare.Stop, match=NAMES[1]):
+    with pytest.raises(prepare.Fail, match=NAMES[1]):
         prepare.climbmix_sources(2)
     assert time.monotonic() - began < 1
 
@@ -367,7 +367,7 @@ def test_a_wrong_file_is_fetched_twice_and_no_more(hub):
         return True
 
     hub.misbehave = misbehave
-    with pytest.raises(prepare.Stop, match="HTML.*2 times.*HF_ENDPOINT.*--demo"):
+    with pytest.raises(prepare.Fail, match="HTML.*2 times.*HF_ENDPOINT.*--demo"):
         prepare.climbmix_sources(2)
     assert len(hub.requests) <= 2 * 4
 
@@ -388,7 +388,7 @@ def test_nobody_there(hub, monkeypatch, capsys, reason):
             raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
 
         monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
-    with pytest.raises(prepare.Stop, match=f"shard_0000.*{reason}.*HF_ENDPOINT.*--demo"):
+    with pytest.raises(prepare.Fail, match=f"shard_0000.*{reason}.*HF_ENDPOINT.*--demo"):
         prepare.climbmix_sources(2)
     assert len(capsys.readouterr().err.splitlines()) == 1  # for all files and tries
 
@@ -400,7 +400,7 @@ def test_a_silent_server(hub, capsys):
 
     hub.misbehave = misbehave
     began = time.monotonic()
-    with pytest.raises(prepare.Stop, match="127.0.0.1 is silent.*HF_ENDPOINT.*--demo"):
+    with pytest.raises(prepare.Fail, match="127.0.0.1 is silent.*HF_ENDPOINT.*--demo"):
         prepare.climbmix_sources(2)
     assert time.monotonic() - began < 5
     assert len(capsys.readouterr().err.splitlines()) == 1
@@ -448,7 +448,7 @@ def test_how_long_the_real_limits_let_it_try(
     for _ in range(20):  # the pauses are drawn
         seconds[0] = 0.0
         tries.clear()
-        with pytest.raises(prepare.Stop, match="the.host"):
+        with pytest.raises(prepare.Fail, match="the.host"):
             prepare.download(tmp_path / "shard", prepare.Progress("downloaded", 1))
         assert seconds[0] < limit and len(tries) >= least
 
@@ -463,7 +463,7 @@ def test_a_line_that_goes_dead_after_the_first_byte_gets_minutes(monkeypatch, tm
         raise prepare.Retry("refused", limit=prepare.UNREACHABLE_LIMIT)
 
     monkeypatch.setattr(prepare, "_fetch", fetch)
-    with pytest.raises(prepare.Stop, match="what has arrived is kept"):
+    with pytest.raises(prepare.Fail, match="what has arrived is kept"):
         prepare.download(tmp_path / "shard", prepare.Progress("downloaded", 1))
     assert 60 < seconds[0] < 300
 
@@ -475,7 +475,7 @@ def test_space_is_looked_at_before_the_first_byte(hub, monkeypatch):
     monkeypatch.setattr(
         shutil, "disk_usage", lambda _: usage._replace(free=3 * (size + 125_000_000))
     )
-    with pytest.raises(prepare.Stop, match="4 shards of .* need 0.5 GB, and 0.4 GB are free"):
+    with pytest.raises(prepare.Fail, match="4 shards of .* need 0.5 GB, and 0.4 GB are free"):
         prepare.climbmix_sources(2)
     assert not sum(path.stat().st_size for path in shards().iterdir())
     prepare.climbmix_sources(1)
@@ -494,7 +494,7 @@ def test_settings_that_cannot_work_fail_at_once(hub, monkeypatch, setting):
     monkeypatch.setattr(prepare, "MAX_WAIT", 60)
     for name, value in setting.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(prepare.Stop, match="HF_ENDPOINT") as stop:
+    with pytest.raises(prepare.Fail, match="HF_ENDPOINT") as stop:
         prepare.climbmix_sources(1)
     assert TOKEN not in str(stop.value) and not hub.requests
 
