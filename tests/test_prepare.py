@@ -22,6 +22,10 @@ import pytest
 from miniature import MINIATURE, ROOT, WORDS, draw_a_batch, run, write_texts
 
 import prepare as module
+from autoresearch.common import parse_signed, signed
+from autoresearch.corpus import documents as documents_room
+from autoresearch.corpus import text as text_room
+from autoresearch.corpus.progress import Progress
 from prepare import SPLITS
 
 SMALL = ("--seq-len", 32, "--vocab-size", 280, "--eval-tokens", 512)
@@ -249,10 +253,10 @@ def test_a_manifest_that_cannot_be_read(texts, tmp_path, miniature, damage):
     raw = (cache / "manifest.json").read_bytes()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "FORMAT", 99)
-        record = {**module.parse_signed(raw), "format": 99}
+        record = {**parse_signed(raw), "format": 99}
     (cache / "manifest.json").write_bytes(
         {
-            "format": module.signed(record),
+            "format": signed(record),
             "cut": raw[:99],
             "edited": raw.replace(b'"seq_len": 64', b'"seq_len": 65'),
             "not JSON": b"[]\n",
@@ -659,14 +663,14 @@ def in_files(kind: str, data: Path, parts: list[str]):
 @pytest.mark.parametrize("kind", ["one file", "many files", "jsonl", "parquet"])
 def test_few_documents_are_split_in_stretches(tmp_path, monkeypatch, kind):
     """Each 5% at an end; between them and training at least a row of text that is nowhere."""
-    monkeypatch.setattr(module, "PIECE_BYTES", 20_000)
+    monkeypatch.setattr(text_room, "PIECE_BYTES", 20_000)
     draw = random.Random(13)
     lines = []
     for i in range(6000):
         blank = "\n" if i % 5 == 0 else ""
         lines.append(f"<{i}> {words(draw, 9)}\n{blank}")
     in_files(kind, tmp_path, ["".join(lines[i : i + 500]) for i in range(0, 6000, 500)])
-    sources, splits = module.text_sources(module.text_files(tmp_path), {}, 33)
+    sources, splits = text_room.text_sources(text_room.text_files(tmp_path), {}, 33)
     assert re.match(
         r"split in stretches, for \d+ documents? cannot be drawn from evenly: "
         "val the first 5%, test the last 5% of the text in order of names, ",
@@ -674,7 +678,7 @@ def test_few_documents_are_split_in_stretches(tmp_path, monkeypatch, kind):
     )
     found = {split: [] for split in SPLITS}
     for source in sources:
-        for split, _, text in module.documents(source):
+        for split, _, text in text_room.documents(source):
             found[split] += re.findall(r"^<(\d+)> ", text, re.M)
     numbers = {split: sorted(map(int, of)) for split, of in found.items()}
     tokenizer = module.Tokenizer.train(lines, 300)
@@ -738,7 +742,7 @@ def test_every_file_that_is_not_utf8_is_named(tmp_path):
     write_texts(tmp_path / "data", files=30)
     for number in range(6):
         put(tmp_path / "data" / f"{number} latin.txt", "déjà vu".encode("latin-1"))
-    two_blocks = words(random.Random(1), 1 << 18)[: module.PIECE_BYTES - 1] + "é"
+    two_blocks = words(random.Random(1), 1 << 18)[: documents_room.PIECE_BYTES - 1] + "é"
     put(tmp_path / "data" / "cut.md", two_blocks)
     fails(prepare(tmp_path / "data", tmp_path / "cache"), "3 latin.txt, and 2 more. ", "-f LATIN1")
     for number in range(6):
@@ -766,12 +770,12 @@ def test_a_draw_far_from_its_share_is_not_taken(tmp_path):
     notes["last.txt"] = notes["0.txt"]
     for name, text in notes.items():
         put(tmp_path / name, text)
-    _, splits = module.text_sources(module.text_files(tmp_path), {}, 33)
+    _, splits = text_room.text_sources(text_room.text_files(tmp_path), {}, 33)
     assert splits.stretches is None
     seeds = range(1000)
     huge = next(text for i in seeds if share_of((text := f"{i} " * 9000).encode()) == "val")
     put(tmp_path / "log.txt", huge)
-    _, splits = module.text_sources(module.text_files(tmp_path), {}, 33)
+    _, splits = text_room.text_sources(text_room.text_files(tmp_path), {}, 33)
     assert splits.stretches is not None and "for 701 documents cannot" in str(splits)
 
 
@@ -781,11 +785,11 @@ def test_the_same_text_twice_is_on_one_side_in_stretches_too(tmp_path):
         text = "".join(f"<{number}.{i}> {words(draw, 9)}\n" for i in range(400))
         put(tmp_path / f"{number}.txt", text)
         put(tmp_path / f"{9 - number} copy.md", text)
-    sources, splits = module.text_sources(module.text_files(tmp_path), {}, 33)
+    sources, splits = text_room.text_sources(text_room.text_files(tmp_path), {}, 33)
     assert splits.stretches is not None and len(splits.documents) == 8
     lines = {}
     for source in sources:
-        for split, _, text in module.documents(source):
+        for split, _, text in text_room.documents(source):
             lines.setdefault(split, set()).update(re.findall(r"<(\S+)>", text))
     assert all(lines.values()) and not lines["val"] & lines["train"]
     assert not lines["test"] & (lines["train"] | lines["val"])
@@ -810,7 +814,7 @@ def test_the_same_text_twice_is_on_one_side_in_stretches_too(tmp_path):
     }.items(),
 )
 def test_what_is_named_for_a_split(name, split):
-    assert module.named_split(name) == split
+    assert text_room.named_split(name) == split
 
 
 def test_what_is_prepared_is_shown_and_what_is_missing(tmp_path):
@@ -841,14 +845,14 @@ def test_what_is_prepared_is_shown_and_what_is_missing(tmp_path):
 
 def test_neighbours_in_a_text_file_do_not_stay_neighbours(tmp_path, monkeypatch):
     """Passages go by the sha256 of their tokens, within a window of so many characters."""
-    monkeypatch.setattr(module, "PIECE_BYTES", 1000)
-    monkeypatch.setattr(module, "CUT_BYTES", 100)
+    monkeypatch.setattr(text_room, "PIECE_BYTES", 1000)
+    monkeypatch.setattr(documents_room, "CUT_BYTES", 100)
     draw = random.Random(10)
     story = "".join(f"line {i}: {words(draw, 9)}\n" for i in range(400))
     tokenizer = module.Tokenizer.train([story], 300)
     named = {"train.txt": "train", "val.txt": "val", "test.txt": "test"}
     files = {name: put(tmp_path / name, story if name == "train.txt" else name) for name in named}
-    sources, _ = module.text_sources(files, named, 65)
+    sources, _ = text_room.text_sources(files, named, 65)
     assert [source.split for source in sources] == ["train", "val", "test"]
     pieces = [piece.text() for piece in sources[0].pieces]
     in_order = sorted(pieces, key=story.index)
@@ -856,7 +860,7 @@ def test_neighbours_in_a_text_file_do_not_stay_neighbours(tmp_path, monkeypatch)
 
     monkeypatch.setattr(module, "BUNDLE_BYTES", 5000)  # now: a bundle of several windows
     with ThreadPoolExecutor(2) as pool:
-        progress = module.Progress("encoded", 9)
+        progress = Progress("encoded", 9)
         encoded = list(module._encoded(sources[0], tokenizer, 65, pool, progress))
     windows = [[]]
     chars = 0
@@ -933,7 +937,7 @@ def test_own_text_with_a_byte_order_mark_and_surrogates(tmp_path):
 @pytest.fixture
 def packages(tmp_path, monkeypatch) -> Path:
     """A folder of two packages that the demo is made of, 900 files in all."""
-    monkeypatch.setattr(module, "DEMO_PACKAGES", ("red", "green"))
+    monkeypatch.setattr(text_room, "DEMO_PACKAGES", ("red", "green"))
     draw = random.Random(17)
     folder = tmp_path / "packages"
     for number in range(900):
@@ -952,7 +956,7 @@ def packages(tmp_path, monkeypatch) -> Path:
 
 def test_the_demo_is_the_same_wherever_its_packages_are(packages, tmp_path, monkeypatch, capsys):
     """Elsewhere, made in another order, with what another build writes: the same fingerprint."""
-    assert len(module.demo_files()) == 900
+    assert len(text_room.demo_files()) == 900
     module.main(["--demo", *map(str, SMALL)])
     assert "split by the sha256 of each document" in capsys.readouterr().out  # `test` is no name
     before = module.fingerprint()
@@ -974,13 +978,13 @@ def test_the_demo_is_the_same_wherever_its_packages_are(packages, tmp_path, monk
 
 
 def test_a_package_of_the_demo_that_is_missing_is_named(packages, monkeypatch):
-    monkeypatch.setattr(module, "DEMO_PACKAGES", ("red", "blueish"))
+    monkeypatch.setattr(text_room, "DEMO_PACKAGES", ("red", "blueish"))
     with pytest.raises(module.Fail, match="the source of blueish, which is missing: uv sync"):
         module.main(["--demo", *map(str, SMALL)])
 
 
 def test_the_demos_packages_are_here():
     """Every name is a package that is installed, with sources."""
-    files = module.demo_files()
-    assert {name.split("/")[0] for name in files} == set(module.DEMO_PACKAGES)
+    files = text_room.demo_files()
+    assert {name.split("/")[0] for name in files} == set(text_room.DEMO_PACKAGES)
     assert len(files) > 3000
