@@ -14,9 +14,8 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from autoresearch.common import Fail, cache_dir, sha256_of
-from autoresearch.corpus.documents import read_parquet
+from autoresearch.corpus.documents import Source, read_parquet
 from autoresearch.corpus.progress import Progress, in_parallel
-from autoresearch.corpus.text import Source
 
 _now = time.monotonic
 
