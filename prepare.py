@@ -56,7 +56,7 @@ from autoresearch.common import (
     split_name,
     write_atomically,
 )
-from autoresearch.corpus.climbmix import climbmix_sources
+from autoresearch.corpus.climbmix import climbmix
 from autoresearch.corpus.documents import BLANK_LINE, Passage, Source, well_formed
 from autoresearch.corpus.progress import Progress, in_parallel
 from autoresearch.corpus.text import demo, own_text
@@ -706,7 +706,7 @@ def prepare(corpus: str, data: Path | None, num_shards: int, settings: dict, for
     # 1. The files of text, downloaded where they are not here yet. With them the set has its key.
     row_length = settings["seq_len"] + 1
     if corpus == "climbmix":
-        sources = climbmix_sources(num_shards)
+        sources = climbmix(num_shards)
         how_split = "split by shard: the last two are val and test"
     elif corpus == "demo":
         sources, how_split = demo()
@@ -714,7 +714,7 @@ def prepare(corpus: str, data: Path | None, num_shards: int, settings: dict, for
         sources, how_split = own_text(data)
     files = [source.describe() for source in sources]
     if old and corpus == "climbmix" and _remove_damaged_shards(sources, files, old):
-        sources = climbmix_sources(num_shards)
+        sources = climbmix(num_shards)
         files = [source.describe() for source in sources]
     described = {"format": FORMAT, "corpus": corpus, "request": request, "files": files}
     key = hashlib.sha256(canonical(described)).hexdigest()[:12]
