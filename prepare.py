@@ -1,24 +1,22 @@
 """
-prepare.py: everything that stays fixed, so that two scores can be compared.
+prepare.py: text -> tokenizer -> tokens -> rows -> bits per byte. What two scores have in common.
 Nobody edits it during research.
 
     uv run prepare.py               climbmix, for a real GPU
     uv run prepare.py --data DIR    your own text
     uv run prepare.py --demo        offline, for any machine
 
-Notable, in the order of the rooms:
-- part I runs once. Downloads resume, retry and are checked; every finished piece is renamed into
-  place, so killing it loses nothing, and a set that is there stays until another is whole;
-  `prepare()` at its end is the map
-- own text of any shape: no document on two sides, and where documents are few no neighbours
-- one manifest says what was prepared; with this file's source it makes the fingerprint: same
-  fingerprint, comparable scores
-- byte-pair tokenizer (rustbpe trains, tiktoken encodes); every document is encoded once, into flat
-  uint16 files
-- part II is in every run. Best-fit packing over a memory map: no padding, every row starts with
-  BOS, rows do not depend on the batch size
-- the clock, the watchdog and the ledger belong to this file, not to the code under test
-- bits per byte from the model's logits, after a check that no position sees a later token
+The rooms, in this order:
+- tokenizer: byte-pair encoding (rustbpe trains, tiktoken encodes), stored as data
+- tokens: every document is encoded once, into flat uint16 files read through a memory map
+- rows: best-fit packing. No padding, every row starts with BOS, rows do not depend on the batch size
+- batches: the loader that hands out training rows and starts the clock
+- the score: bits per byte from the model's logits
+- prepare(): the map of a preparation, and the command line
+
+What hardens it stands in autoresearch/: corpus (downloads, files of text, splits) runs once, before
+any run; referee (manifest, clock, ledger, leak check) is locked like this file. Both this file's
+source and the manifest make the fingerprint: same fingerprint, comparable scores.
 
 `train.py` imports MAX_SEQ_LEN, TIME_BUDGET (both from the manifest), Tokenizer, make_dataloader,
 evaluate_bpb and clock. Importing this file starts nothing.
@@ -26,348 +24,81 @@ evaluate_bpb and clock. Importing this file starts nothing.
 
 from __future__ import annotations
 
-import os
-import signal
-
-if __name__ == "__main__":
-    # Ctrl-C at any moment, also while importing: one line and out. No unfinished piece ever
-    # carries its final name.
-    def interrupted(*_):
-        os.write(2, b"\nFAIL: interrupted; what was finished is kept: run the same command again\n")
-        os._exit(130)
-
-    signal.signal(signal.SIGINT, interrupted)
-
 import argparse
 import base64
-import codecs
 import contextlib
-import difflib
 import errno
-import faulthandler
 import functools
 import hashlib
-import importlib.util
 import itertools
-import json
 import math
-import mmap
-import platform
-import random
+import os
 import re
 import shutil
-import site
-import socket
-import subprocess
+import signal
 import sys
-import sysconfig
-import threading
 import time
-import uuid
-import warnings
 from bisect import bisect_left
-from collections import Counter
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from dataclasses import dataclass
-from datetime import datetime, timezone
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import MappingProxyType, ModuleType
-from urllib.parse import urlsplit
 
 import numpy as np
 
-# ========================================================================================== I. once
+from autoresearch.common import (
+    Fail,
+    Parser,
+    cache_dir,
+    canonical,
+    parse_signed,
+    seed,  # noqa: F401  (for train.py, as are fingerprint and device_name)
+    sha256_of,
+    signed,
+    split_name,
+    write_atomically,
+)
+from autoresearch.corpus.climbmix import climbmix_sources
+from autoresearch.corpus.documents import BLANK_LINE, well_formed
+from autoresearch.corpus.progress import Progress, in_parallel
+from autoresearch.corpus.text import (
+    BUNDLE_BYTES,
+    SPLITS,
+    Piece,
+    Source,
+    Splits,
+    demo,
+    documents,
+    enough_text,
+    own_text,
+)
+from autoresearch.referee.clock import clock, fail
+from autoresearch.referee.leakcheck import EvalModel, LeakCheck, on_device
+from autoresearch.referee.ledger import read_ledger  # noqa: F401  (for night.py)
+from autoresearch.referee.manifest import (
+    FORMAT,
+    fingerprint,
+    load_manifest,
+    manifest,
+    read_manifest,
+    set_dir,
+    shared_lock,
+)
+from autoresearch.referee.provenance import (
+    device_name,  # noqa: F401
+    driver_version,  # noqa: F401
+    training_device,
+)
 
-# ---------------------------------------------------------------------------------------- constants
-
-FORMAT = 1  # of the cache; raised when its files, or the rules that made them, are no longer these
-SPLITS = ("train", "val", "test")  # in the token cache's index, by their place here
 # What is fixed for each corpus; the command line overrides, the manifest remembers. Lengths in
 # tokens, the budget in seconds.
 # fmt: off
+
+
 PRESETS = {
     "climbmix": dict(seq_len=2048, vocab_size=8192, eval_tokens=40 * 524_288, time_budget=300),
     "text":     dict(seq_len=2048, vocab_size=8192, eval_tokens=40 * 524_288, time_budget=300),
     "demo":     dict(seq_len=256,  vocab_size=2048, eval_tokens=262_144,      time_budget=300),
 }
 # fmt: on
-LIMITS = {  # smallest and largest
-    "seq_len": (16, 1 << 20),
-    "vocab_size": (260, 1 << 16),
-    "eval_tokens": (1, 1 << 40),
-    "time_budget": (1, 1 << 20),
-}
-MEANING = {
-    "seq_len": "tokens that the model sees at once",
-    "vocab_size": "different tokens",
-    "eval_tokens": "tokens that are scored",
-    "time_budget": "seconds of training",
-}
-# Whose source the demo is made of: all come with what train.py and the notebook need.
-DEMO_PACKAGES = ("matplotlib", "networkx", "numpy", "pandas", "sympy")
-BUILT = re.compile(r"version\.py|_version.*\.py|__config__\.py")  # differ by platform and build
-HELD_OUT_SHARE = 0.05  # of the text for val, as much for test, where no file is named so
-MIN_DRAWN = 20  # documents in each, or the draw is left: few give by chance far too much or nothing
-FEW_TOKENS = 100_000  # scored: below, a score's standard error is over about 0.01 nats a token
-GAP_BYTES = 8  # of text for each token of the row that a gap holds; prose and code have 3 to 5
-
-HUB_PATH = "/datasets/karpathy/climbmix-400b-shuffle/resolve/main/"
-VAL_SHARD = 6542  # pinned; training shards count up from 0 and end before these two
-TEST_SHARD = 6541
-PARALLEL_DOWNLOADS = 4  # one connection rarely fills a line; many only annoy the server
-CONNECT_TIMEOUT = 10  # seconds
-READ_TIMEOUT = 30  # seconds: the longest silence, not the whole transfer
-MAX_TRIES = 8  # in a row without one new byte: with the pauses about four minutes of dead network
-BACKOFF = 1.0  # seconds: the first pause, doubled with every try
-MAX_WAIT = 60.0  # seconds: the longest pause
-MAX_RETRY_AFTER = 300.0  # seconds: the longest pause a server may ask for
-# Seconds in all, as long as no byte of any file ever came.
-UNREACHABLE_LIMIT = 15.0  # refused, or an unknown host
-SILENT_LIMIT = 120.0  # connected, or at least not refused, and then nothing
-MAX_WRONG = 2  # times that a whole file may be the wrong one
-SHARD_TOKEN_BYTES = 125_000_000  # for the disk: 250 million characters, 4 a token as in our books
-
-SPECIAL_TOKENS = tuple(f"<|reserved_{i}|>" for i in range(4))  # the last four ids; the first is BOS
-# GPT-4's split pattern, but digits in groups of one or two: a small vocabulary has no room for all
-# three-digit numbers.
-SPLIT_PATTERN = (
-    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*"
-    r"|\s*[\r\n]|\s+(?!\S)|\s+"
-)
-TOKENIZER_CHARS = 1_000_000_000  # of training text is what the tokenizer learns from
-TOKENIZER_DOC_CHARS = 10_000  # of one document at most
-ENCODE_CHARS = 1 << 18  # at a time: the splitter's regex overflows its stack on a million blanks
-PASSAGE_SLACK = 0.05  # plain text is cut into passages of a row, or so much more up to a blank line
-PIECE_BYTES = 1 << 20  # of plain text, read and encoded at a time
-CUT_BYTES = 1 << 12  # so much further on, a blank line to cut a file at is still looked for
-BUNDLE_BYTES = 1 << 26  # of plain text, encoded and mixed as one: bounds memory and lost work
-
-BATCH_DOCS = 128  # packing, part of the metric: documents come in batches of so many
-POOL_DOCS = 1000  # and are chosen from a pool of at least so many
-
-START_LIMIT = 1200  # seconds to compile and warm up in: a slow machine with cold caches needs many
-NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
-AMD_DRIVER = Path("/sys/module/amdgpu/version")
-PACE_SHARE = 0.05  # of the budget between two samples of a run's pace in the ledger
-
-# ------------------------------------------------------------------------------------------ helpers
-
-_now = time.monotonic  # bound here: whatever is done to `time` later, the clock keeps its own
-
-
-class Stop(SystemExit):
-    """A failure a person or an agent can act on. Uncaught, Python prints its line and exits 1."""
-
-    def __init__(self, message: str):
-        one_line = " ".join(str(message).split())
-        super().__init__("FAIL: " + one_line)
-
-
-def cache_dir() -> Path:
-    return Path(os.environ.get("AUTORESEARCH_CACHE") or "~/.cache/autoresearch").expanduser()
-
-
-def _environment(name: str, default: str, pattern: str) -> str:
-    value = os.environ.get(name) or default
-    if not re.fullmatch(pattern, value):
-        raise Stop(f"{name}={value}: it must match {pattern}")
-    return value
-
-
-def seed() -> int:
-    """42, or $AUTORESEARCH_SEED: to measure the noise floor, not something to tune."""
-    return int(_environment("AUTORESEARCH_SEED", "42", r"\d{1,9}"))
-
-
-def split_name() -> str:
-    """The split that is scored: val, or test with $AUTORESEARCH_SPLIT=test.
-
-    That one is for the human, once, at the very end.
-    """
-    return _environment("AUTORESEARCH_SPLIT", "val", "val|test")
-
-
-def write_atomically(path: Path, data: bytes):
-    """All of the bytes under `path` or nothing, also after a power cut."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-def sha256_of(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def well_formed(text: str) -> str:
-    """A lone surrogate, which JSON and Python can carry and UTF-8 cannot, becomes U+FFFD."""
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-
-
-def canonical(value) -> bytes:
-    return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
-
-
-def _checksum(record: dict) -> str:
-    return hashlib.sha256(canonical(record)).hexdigest()[:16]
-
-
-def signed(record: dict) -> bytes:
-    """One JSON line with a checksum of itself: finds damage and edits by hand; it is no secret."""
-    return json.dumps({**record, "checksum": _checksum(record)}).encode() + b"\n"
-
-
-def parse_signed(line: bytes) -> dict:
-    """The record that `signed` wrote. Raises ValueError on anything else."""
-    try:
-        record = json.loads(line)
-        checksum = record.pop("checksum")
-        matches = checksum == _checksum(record)
-    except (AttributeError, KeyError, TypeError, RecursionError) as error:
-        raise ValueError(f"not a record ({type(error).__name__})") from None
-    if not matches:
-        raise ValueError("its checksum does not match")
-    return record
-
-
-class Progress:
-    """Files, MB, rate, time left: one line rewritten on a terminal, else one line a file.
-
-    Threads share it.
-    """
-
-    def __init__(self, verb: str, files: int):
-        self.verb = verb
-        self.files = files
-        self.done = 0
-        self.bytes = 0
-        self.said = set()
-        self.began = self.drawn = _now()
-        self.lock = threading.Lock()
-        self.terminal = sys.stderr.isatty()
-
-    def say(self, line: str):
-        """Prints `line` where the line that is rewritten stands."""
-        if self.terminal:
-            line = "\r\033[K" + line
-        print(line, end="", file=sys.stderr, flush=True)
-
-    def say_once(self, line: str):
-        """As `say`, but not what was said before."""
-        with self.lock:
-            if line not in self.said:
-                self.said.add(line)
-                self.say(line)
-
-    def add(self, count: int):
-        """So many more bytes."""
-        with self.lock:
-            self.bytes += count
-            self._draw()
-
-    def finish(self, name: str):
-        """One more file."""
-        with self.lock:
-            self.done += 1
-            if self.terminal and self.done < self.files:
-                self._draw()
-            else:
-                seconds = _now() - self.began
-                self.say(f"{self.verb} {name} ({self.done}/{self.files}, {seconds:.1f} s)\n")
-
-    def _draw(self):
-        if not self.terminal or _now() - self.drawn < 0.2:
-            return
-        self.drawn = _now()
-        seconds = self.drawn - self.began
-        megabytes = self.bytes / 1e6
-        line = f"{self.verb} {self.done}/{self.files}"
-        line += f", {megabytes:,.0f} MB at {megabytes / seconds:.1f} MB/s"
-        if self.done:
-            left = seconds / self.done * (self.files - self.done)
-            line += f", about {left:.0f} s left"
-        self.say(line)
-
-
-def in_parallel(function, items: list, workers: int, verb: str) -> list:
-    """[function(item, progress), ...] by threads; every item has a `name`.
-
-    A failure is raised at once: what is finished stays finished.
-    """
-    progress = Progress(verb, len(items))
-    pool = ThreadPoolExecutor(workers)
-
-    def one(item):
-        result = function(item, progress)
-        progress.finish(item.name)
-        return result
-
-    futures = [pool.submit(one, item) for item in items]
-    done = wait(futures, return_when=FIRST_EXCEPTION).done
-    pool.shutdown(wait=False, cancel_futures=True)
-    for future in done:
-        future.result()  # raises what it raised
-    return [future.result() for future in futures]
-
-
-# ------------------------------------------------------------------------- manifest and fingerprint
-
-
-def _load_manifest(path: Path) -> dict:
-    again = "run the same `uv run prepare.py ...` again with --force"
-    try:
-        record = parse_signed(path.read_bytes())
-    except FileNotFoundError:
-        raise Stop(
-            f"nothing is prepared in {path.parent}: run `uv run prepare.py` (a GPU), "
-            "`uv run prepare.py --data DIR` (your text) or `uv run prepare.py --demo` "
-            "(any machine, offline); a half-done one goes on"
-        ) from None
-    except (ValueError, OSError) as error:
-        raise Stop(f"{path} is damaged ({error}): {again}") from None
-    found = record.get("format")
-    if found != FORMAT:
-        raise Stop(f"{path} has format {found}, this prepare.py reads {FORMAT}: {again}")
-    return record
-
-
-def _read_only(value):
-    if isinstance(value, dict):
-        return MappingProxyType({key: _read_only(inner) for key, inner in value.items()})
-    if isinstance(value, list):
-        return tuple(_read_only(inner) for inner in value)
-    return value
-
-
-@functools.lru_cache
-def _read_manifest(path: Path) -> MappingProxyType:
-    return _read_only(_load_manifest(path))
-
-
-def manifest() -> MappingProxyType:
-    """What is prepared, read once and read-only: editing it raises TypeError.
-
-    Raises Stop, with the command to type, where nothing is, or where it is damaged.
-    """
-    return _read_manifest(cache_dir() / "manifest.json")
-
-
-def set_dir() -> Path:
-    """The directory of the prepared tokenizer and tokens."""
-    return cache_dir() / manifest()["key"]
-
-
-def fingerprint() -> str:
-    """12 hex digits of the manifest and this file's source, both as they are on the disk now."""
-    record = _load_manifest(cache_dir() / "manifest.json")
-    source = Path(__file__).read_bytes().replace(b"\r\n", b"\n")
-    return hashlib.sha256(canonical(record) + source).hexdigest()[:12]
 
 
 def __getattr__(name: str):
@@ -379,677 +110,20 @@ def __getattr__(name: str):
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-# ------------------------------------------------------------------------------- documents: readers
-
-
-def _parquet_documents(path: Path):
-    """Yields (row group, text)."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        file = pq.ParquetFile(path)
-        names = file.schema_arrow.names
-        if "text" not in names:
-            raise Stop(f"{path} has no column `text`, only: {', '.join(names)[:200]}")
-        for group in range(file.num_row_groups):
-            for rows in file.iter_batches(row_groups=[group], columns=["text"], batch_size=1024):
-                for text in rows.column(0).cast(pa.string()).to_pylist():
-                    if text:
-                        yield group, text
-    except (pa.ArrowException, OSError, UnicodeError) as error:
-        reason = str(error)[:200]
-        raise Stop(
-            f"{path} is not readable as parquet ({reason}): replace it or remove it"
-        ) from None
-
-
-def _jsonl_documents(path: Path):
-    """Yields (0, text): the whole file is one group."""
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            place = f"{path}, line {number}"
-            try:
-                record = json.loads(line)
-                text = well_formed(record["text"])
-            except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-                if isinstance(error, KeyError):
-                    raise Stop(f"{place} has no `text`, only: {', '.join(record)[:200]}") from None
-                kind = type(error).__name__
-                raise Stop(f"{place}: not a JSON object with a string `text` ({kind})") from None
-            yield 0, text
-
-
-READERS = {".parquet": _parquet_documents, ".jsonl": _jsonl_documents}
-SUFFIXES = (*READERS, ".txt", ".md")  # what no reader knows is plain text
-
-# --------------------------------------------------------------------- documents: own text and demo
-
-
-@dataclass(frozen=True)
-class Piece:
-    """Bytes of a plain text file, from one blank line to another: read and encoded at a time."""
-
-    path: Path
-    digest: bytes  # sha256 of the whole file
-    start: int
-    end: int
-
-    def text(self) -> str:
-        with open(self.path, "rb") as file:
-            file.seek(self.start)
-            raw = file.read(self.end - self.start)
-        if self.start == 0:
-            raw = raw.removeprefix(codecs.BOM_UTF8)
-        try:
-            return raw.decode()
-        except UnicodeDecodeError as error:
-            raise Stop(f"{self.path} is no longer UTF-8 ({error.reason})") from None
-
-
-@dataclass(eq=False)
-class Source:
-    """A parquet or jsonl file, or a bundle of plain text: encoded and restarted as a unit."""
-
-    name: str
-    path: Path | None  # None for a bundle
-    split: str | None  # None: its documents go by `splits`
-    splits: Splits | None = None  # own text only
-    pieces: tuple[Piece, ...] = ()  # of a bundle
-
-    def describe(self) -> dict:
-        """What the manifest says of it."""
-        record = {"name": self.name, "split": self.split}
-        if self.path:
-            return {**record, "size": self.path.stat().st_size, "sha256": sha256_of(self.path)}
-        digest = hashlib.sha256()
-        for piece in self.pieces:
-            digest.update(piece.digest + b"%d %d\n" % (piece.start, piece.end))
-        size = sum(piece.end - piece.start for piece in self.pieces)
-        return {**record, "size": size, "sha256": digest.hexdigest()}
-
-    @property
-    def is_cut(self) -> bool:
-        """Are its texts cut into passages, rather than documents that stay whole?"""
-        return self.path is None or (self.splits is not None and self.splits.stretches is not None)
-
-
-class Splits:
-    """Which split a document of own text belongs to. None belongs to two.
-
-    What a file named for a split holds belongs there, and is left out everywhere else. The rest is
-    drawn, each document by the sha256 of its text. Where so few are drawn that chance decides, all
-    text is laid end to end instead, by name, and cut in stretches: val, train, test, and between
-    them gaps of a row and more that belong nowhere, so that no passage has its neighbour on the
-    other side.
-    """
-
-    def __init__(self, held_out: dict[bytes, str], wanted: list[str], row_length: int):
-        self.held_out = held_out  # {sha256: split} of the documents in files named for one
-        self.wanted = wanted  # of val and test, what no file is named for
-        self.gap = GAP_BYTES * row_length + CUT_BYTES
-        self.stretches = None  # {sha256: [(start, end, split)]} in bytes
-        self.documents = {}  # {sha256: bytes} of the rest, as far as they had to be counted
-        self.drawn = dict.fromkeys(SPLITS, 0)  # how many of them a draw gives, and their bytes
-        self.drawn_bytes = dict.fromkeys(SPLITS, 0)
-
-    def decide(self, plain: list[tuple[bytes, int]], others):
-        """Draw, or stretches? Both give (sha256, bytes); `others` are read until it is clear."""
-        if not self.wanted:
-            return
-        for document in plain:
-            self._count(*document)
-        for document in others:
-            if self._is_fair():
-                return
-            self._count(*document)
-        if not self._is_fair():
-            self._lay_out()
-
-    def _count(self, digest: bytes, length: int):
-        if digest not in self.held_out and digest not in self.documents:
-            self.documents[digest] = length
-            self.drawn[_drawn_split(digest)] += 1
-            self.drawn_bytes[_drawn_split(digest)] += length
-
-    def _is_fair(self) -> bool:
-        """Would a draw give enough documents, and about the share of the text?"""
-        share = HELD_OUT_SHARE * sum(self.drawn_bytes.values())
-        return all(
-            self.drawn[split] >= MIN_DRAWN and share / 2 <= self.drawn_bytes[split] <= 2 * share
-            for split in self.wanted
-        )
-
-    def _lay_out(self):
-        total = sum(self.documents.values())
-        share = int(HELD_OUT_SHARE * total)
-        train_start, train_end = 0, total
-        line = []  # (start, end, split) of all text
-        if "val" in self.wanted:
-            line.append((0, share, "val"))
-            train_start = share + self.gap
-        if "test" in self.wanted:
-            line.append((total - share, total, "test"))
-            train_end = total - share - self.gap
-        line.append((train_start, train_end, "train"))
-        self.stretches = {}
-        position = 0
-        for digest, size in self.documents.items():
-            clipped = [
-                (max(a - position, 0), min(b - position, size), split) for a, b, split in line
-            ]
-            self.stretches[digest] = [part for part in clipped if part[0] < part[1]]
-            position += size
-
-    def parts(self, digest: bytes, text, split: str | None) -> list[tuple[int, int, str]]:
-        """(start, end, split) of a document's bytes `text` in a file that is named for `split`."""
-        if digest in self.held_out or split:
-            own = split is not None and self.held_out.get(digest, split) == split
-            return [(0, len(text), split)] if own else []
-        if self.stretches is not None:
-            parts = self.stretches[digest]
-            return [(cut_place(text, start), cut_place(text, end), s) for start, end, s in parts]
-        split = _drawn_split(digest)
-        return [(0, len(text), split if split in self.wanted else "train")]
-
-    def __str__(self):
-        share = f"{HELD_OUT_SHARE:.0%}"
-        if not self.wanted:
-            return "split by name"
-        if self.stretches is None:
-            return f"split by the sha256 of each document: {share} for {' and '.join(self.wanted)}"
-        ends = {"val": "the first", "test": "the last"}
-        stretches = [f"{split} {ends[split]} {share}" for split in self.wanted]
-        files = "1 document" if len(self.documents) == 1 else f"{len(self.documents):,} documents"
-        return (
-            f"split in stretches, for {files} cannot be drawn from evenly: {', '.join(stretches)} "
-            f"of the text in order of names, {self.gap / 1e3:.0f} kB left out at each border"
-        )
-
-
-BLANK_LINE = re.compile(rb"\n\s*\n")
-LINE_END = re.compile(rb"\n")
-
-
-def cut_place(text, place: int) -> int:
-    """Where a blank line ends, the first from byte `place` on; else a line; else a character."""
-    if not 0 < place < len(text):
-        return place
-    for end in (BLANK_LINE, LINE_END):
-        found = end.search(text, place, place + CUT_BYTES)
-        if found:
-            return found.end()
-    while place < len(text) and text[place] & 0xC0 == 0x80:
-        place += 1
-    return place
-
-
-def _drawn_split(digest: bytes) -> str:
-    share = int.from_bytes(digest[:8], "big") / 2**64
-    if share < HELD_OUT_SHARE:
-        return "val"
-    if share < 2 * HELD_OUT_SHARE:
-        return "test"
-    return "train"
-
-
-def text_files(data: Path) -> dict[str, Path]:
-    """{name: path} of every file of SUFFIXES below `data`, or `data` itself, which may be one."""
-    top = data.parent if data.is_file() else data
-    files = {}
-    for path in _files_below(data):
-        if _kind(path) in SUFFIXES:
-            files[path.relative_to(top).as_posix()] = path
-    if not files:
-        *names, last = [f"*{suffix}" for suffix in SUFFIXES]
-        names = f"{', '.join(names)} or {last}"
-        raise Stop(f"{data} is no {names}" if data.is_file() else f"no {names} below {data}")
-    wrong = [path for path in files.values() if _kind(path) not in READERS and not _is_text(path)]
-    if wrong:
-        raise _not_utf8(wrong)
-    return files
-
-
-def _files_below(data: Path) -> list[Path]:
-    """Without what is hidden, and what lies behind links to folders."""
-    if data.is_file():
-        return [data]
-    if not data.is_dir():
-        raise Stop(f"--data {data}: there is no such directory")
-    found = []
-    for root, folders, names in os.walk(data):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [Path(root, name) for name in names if not name.startswith(".")]
-    return sorted(path for path in found if path.is_file())
-
-
-def _is_text(path: Path) -> bool:
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    with open(path, "rb") as file:
-        try:
-            while block := file.read(PIECE_BYTES):
-                decoder.decode(block)
-            decoder.decode(b"", final=True)
-        except UnicodeDecodeError:
-            return False
-    return True
-
-
-def _not_utf8(paths: list[Path]) -> Stop:
-    with open(paths[0], "rb") as file:
-        is_utf16 = file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
-    return Stop(
-        f"not UTF-8: {_some(paths)}. Save as UTF-8, by an editor or `iconv -f "
-        f"{'UTF-16' if is_utf16 else 'LATIN1'} -t UTF-8 OLD > NEW`, or move away"
-    )
-
-
-def _some(names) -> str:
-    """The names, or four of them and how many more."""
-    names = [str(name) for name in names]
-    if len(names) > 5:
-        names[4:] = [f"and {len(names) - 4:,} more"]
-    return ", ".join(names)
-
-
-def _left_out(data: Path) -> str:
-    """A line that counts the files below `data` that are not read, by their kind; or nothing."""
-    kinds = Counter()
-    for path in _files_below(data):
-        if _kind(path) not in SUFFIXES:
-            kinds[_kind(path) or "without a suffix"] += 1
-        elif not path.stat().st_size:
-            kinds["empty"] += 1
-    most_first = sorted(kinds.items(), key=lambda kind: (-kind[1], kind[0]))
-    counted = _some(f"{count:,} {kind}" for kind, count in most_first)
-    return f"not read: {counted}\n" if counted else ""
-
-
-def _kind(path: Path) -> str:
-    return path.suffix.lower()
-
-
-def named_split(name: str) -> str | None:
-    """The split that a file is named for: val.*, val_*, val-*, val/*; also valid, validation, test."""
-    *folders, file = name.split("/")
-    for word in (*folders, re.split("[._-]", file)[0]):
-        if word in ("val", "valid", "validation"):
-            return "val"
-        if word == "test":
-            return "test"
-    return None
-
-
-def demo_files() -> dict[str, Path]:
-    """{name: path} of the .py files of DEMO_PACKAGES: the same text wherever their versions are.
-
-    Without the files that a build writes, and those that are empty or not UTF-8.
-    """
-    files = {}
-    for package in DEMO_PACKAGES:
-        found = importlib.util.find_spec(package)
-        if found is None or not found.origin:
-            raise Stop(f"the demo's text is the source of {package}, which is missing: uv sync")
-        directory = Path(found.origin).parent
-        for path in sorted(directory.rglob("*.py")):
-            if not BUILT.fullmatch(path.name) and path.stat().st_size and _is_text(path):
-                files[path.relative_to(directory.parent).as_posix()] = path
-    return files
-
-
-def text_sources(
-    files: dict[str, Path], named: dict[str, str], row_length: int
-) -> tuple[list[Source], Splits]:
-    """The sources of own text, and how it is split; files: by name; named: those for a split."""
-    sources = []
-    plain = {}  # name: sha256
-    for name, path in files.items():
-        if _kind(path) in READERS:
-            sources.append(Source(name, path, named.get(name)))
-        else:
-            plain[name] = bytes.fromhex(sha256_of(path))
-    held_out = {}
-    for name, split in named.items():
-        if name in plain and split != "train":
-            held_out[plain[name]] = split
-    for source in sources:
-        if source.split in ("val", "test"):
-            for _, digest, _ in read(source):
-                held_out[digest] = source.split
-
-    wanted = [split for split in ("val", "test") if split not in named.values()]
-    splits = Splits(held_out, wanted, row_length)
-    unnamed = [name for name in plain if name not in named]
-    others = ((digest, len(raw)) for s in sources if not s.split for _, digest, raw in read(s))
-    splits.decide([(plain[name], files[name].stat().st_size) for name in unnamed], others)
-    for source in sources:
-        source.splits = splits
-
-    pieces = {split: [] for split in SPLITS}
-    for name, digest in plain.items():
-        for split, piece in _pieces(files[name], digest, named.get(name), splits):
-            # By the hash of their names, so that every bundle is a fair sample.
-            key = hashlib.sha256(os.fsencode(name) + b"/%d" % piece.start).digest()
-            pieces[split].append((key, name, piece))
-    for split in SPLITS:
-        for bundle in _bundles(sorted(pieces[split], key=lambda entry: entry[0])):
-            names = sorted({name for _, name, _ in bundle})
-            label = names[0] if len(names) == 1 else f"{len(names)} text files"
-            sources.append(Source(label, None, split, splits, tuple(p for _, _, p in bundle)))
-    return sources, splits
-
-
-def _pieces(path: Path, digest: bytes, named: str | None, splits: Splits):
-    """Yields (split, piece) of a plain text file, in order."""
-    if path.stat().st_size == 0:
-        return
-    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
-        for start, end, split in splits.parts(digest, text, named):
-            while start < end:
-                stop = min(cut_place(text, start + PIECE_BYTES), end)
-                yield split, Piece(path, digest, start, stop)
-                start = stop
-
-
-def _bundles(pieces: list):
-    """Yields lists of the (key, name, piece), in order, each ended by what fills BUNDLE_BYTES."""
-    bundle = []
-    size = 0
-    for entry in pieces:
-        bundle.append(entry)
-        size += entry[2].end - entry[2].start
-        if size >= BUNDLE_BYTES:
-            yield bundle
-            bundle = []
-            size = 0
-    if bundle:
-        yield bundle
-
-
-def read(source: Source):
-    """Yields (row group, sha256, bytes) of a parquet or jsonl file's documents, in its order."""
-    for group, text in READERS[_kind(source.path)](source.path):
-        raw = text.encode()
-        yield group, hashlib.sha256(raw).digest(), raw
-
-
-def documents(source: Source):
-    """Yields (split, row group, text) in order; pieces of text where the source is cut.
-
-    Raises Stop, naming file and place, on anything that is not text.
-    """
-    if source.path is None:
-        for piece in source.pieces:
-            yield source.split, 0, piece.text()
-    elif source.splits is None:
-        for group, text in READERS[_kind(source.path)](source.path):
-            yield source.split, group, text
-    else:
-        for group, digest, raw in read(source):
-            for start, end, split in source.splits.parts(digest, raw, source.split):
-                if start < end:
-                    yield split, group, raw[start:end].decode()
-
-
-# ------------------------------------------------------------------------------ documents: climbmix
-
-
-class Retry(Exception):
-    """This download may go better next time.
-
-    wait: seconds the server asked for, or None; discard: the bytes at hand are wrong; wrong: they
-    are a whole file; limit: seconds after which to give up while no byte ever came.
-    """
-
-    def __init__(self, reason: str, wait=None, discard=False, wrong=False, limit=None):
-        super().__init__(reason)
-        self.wait = wait
-        self.discard = discard or wrong
-        self.wrong = wrong
-        self.limit = limit
-
-
-def climbmix_sources(num_shards: int) -> list[Source]:
-    """The shards in order, validation and test last, downloading what is missing.
-
-    num_shards < 0: all.
-    """
-    count = min(num_shards, TEST_SHARD) if num_shards >= 0 else TEST_SHARD
-    splits = dict.fromkeys(range(count), "train")
-    splits[VAL_SHARD] = "val"
-    splits[TEST_SHARD] = "test"
-    directory = cache_dir() / "shards"
-    directory.mkdir(exist_ok=True)
-    sources = []
-    for number, split in splits.items():
-        name = f"shard_{number:05d}.parquet"
-        sources.append(Source(name, directory / name, split))
-    missing = [source.path for source in sources if not source.path.exists()]
-    in_parallel(download, missing, PARALLEL_DOWNLOADS, "downloaded")
-    return sources
-
-
-def download(final: Path, progress: Progress):
-    """One shard: resumed, retried, checked, and only then renamed into place.
-
-    Raises Stop, naming the file, after the last try; what has arrived stays in NAME.part for the
-    next run.
-    """
-    part = final.with_name(final.name + ".part")
-    part.touch()
-    tries = Tries(final.name, progress)
-    while True:
-        tries.begin()
-        try:
-            digest = _fetch(final.name, part, progress)
-            _check_shard(part, digest)
-            break
-        except Retry as failure:
-            if failure.discard:
-                part.write_bytes(b"")
-            pause = tries.pause_after(failure, part.stat().st_size)
-            time.sleep(pause)
-    with open(part, "rb+") as file:
-        os.fsync(file.fileno())
-    os.replace(part, final)
-
-
-class Tries:
-    """How often one file is asked for, how long in all, and what is said of it."""
-
-    OTHER_WAYS = (
-        "look at the network and at HF_ENDPOINT, or take `uv run prepare.py --demo`, "
-        "which needs neither"
-    )
-
-    def __init__(self, name: str, progress: Progress):
-        self.name = name
-        self.progress = progress
-        self.began = _now()
-        self.last_began = self.began
-        self.in_vain = 0  # in a row without one new byte
-        self.wrong = 0
-        self.most = 0  # bytes that have been there at once
-
-    def begin(self):
-        self.last_began = _now()
-
-    def pause_after(self, failure: Retry, arrived: int) -> float:
-        """Seconds until the next try; arrived: bytes that are there. Raises Stop after the last."""
-        self.wrong += failure.wrong
-        if self.wrong >= MAX_WRONG:
-            raise Stop(f"{self.name}: {failure}, {self.wrong} times: {self.OTHER_WAYS}")
-        # A line that drops but moves on is not a failure.
-        self.in_vain = 0 if arrived > self.most else self.in_vain + 1
-        self.most = max(self.most, arrived)
-        pause = failure.wait
-        if pause is None:
-            pause = min(BACKOFF * 2**self.in_vain, MAX_WAIT) * random.uniform(0.5, 1)
-        if failure.limit and not self.progress.bytes:  # no byte of any file ever came
-            now = _now()
-            next_ends = now + pause + (now - self.last_began)  # if it takes as long again
-            if next_ends - self.began > failure.limit:
-                raise Stop(f"{self.name}: {failure}: {self.OTHER_WAYS}")
-            self.progress.say_once(f"{failure}; trying again, {failure.limit:.0f} s in all\n")
-            return pause
-        if self.in_vain >= MAX_TRIES:
-            raise Stop(
-                f"{self.name}: {failure}; what has arrived is kept: run the same command again"
-            )
-        self.progress.say(f"{self.name}: {failure}; trying again in {pause:.0f} s\n")
-        return pause
-
-
-def _check_shard(part: Path, digest: str | None):
-    with open(part, "rb") as file:
-        begin = file.read(100).lstrip().lower()
-    if begin.startswith((b"<!doctype", b"<html")):
-        raise Retry("the server sent HTML (a login page?), no parquet file", wrong=True)
-    if digest and sha256_of(part) != digest:
-        raise Retry("its sha256 is wrong", wrong=True)
-    try:
-        next(_parquet_documents(part), None)
-    except Stop as problem:
-        raise Retry(str(problem.code).removeprefix("FAIL: "), wrong=True) from None
-
-
-def _fetch(name: str, part: Path, progress: Progress) -> str | None:
-    """Appends to `part` what it lacks; returns the sha256 that the server gave, if it did."""
-    import requests
-
-    url = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/") + HUB_PATH + name
-    have = part.stat().st_size
-    timeout = (CONNECT_TIMEOUT, READ_TIMEOUT)
-    try:
-        host = urlsplit(url).netloc.rpartition("@")[2]
-        headers = _request_headers(have)
-        with requests.get(url, headers=headers, stream=True, timeout=timeout) as reply:
-            if not _is_complete(reply, have):
-                _check_reply(reply, name, host, have)
-                _check_space(reply, part, have, progress)
-                _save(reply, part, have, progress)
-            return _linked_sha256(reply)
-    except ValueError as error:
-        # An error's text may hold the token or a signed address: only its kind is shown.
-        kind = type(error).__name__
-        raise Stop(f"{name}: HF_ENDPOINT or HF_TOKEN cannot be used ({kind})") from None
-    except requests.RequestException as error:
-        raise _as_retry(error, host) from None
-
-
-def _as_retry(error, host: str) -> Retry:
-    """What a request that failed says to a person; its own text may hold the token."""
-    import requests
-
-    if error.request is not None:  # which a redirect may have led elsewhere
-        host = urlsplit(error.request.url).hostname
-    if isinstance(error, requests.exceptions.ProxyError):
-        host = f"the proxy before {host}"
-    cause = error
-    while cause is not None:
-        if isinstance(cause, socket.gaierror):
-            return Retry(f"unknown host: {host}", limit=UNREACHABLE_LIMIT)
-        if isinstance(cause, ConnectionRefusedError):
-            return Retry(f"{host} refused the connection", limit=UNREACHABLE_LIMIT)
-        if isinstance(cause, OSError) and cause.errno in (errno.ENETUNREACH, errno.EHOSTUNREACH):
-            return Retry(f"{host} cannot be reached", limit=UNREACHABLE_LIMIT)
-        if isinstance(cause, (TimeoutError, requests.Timeout)):
-            return Retry(f"{host} is silent", limit=SILENT_LIMIT)
-        cause = cause.__cause__ or cause.__context__
-    return Retry(f"{type(error).__name__} at {host}")
-
-
-def _request_headers(have: int) -> dict[str, str]:
-    headers = {"Accept-Encoding": "identity"}
-    if have:
-        headers["Range"] = f"bytes={have}-"
-    token = os.environ.get("HF_TOKEN", "").strip()
-    if token:  # requests drops this header where a redirect leaves the host
-        headers["Authorization"] = f"Bearer {token}"
-    return headers
-
-
-def _linked_sha256(reply) -> str | None:
-    """The sha256 of the file from X-Linked-ETag, which stands in the redirect or the reply."""
-    for answer in [*reply.history, reply]:
-        etag = answer.headers.get("X-Linked-ETag", "").removeprefix("W/").strip('"')
-        if re.fullmatch("[0-9a-f]{64}", etag):
-            return etag
-    return None
-
-
-def _content_range(reply) -> tuple[str | None, str | None]:
-    """(first byte, size of the file) of Content-Range, as they are written there."""
-    header = reply.headers.get("Content-Range", "")
-    place = re.fullmatch(r"bytes (?:(\d+)-\d+|\*)/(\d+|\*)", header)
-    return place.groups() if place else (None, None)
-
-
-def _is_complete(reply, have: int) -> bool:
-    """The server has no byte more than `have`: only the rename was missing."""
-    _, size = _content_range(reply)
-    return reply.status_code == 416 and size == str(have)
-
-
-def _check_reply(reply, name: str, host: str, have: int):
-    """Raises Retry or Stop unless the reply's body is the file, or its part from byte `have` on."""
-    status = reply.status_code
-    first, _ = _content_range(reply)
-    if status == 416 or (status == 206 and first != str(have)):
-        raise Retry(f"{host} does not go on at byte {have:,}", discard=True)
-    if status in (408, 429) or status >= 500:
-        asked = reply.headers.get("Retry-After", "")
-        wait = min(int(asked), MAX_RETRY_AFTER) if asked.isdigit() else None
-        raise Retry(f"{host} answered {status}", wait)
-    if status in (401, 403):
-        raise Stop(f"{name}: {host} answered {status} (check HF_TOKEN)")
-    if status not in (200, 206):
-        raise Stop(f"{name}: {host} answered {status}")
-
-
-def _check_space(reply, part: Path, have: int, progress: Progress):
-    """Before the first byte: is there room for all that is missing? Shards are alike in size."""
-    length = reply.headers.get("Content-Length", "")
-    if progress.bytes or not length.isdigit():
-        return
-    size = int(length)
-    if reply.status_code == 206:
-        size += have
-    begun = 0
-    for path in part.parent.glob("*.part"):
-        with contextlib.suppress(FileNotFoundError):  # another thread has just finished it
-            begun += path.stat().st_size
-    needed = progress.files * (size + SHARD_TOKEN_BYTES) - begun
-    free = shutil.disk_usage(part.parent).free
-    if needed > free:
-        raise Stop(
-            f"{progress.files} shards of {size / 1e6:,.0f} MB and their tokens need "
-            f"{needed / 1e9:,.1f} GB, and {free / 1e9:,.1f} GB are free in {part.parent}: free "
-            "some space, lower --num-shards, or set AUTORESEARCH_CACHE to another disk"
-        )
-
-
-def _save(reply, part: Path, have: int, progress: Progress):
-    """Writes the body behind the `have` bytes of `part`, or over them if it is the whole file."""
-    goes_on = reply.status_code == 206
-    with open(part, "ab" if goes_on else "wb") as file:
-        # Small blocks: one that is not full is lost when the line drops.
-        for block in reply.iter_content(1 << 14):
-            file.write(block)
-            progress.add(len(block))
-    length = reply.headers.get("Content-Length", "")
-    if length.isdigit():
-        total = int(length)
-        if goes_on:
-            total += have
-        size = part.stat().st_size
-        if size != total:
-            raise Retry(f"{size:,} of {total:,} bytes arrived", discard=size > total)
-
-
 # ---------------------------------------------------------------------------------------- tokenizer
+
+SPECIAL_TOKENS = tuple(f"<|reserved_{i}|>" for i in range(4))  # the last four ids; the first is BOS
+# GPT-4's split pattern, but digits in groups of one or two: a small vocabulary has no room for all
+# three-digit numbers.
+SPLIT_PATTERN = (
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*"
+    r"|\s*[\r\n]|\s+(?!\S)|\s+"
+)
+
+
+TOKENIZER_CHARS = 1_000_000_000  # of training text is what the tokenizer learns from
+TOKENIZER_DOC_CHARS = 10_000  # of one document at most
+ENCODE_CHARS = 1 << 18  # at a time: the splitter's regex overflows its stack on a million blanks
 
 
 class Tokenizer:
@@ -1099,7 +173,7 @@ class Tokenizer:
     def from_directory(cls, directory: str | Path | None = None) -> Tokenizer:
         """The prepared tokenizer, checked against the manifest, or the one in `directory`.
 
-        Raises Stop on damage.
+        Raises Fail on damage.
         """
         path = Path(directory or set_dir()) / "tokenizer.tiktoken"
         try:
@@ -1109,7 +183,7 @@ class Tokenizer:
                     raise ValueError("not the one that was prepared")
             return cls(_parse_ranks(raw))
         except (OSError, ValueError) as error:
-            raise Stop(
+            raise Fail(
                 f"{path} is damaged or missing ({error}): "
                 "run the same `uv run prepare.py ...` again, it repairs that"
             ) from None
@@ -1160,15 +234,17 @@ def _parse_ranks(raw: bytes) -> list[bytes]:
 
 def train_tokenizer(directory: Path, sources: list[Source], vocab_size: int) -> Tokenizer:
     """The set's Tokenizer: the finished one of an earlier try, or trained on training text only."""
-    with contextlib.suppress(Stop):
+    with contextlib.suppress(Fail):
         return Tokenizer.from_directory(directory)
-    began = _now()
+    began = time.monotonic()
     texts = _tokenizer_text(sources)
     with ThreadPoolExecutor(1) as pool:  # so that Ctrl-C is heard meanwhile
         tokenizer = pool.submit(Tokenizer.train, texts, vocab_size).result()
     write_atomically(directory / "tokenizer.tiktoken", tokenizer.to_bytes())
     size = tokenizer.get_vocab_size()
-    print(f"trained a tokenizer of {size} tokens in {_now() - began:.1f} s", file=sys.stderr)
+    print(
+        f"trained a tokenizer of {size} tokens in {time.monotonic() - began:.1f} s", file=sys.stderr
+    )
     return tokenizer
 
 
@@ -1191,7 +267,9 @@ def _tokenizer_text(sources: list[Source]):
                 yield part
 
 
-# -------------------------------------------------------------------------------------- token cache
+# ------------------------------------------------------------------------------------------- tokens
+
+PASSAGE_SLACK = 0.05  # plain text is cut into passages of a row, or so much more up to a blank line
 
 
 def passages(tokenizer: Tokenizer, text: str, size: int) -> list[np.ndarray]:
@@ -1307,7 +385,7 @@ def _finished_entry(tokenizer: Tokenizer, path: Path) -> dict | None:
         return None
     try:
         open_tokens(path.parent, entry, verify=True)
-    except Stop:
+    except Fail:
         return None
     return entry
 
@@ -1337,7 +415,7 @@ def open_tokens(directory: Path, entry: dict, verify: bool) -> tuple[np.ndarray,
     """(uint16 tokens as a memory map, int64 index) of a manifest entry; see encode_source.
 
     The index and the size are always checked, the tokens' sha256 with `verify`: for the scored
-    splits. Raises Stop on damage.
+    splits. Raises Fail on damage.
     """
     path = directory / (entry["name"] + ".bin")
     try:
@@ -1352,7 +430,7 @@ def open_tokens(directory: Path, entry: dict, verify: bool) -> tuple[np.ndarray,
         if verify and hashlib.sha256(tokens).hexdigest() != entry["sha256"]:
             raise ValueError("not the tokens that were written")
     except (OSError, ValueError) as error:
-        raise Stop(
+        raise Fail(
             f"{path} is damaged or missing ({error}): "
             "run the same `uv run prepare.py ...` again, it repairs that"
         ) from None
@@ -1362,11 +440,11 @@ def open_tokens(directory: Path, entry: dict, verify: bool) -> tuple[np.ndarray,
 def check_prepared(split: str):
     """What a run would notice only after minutes: is everything there to train on and to score?
 
-    Raises Stop where a file is damaged or missing, or the split is too small for a row.
+    Raises Fail where a file is damaged or missing, or the split is too small for a row.
     """
     prepared = manifest()
     if not prepared["eval_rows"][split]:
-        raise Stop(
+        raise Fail(
             f"the {split} split is smaller than one row of {prepared['seq_len'] + 1} tokens: it "
             "cannot be scored. Add text and prepare again"
         )
@@ -1374,250 +452,10 @@ def check_prepared(split: str):
         open_tokens(set_dir(), entry, verify=entry["tokens"][split] > 0)
 
 
-# ------------------------------------------------------------------------------- prepare(): the map
+# --------------------------------------------------------------------------------------------- rows
 
-
-def prepare(corpus: str, data: Path | None, num_shards: int, settings: dict, force: bool):
-    """Fills the cache: sources, tokenizer, tokens, and last the manifest.
-
-    The same again repairs what is damaged, or does nothing. A new set is made beside the one that
-    is there, which stays until the new one is whole. Finished pieces of an earlier try are kept.
-    """
-    began = _now()
-    cache = cache_dir()
-    request = {"corpus": corpus, **settings}
-    if corpus == "climbmix":
-        request["num_shards"] = num_shards
-    old = _prepared_before(request, force)
-    for directory in cache.iterdir():
-        if force and re.fullmatch("[0-9a-f]{12}", directory.name):
-            _require_unused(directory)
-
-    # 1. The files of text, downloaded where they are not here yet. With them the set has its key.
-    row_length = settings["seq_len"] + 1
-    sources, how_split = find_sources(corpus, data, num_shards, row_length)
-    files = [source.describe() for source in sources]
-    if old and corpus == "climbmix" and _remove_damaged_shards(sources, files, old):
-        sources = climbmix_sources(num_shards)
-        files = [source.describe() for source in sources]
-    described = {"format": FORMAT, "corpus": corpus, "request": request, "files": files}
-    key = hashlib.sha256(canonical(described)).hexdigest()[:12]
-    if old and old["key"] != key:
-        raise _another_set("of other files, or of these before they changed")
-    if old and not _remove_damaged(cache / key, old):
-        print(f"already prepared in {cache}: {corpus}, fingerprint {fingerprint()}; nothing to do")
-        return
-    directory = cache / (key if old else f"{key}.new")
-    if force:
-        shutil.rmtree(directory, ignore_errors=True)
-    directory.mkdir(exist_ok=True)
-
-    # 2. The tokenizer, from training text only.
-    tokenizer = train_tokenizer(directory, sources, settings["vocab_size"])
-
-    # 3. Every document as tokens.
-    entries = encode_sources(directory, sources, tokenizer, row_length)
-
-    # 4. The rows to score, counted by the packer of part II; and last the manifest.
-    eval_rows = count_rows(directory, entries, row_length, settings["eval_tokens"])
-    print(how_split)
-    print_table(sources, entries, eval_rows, row_length)
-    require_rows(entries, eval_rows, row_length, sources[0].splits if sources else None)
-    described.update(settings)
-    described.update(
-        key=key,
-        vocab_size=tokenizer.get_vocab_size(),
-        eval_rows=eval_rows,
-        tokens=entries,
-        tokenizer_sha256=tokenizer.sha256,
-    )
-    _put_in_place(directory, described)
-    print(
-        f"prepared {corpus} in {cache} in {_now() - began:.1f} s: "
-        f"{_total(entries, 'tokens', 'train'):,} training tokens, {eval_rows['val']} rows of "
-        f"{settings['seq_len']} to score, fingerprint {fingerprint()}\nnext: uv run train.py"
-    )
-
-
-def _prepared_before(request: dict, force: bool) -> dict | None:
-    """The manifest of the set that is there, if it may be the one asked for; None without one."""
-    path = cache_dir() / "manifest.json"
-    if force or not path.exists():
-        return None
-    old = _load_manifest(path)
-    was = old["request"]
-    differ = [name for name in {**was, **request} if was.get(name) != request.get(name)]
-    if differ:
-        now = [f"{name} {was.get(name)}, not {request.get(name)}" for name in differ]
-        raise _another_set("; ".join(now))
-    return old
-
-
-def _require_unused(directory: Path):
-    held = hold_set(directory, alone=True)
-    if held is None:
-        raise Stop(
-            f"a run is using the set in {cache_dir()}: wait until it has ended, end it, or set "
-            "AUTORESEARCH_CACHE to another directory"
-        )
-    os.close(held)
-
-
-def _another_set(difference: str) -> Stop:
-    return Stop(
-        f"{cache_dir()} holds another prepared set ({difference}): set AUTORESEARCH_CACHE to "
-        "another directory to keep both, or replace it with --force"
-    )
-
-
-def find_sources(
-    corpus: str, data: Path | None, num_shards: int, row_length: int
-) -> tuple[list[Source], str]:
-    """(the sources, how they are split in words)."""
-    if corpus == "climbmix":
-        return climbmix_sources(num_shards), "split by shard: the last two are val and test"
-    if corpus == "demo":
-        files, named = demo_files(), {}
-    else:
-        files = text_files(data)
-        named = {name: named_split(name) for name in files if named_split(name)}
-        if {"val", "test"} <= set(named.values()):
-            named = {name: named.get(name, "train") for name in files}
-    sources, splits = text_sources(files, named, row_length)
-    if corpus == "demo":
-        return sources, str(splits)
-    return sources, f"{_left_out(data)}{_held_out(sources, files, named)}{splits}"
-
-
-def _held_out(sources: list[Source], files: dict[str, Path], named: dict[str, str]) -> str:
-    """A line for each split that files are named for, or that plain files were drawn for."""
-    lines = ""
-    for split in ("val", "test"):
-        pieces = [piece for source in sources if source.split == split for piece in source.pieces]
-        if split in named.values():
-            names = [name for name in named if named[name] == split]
-            lines += f"{split} is what is named so: {_some(names)}\n"
-        elif pieces and sources[0].splits.stretches is None:
-            paths = {piece.path for piece in pieces}
-            lines += f"{split} is {_some(name for name in files if files[name] in paths)}\n"
-    return lines
-
-
-def _remove_damaged_shards(sources: list[Source], files: list[dict], old: dict) -> bool:
-    """Removes the shards that are not what the manifest `old` says. Are there any?"""
-    damaged = []
-    for source, file, was in zip(sources, files, old["files"]):
-        if file["sha256"] != was["sha256"]:
-            damaged.append(source.path)
-    for path in damaged:
-        print(f"{path} is damaged: downloading it again", file=sys.stderr)
-        path.unlink()
-    return bool(damaged)
-
-
-def _remove_damaged(directory: Path, old: dict) -> bool:
-    """Removes the files that are not what the manifest `old` says. Are there any?"""
-    directory.mkdir(exist_ok=True)
-    damaged = []
-    path = directory / "tokenizer.tiktoken"
-    if not path.exists() or sha256_of(path) != old["tokenizer_sha256"]:
-        damaged.append(path)
-    for entry in old["tokens"]:
-        try:
-            open_tokens(directory, entry, verify=True)
-        except Stop:
-            damaged.append(directory / f"{entry['name']}.json")  # without it the rest is not there
-    for path in damaged:
-        print(f"{path.with_suffix('')} is damaged or missing: making it again", file=sys.stderr)
-        path.unlink(missing_ok=True)
-    return bool(damaged)
-
-
-def _put_in_place(directory: Path, described: dict):
-    """The finished set `directory` under its own name, the manifest, and no other set any more."""
-    cache = cache_dir()
-    final = cache / described["key"]
-    if directory != final:
-        if final.exists():  # the same set, made again by force
-            os.rename(final, cache / f"{described['key']}.old{os.getpid()}")
-        os.rename(directory, final)
-    write_atomically(cache / "manifest.json", signed(described))
-    _read_manifest.cache_clear()
-    for entry in cache.iterdir():
-        if re.fullmatch(r"[0-9a-f]{12}(\.new|\.old\d+)?", entry.name) and entry != final:
-            shutil.rmtree(entry)
-
-
-def count_rows(directory: Path, entries: list[dict], row_length: int, eval_tokens: int) -> dict:
-    """{split: the rows that its score is made of}."""
-    wanted = max(1, eval_tokens // (row_length - 1))
-    eval_rows = {}
-    for split in ("val", "test"):
-        packer = Packer(directory, entries, split, row_length, repeat=False)
-        eval_rows[split] = packer.fill(np.empty((wanted, row_length), dtype=np.uint16))
-    return eval_rows
-
-
-def _total(entries: list[dict], what: str, split: str) -> int:
-    return sum(entry[what][split] for entry in entries)
-
-
-def print_table(sources: list[Source], entries: list[dict], eval_rows: dict, row_length: int):
-    """What each split holds; the rows of val and test are those of a score."""
-    print(f"{'split':5} {'files':>6} {'documents':>11} {'MB':>9} {'tokens':>15} {'rows':>10}")
-    for split in SPLITS:
-        files = set()
-        for source, entry in zip(sources, entries):
-            if entry["tokens"][split]:
-                files |= {source.path} if source.path else {piece.path for piece in source.pieces}
-        tokens = _total(entries, "tokens", split)
-        rows = eval_rows.get(split, tokens // row_length)
-        print(
-            f"{split:5} {len(files):6,} {_total(entries, 'documents', split):11,} "
-            f"{_total(entries, 'bytes', split) / 1e6:9,.1f} {tokens:15,} {rows:10,}"
-        )
-
-
-def require_rows(entries: list[dict], eval_rows: dict, row_length: int, splits: Splits | None):
-    """Raises Stop where a split is too small to train on or to score; for test only a line."""
-    rows = {"train": _total(entries, "tokens", "train"), **eval_rows}
-    for split in SPLITS:
-        if rows[split]:
-            continue
-        tokens = _total(entries, "tokens", split)
-        message = (
-            f"the {split} split has {tokens:,} tokens and one row needs {row_length:,}: "
-            f"{row_length - tokens:,} are missing"
-        )
-        if split == "test":
-            print(f"{message}: AUTORESEARCH_SPLIT=test, for the end, will have no score")
-        elif splits and split != "train" and split not in splits.wanted:
-            raise Stop(f"{message}. Add text to what is named {split}, or lower --seq-len")
-        else:
-            size = sum(splits.documents.values()) if splits else 0
-            raise Stop(f"{message}. {_enough_text(size, row_length)}")
-    if eval_rows["val"] * row_length < FEW_TOKENS:
-        print("few rows to score: only large differences between scores will mean something")
-
-
-def _enough_text(size: int, row_length: int) -> str:
-    """What to do about too little text (bytes): how much is enough, or for which rows this is."""
-
-    def enough(row_length: int) -> float:
-        row = GAP_BYTES * row_length
-        gaps = 2 * (row + CUT_BYTES)
-        return max(row / HELD_OUT_SHARE, (row + gaps) / (1 - 2 * HELD_OUT_SHARE))
-
-    if enough(row_length) <= size:  # and yet it was not: it is hardly text
-        return "Add other text, or lower --seq-len"
-    advice = f"Add text until there are {enough(row_length) / 1e3:,.0f} kB"
-    lengths = [2**power for power in range(4, 20) if enough(2**power + 1) <= size]
-    return f"{advice}, or prepare with --seq-len {lengths[-1]}" if lengths else advice
-
-
-# ================================================================================= II. in every run
-
-# ------------------------------------------------------------------------------------------- packer
+BATCH_DOCS = 128  # packing, part of the metric: documents come in batches of so many
+POOL_DOCS = 1000  # and are chosen from a pool of at least so many
 
 
 class Packer:
@@ -1699,7 +537,7 @@ def pack_batches(packer: Packer, B: int, T: int, vocab_size: int, pinned: bool):
     rows = np.empty((B, T + 1), dtype=np.uint16)
     while count := packer.fill(rows):
         if rows[:count].max() >= vocab_size:
-            raise Stop(
+            raise Fail(
                 "the token cache holds ids beyond the vocabulary: "
                 "run the same `uv run prepare.py ...` with --force"
             )
@@ -1710,76 +548,7 @@ def pack_batches(packer: Packer, B: int, T: int, vocab_size: int, pinned: bool):
         yield batch, packer.epoch
 
 
-# --------------------------------------------------------------------------------------- dataloader
-
-
-def training_device():
-    """CUDA (torch calls ROCm so too), Apple's MPS, or the CPU.
-
-    Raises Stop where a card is there that torch cannot use: a CPU would train for hours unnoticed.
-    The demo is made for a CPU, and $AUTORESEARCH_DEVICE=cpu asks for one.
-    """
-    import torch
-
-    wanted = os.environ.get("AUTORESEARCH_DEVICE", "")
-    if wanted not in ("", "cpu"):
-        fail(
-            f"AUTORESEARCH_DEVICE is {wanted!r}: only `cpu` means something, otherwise leave it out"
-        )
-    if wanted == "cpu":
-        return torch.device("cpu")
-    with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("always")
-        usable = torch.cuda.is_available()
-    if usable:
-        return torch.device("cuda")
-    if torch.backends.mps.is_available():
-        return torch.device("mps")
-    if manifest()["corpus"] != "demo" and (card := _unusable_card(torch)):
-        why = " ".join(str(said[0].message).split()) if said else "torch does not say why"
-        fail(
-            f"{card}, but torch {torch.__version__} cannot use it ({why[:300]}). Install a driver for "
-            f"CUDA {torch.version.cuda} or newer from https://www.nvidia.com/drivers, or train on the "
-            "processor with AUTORESEARCH_DEVICE=cpu"
-        )
-    return torch.device("cpu")
-
-
-def _unusable_card(torch) -> str | None:
-    """What shows an NVIDIA card that is meant to be used by a torch that is built for one."""
-    if not torch.version.cuda or os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
-        return None
-    if Path("/dev/nvidia0").exists():
-        return "there is an NVIDIA card (/dev/nvidia0)"
-    try:
-        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=20)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    cards = [line for line in listed.stdout.splitlines() if line.startswith("GPU ")]
-    return f"there is an NVIDIA card ({cards[0]})" if cards else None
-
-
-def driver_version() -> str | None:
-    """The version of the NVIDIA or AMD kernel driver, or None."""
-    with contextlib.suppress(OSError):
-        found = re.search(r"Kernel Module.*?\s(\d+\.[\d.]+)\s", NVIDIA_DRIVER.read_text())
-        if found:
-            return found[1]
-    with contextlib.suppress(OSError):
-        return AMD_DRIVER.read_text().strip()
-    return None
-
-
-def device_name(device) -> str:
-    import torch
-
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    with contextlib.suppress(OSError):
-        model = re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())
-        if model:
-            return model[1].strip()
-    return platform.processor() or platform.machine()
+# ------------------------------------------------------------------------------------------ batches
 
 
 def make_dataloader(tokenizer: Tokenizer, B: int, T: int, split: str, device=None):
@@ -1787,7 +556,7 @@ def make_dataloader(tokenizer: Tokenizer, B: int, T: int, split: str, device=Non
 
     Both are int64 (B, T) on `device` (default: training_device()); targets are the inputs shifted
     by one; every row starts with BOS. The first batch starts the clock. The other splits are for
-    evaluate_bpb alone: Stop, as on a damaged cache.
+    evaluate_bpb alone: Fail, as on a damaged cache.
     """
     if split != "train":
         fail(f"make_dataloader gives out only `train`, not `{split}`: that is for evaluate_bpb")
@@ -1799,8 +568,8 @@ def make_dataloader(tokenizer: Tokenizer, B: int, T: int, split: str, device=Non
     device = device or training_device()
     packer = Packer(set_dir(), prepared["tokens"], "train", T + 1, repeat=True)
     batches = pack_batches(packer, B, T, vocab_size, pinned=device.type == "cuda")
-    clock._expect(device)
-    clock._conditions["device_batch"] = B
+    clock.expect(device)
+    clock.describe(device_batch=B)
     return _on_the_clock(prefetch(batches), device)
 
 
@@ -1822,7 +591,7 @@ def prefetch(batches):
 
 def _on_the_clock(batches, device):
     for batch, epoch in batches:
-        clock._hand_out(batch[0].numel())
+        clock.hand_out(batch[0].numel())
         # From pinned memory the copy is asynchronous, and torch's host allocator gives that memory
         # out again only when the copies that read it are done: nothing is overwritten while
         # anything can still read it.
@@ -1830,303 +599,15 @@ def _on_the_clock(batches, device):
         yield inputs, targets, epoch
 
 
-# ------------------------------------------------------------------------------- clock and watchdog
-
-
-class Clock:
-    """The run's time: from the first training batch handed out until the score is asked for.
-
-    `elapsed` and `progress` are for everybody. All else is private, and no other name can be set.
-
-    A step is what lies between two batches before each of which the clock was looked at: a loop
-    looks once a step, so that gradient accumulation, which draws several batches, is one step.
-    """
-
-    __slots__ = (
-        "_made _began _ended _budget _script _script_sha256 _run _tokens _batches "
-        "_looked _step_began _longest_step _pace _next_sample _conditions _held"
-    ).split()
-
-    def __init__(self):
-        self._made = _now()
-        self._began = None
-        self._ended = None
-        self._budget = None  # seconds
-        main_file = getattr(sys.modules["__main__"], "__file__", None)
-        self._script = Path(main_file or "train.py").resolve()
-        self._script_sha256 = None
-        if self._script.is_file():  # now: as it is read, not as it is edited later
-            self._script_sha256 = sha256_of(self._script)
-        self._run = None  # what the ledger says of it
-        self._tokens = 0  # handed out, as are the batches
-        self._batches = 0
-        self._looked = False
-        self._step_began = None
-        self._longest_step = 0.0  # seconds
-        self._pace = []  # [seconds, tokens handed out before]
-        self._next_sample = 0.0  # seconds
-        self._conditions = {}  # what changes a run's speed without being its code
-        self._held = None  # the set, against being replaced meanwhile; see hold_set
-
-    @property
-    def elapsed(self) -> float:
-        """Training seconds so far."""
-        self._looked = True
-        return self._seconds()
-
-    @property
-    def progress(self) -> float:
-        """Share of the budget that is spent, 0 to 1."""
-        budget = self._budget or manifest()["time_budget"]
-        return min(self.elapsed / budget, 1.0)
-
-    def _seconds(self) -> float:
-        if self._began is None:
-            return 0.0
-        end = _now() if self._ended is None else self._ended
-        return end - self._began
-
-    def _expect(self, device):
-        """A training loader exists. The first one starts the watchdog; no other ever touches it."""
-        if self._budget is None:
-            self._run = _describe_run(device)
-            self._budget = manifest()["time_budget"]
-            self._next_sample = PACE_SHARE * self._budget
-            self._held = hold_set(set_dir())
-            _arm_watchdog(START_LIMIT)
-
-    def _hand_out(self, tokens: int):
-        if self._began is None:
-            self._start()
-        now = _now()
-        if self._looked:
-            self._longest_step = max(self._longest_step, now - self._step_began)
-            self._step_began = now
-            self._looked = False
-        if now - self._began >= self._next_sample:
-            self._pace.append([round(now - self._began, 3), self._tokens])
-            interval = PACE_SHARE * self._budget
-            self._next_sample = ((now - self._began) // interval + 1) * interval
-        self._batches += 1
-        self._tokens += tokens
-
-    def _start(self):
-        if self._run is not None:  # None where a failure has ended it already
-            self._run["startup_seconds"] = round(_now() - self._made, 1)
-            _append_to_ledger({"event": "start", **self._run, **self._conditions, "time": _utc()})
-        _arm_watchdog(_training_limit(self._budget))
-        self._began = self._step_began = _now()
-
-    def _score_asked(self, device):
-        """Ends the clock. Raises Stop for a run that gets no score whatever its model is."""
-        if self._ended is not None:
-            fail("this run has been scored already: one score for one training")
-        if device.type != "cpu":  # queued work is training too
-            import torch
-
-            torch.accelerator.synchronize(device)
-        self._ended = _now()
-        self._run = self._run or _describe_run(device)
-        if self._began is None:
-            fail(
-                "no training batch was drawn: a score is for what a run learned from "
-                'make_dataloader(tokenizer, B, T, "train")'
-            )
-        tolerance = max(self._longest_step, 0.01 * self._budget)
-        if self._seconds() > self._budget + tolerance:
-            fail(
-                f"trained {round(self._seconds(), 1):g} s on a {self._budget} s budget: "
-                "stop before the step that would not fit"
-            )
-        began_with = self._run["fingerprint"]
-        ends_with = fingerprint()
-        if ends_with != began_with:
-            fail(
-                "the prepared set or prepare.py was changed during the run: its fingerprint is "
-                f"{ends_with}, this run began with {began_with}. Run again"
-            )
-
-
-clock = Clock()
-
-
-def _training_limit(budget: int) -> int:
-    """Seconds from the first batch to the process's end, the score included."""
-    return max(2 * budget, budget + 300)
-
-
-def _arm_watchdog(seconds: float):
-    """Ends this process so many seconds from now, whatever hangs, and shows on stderr where.
-
-    A process has one such timer: to arm it again replaces it. It fires in a thread of C that needs
-    no GIL, and exits with 1; the ledger then has the run's start and no end, and children live on.
-    Nobody calls it off: a process that hangs after its score must end too.
-    """
-    faulthandler.dump_traceback_later(seconds, exit=True, file=2)
-
-
-# ------------------------------------------------------------------------------------------- ledger
-
-
-def fail(message: str):
-    """Ends the run without a score: into the ledger, then as Stop."""
-    _end_run(failure=message)
-    raise Stop(message)
+# Until train.py and night.py ask for the new names: delete then.
+Stop = Fail
 
 
 def describe_run(attention: str, compiled: bool, dtype: str, fell_back: list[str]):
-    """Into the ledger, from now on: what changes a run's speed without being its code.
-
-    fell_back: why something slower than the best was taken, a sentence each. Runs that differ in
-    these because of the machine are not comparable; night.py runs them once more.
-    """
-    clock._conditions |= {
-        "attention": str(attention)[:40],
-        "compiled": bool(compiled),
-        "dtype": str(dtype)[:40],
-        "fell_back": [str(reason)[:300] for reason in fell_back][:4],
-    }
+    clock.describe(attention=attention, compiled=compiled, dtype=dtype, fell_back=fell_back)
 
 
-def _end_run(**result):
-    run = clock._run
-    clock._run = None  # a run ends once
-    if clock._held is not None:
-        os.close(clock._held)
-        clock._held = None
-    if run is None:
-        return
-    measured = {
-        "training_seconds": round(clock._seconds(), 3),
-        "tokens": clock._tokens,
-        "batches": clock._batches,
-        "longest_step_seconds": round(clock._longest_step, 3),
-        "pace": clock._pace,
-        "imported": _imported(),
-    }
-    _append_to_ledger(
-        {"event": "end", **run, **clock._conditions, "time": _utc(), **measured, **result}
-    )
-
-
-def _utc() -> str:
-    return f"{datetime.now(timezone.utc):%Y-%m-%dT%H:%M:%SZ}"
-
-
-def _describe_run(device) -> dict:
-    """What the ledger says of a run; git's part is null where there is no git."""
-    import torch
-
-    changed = _git("status", "--porcelain", "--", clock._script.name)
-    return {
-        "run": _environment("AUTORESEARCH_RUN", uuid.uuid4().hex[:12], "[0-9a-f]{12}"),
-        "time": _utc(),
-        "repo": _git("rev-parse", "--show-toplevel"),
-        "pid": os.getpid(),
-        "branch": _git("rev-parse", "--abbrev-ref", "HEAD"),
-        "commit": _git("rev-parse", "HEAD"),
-        "script": clock._script.name,
-        "changed": None if changed is None else changed != "",  # does it differ from that commit?
-        "train_sha256": clock._script_sha256,
-        "fingerprint": fingerprint(),
-        "seed": seed(),
-        "device": device_name(device),
-        "torch": torch.__version__,
-        "driver": driver_version(),
-        "split": split_name(),
-    }
-
-
-def _git(*words: str) -> str | None:
-    """What git says in the script's directory, or None."""
-    command = ["git", "-C", str(clock._script.parent), *words]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None
-
-
-def _imported() -> dict[str, str]:
-    """{path: start of its sha256} of the imported files that neither Python nor a package brought.
-
-    Paths below the script's directory are relative to it. Without the script, this file, and what
-    torch.compile wrote into its own cache.
-    """
-    known = [sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")]
-    known += [*site.getsitepackages(), site.getusersitepackages()]
-    compiled = os.environ.get("TORCHINDUCTOR_CACHE_DIR")  # torch sets it itself
-    if compiled:
-        known += [compiled, re.sub(r"-fresh-\d+$", "", compiled)]  # and the one it was made beside
-    folders = tuple({os.path.realpath(folder) + os.sep for folder in known})
-    files = set()
-    for module in list(sys.modules.values()):
-        if isinstance(module, ModuleType):
-            file = vars(module).get("__file__")  # getattr would wake a lazy module
-            if isinstance(file, str):
-                files.add(Path(os.path.realpath(file)))
-    files -= {clock._script, Path(__file__).resolve()}
-    imported = {}
-    for file in sorted(files):
-        if str(file).startswith(folders):
-            continue
-        name = file
-        if file.is_relative_to(clock._script.parent):
-            name = file.relative_to(clock._script.parent)
-        try:
-            imported[str(name)] = sha256_of(file)[:16]
-        except OSError:
-            imported[str(name)] = "unreadable"
-    return imported
-
-
-def _append_to_ledger(record: dict):
-    """One line in one write. A ledger that cannot be written warns and does not lose the run."""
-    import fcntl
-
-    path = cache_dir() / "autoresearch.jsonl"
-    line = signed(record)
-    try:
-        with open(path, "ab+", buffering=0) as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            end = file.seek(0, os.SEEK_END)
-            if end > 0 and os.pread(file.fileno(), 1, end - 1) != b"\n":
-                line = b"\n" + line  # the last line is torn, and this one must not stick to it
-            if file.write(line) != len(line):
-                raise OSError(None, "only a part was written: is the disk full?")
-            os.fsync(file.fileno())
-    except OSError as error:
-        print(
-            f"warning: the ledger {path} cannot be written ({error.strerror}); the run goes on",
-            file=sys.stderr,
-            flush=True,
-        )
-
-
-def read_ledger(start: int = 0) -> tuple[list[dict], int]:
-    """(the ledger's records, oldest first; how many lines were damaged and skipped).
-
-    start: the byte, where a line begins, from which on it is read.
-    """
-    path = cache_dir() / "autoresearch.jsonl"
-    if not path.is_file():
-        return [], 0
-    with open(path, "rb") as file:
-        file.seek(start)
-        lines = file.read().split(b"\n")
-    records = []
-    damaged = 0
-    for line in lines:
-        if not line:
-            continue
-        try:
-            records.append(parse_signed(line))
-        except ValueError:
-            damaged += 1
-    return records, damaged
-
-
-# ---------------------------------------------------------------------------------- evaluation
+# ---------------------------------------------------------------------------------------- the score
 
 
 def evaluate_bpb(model, tokenizer: Tokenizer, batch_size: int) -> float:
@@ -2137,22 +618,22 @@ def evaluate_bpb(model, tokenizer: Tokenizer, batch_size: int) -> float:
     whatever the one handed over says. The rows are the first evaluation tokens / T of the split's
     packing, each once, so the score does not depend on B.
 
-    Raises Stop, with the reason in the ledger, for a run over its budget, another vocabulary,
+    Raises Fail, with the reason in the ledger, for a run over its budget, another vocabulary,
     logits that are not a plain finite tensor of that shape, a model that learns, is random or
     keeps state, and one that sees the future (LeakCheck).
     """
-    clock._score_asked(next(model.parameters()).device)
-    began = _now()
+    clock.ask_score(next(model.parameters()).device)
+    began = time.monotonic()
     own, split = Tokenizer.from_directory(), split_name()
     if tokenizer.get_vocab_size() != own.get_vocab_size():
         fail(
             f"the tokenizer has a vocabulary of {tokenizer.get_vocab_size()} and the prepared set "
             f"of {own.get_vocab_size()}: no score"
         )
-    examined = Examined(model, own.get_vocab_size())
+    examined = EvalModel(model, own.get_vocab_size())
     score = bits_per_byte(examined, _scored_rows(split), own.token_bytes, batch_size)
-    seconds = round(_now() - began, 1)
-    _end_run(score=score, scoring_seconds=seconds, scoring_passes=examined.passes)
+    seconds = round(time.monotonic() - began, 1)
+    clock.end(score=score, scoring_seconds=seconds, scoring_passes=examined.passes)
     return score
 
 
@@ -2166,14 +647,14 @@ def _scored_rows(split: str) -> np.ndarray:
     packer = Packer(set_dir(), prepared["tokens"], split, T + 1, repeat=False)
     again = "run the same `uv run prepare.py ...` with --force"
     if packer.fill(rows) < count:
-        raise Stop(f"the {split} split has fewer rows than its manifest says: {again}")
+        raise Fail(f"the {split} split has fewer rows than its manifest says: {again}")
     if rows.max() >= prepared["vocab_size"]:
-        raise Stop(f"the token cache holds ids beyond the vocabulary: {again}")
+        raise Fail(f"the token cache holds ids beyond the vocabulary: {again}")
     return rows
 
 
 def bits_per_byte(
-    model: Examined, rows: np.ndarray, token_bytes: np.ndarray, batch_size: int
+    model: EvalModel, rows: np.ndarray, token_bytes: np.ndarray, batch_size: int
 ) -> float:
     """The metric: (nats that all targets cost the model) / (ln 2 x the bytes they stand for).
 
@@ -2183,7 +664,7 @@ def bits_per_byte(
     """
     check = LeakCheck(rows, token_bytes, batch_size)
     losses = []
-    with model.being_scored():
+    with model.eval_mode():
         for call, inputs, targets in check.batches():  # every row once, and a few that only check
             logits = model(inputs)
             losses.append(cross_entropy(logits, targets))
@@ -2224,327 +705,227 @@ def cross_entropy(logits, targets: np.ndarray):
     return C.reshape(C.cat(losses), logits.shape[:2])
 
 
-def on_device(array: np.ndarray, device):
-    """A fresh int64 tensor; to CUDA from pinned memory, so that no copy waits for queued work."""
-    import torch
+# ------------------------------------------------------------------------------- prepare(): the map
 
-    tensor = torch.from_numpy(array.astype(np.int64))
-    if device.type != "cuda":
-        return tensor.to(device)
-    return tensor.pin_memory().to(device, non_blocking=True)
+FEW_TOKENS = 100_000  # scored: below, a score's standard error is over about 0.01 nats a token
 
 
-class Examined:
-    """A model as the evaluation calls it: its passes counted, itself held to what a score needs."""
+def prepare(corpus: str, data: Path | None, num_shards: int, settings: dict, force: bool):
+    """Fills the cache: sources, tokenizer, tokens, and last the manifest.
 
-    def __init__(self, model, vocab_size: int):
-        self.model = model
-        self.vocab_size = vocab_size
-        self.device = next(model.parameters()).device
-        self.passes = 0
+    The same again repairs what is damaged, or does nothing. A new set is made beside the one that
+    is there, which stays until the new one is whole. Finished pieces of an earlier try are kept.
+    """
+    began = time.monotonic()
+    cache = cache_dir()
+    request = {"corpus": corpus, **settings}
+    if corpus == "climbmix":
+        request["num_shards"] = num_shards
+    old = _prepared_before(request, force)
+    for directory in cache.iterdir():
+        if force and re.fullmatch("[0-9a-f]{12}", directory.name):
+            _require_unused(directory)
 
-    def __call__(self, inputs: np.ndarray):
-        """Logits (B, T, V) of inputs (B, T), in memory that the next call may write over."""
-        self.passes += 1
-        given = on_device(inputs, self.device)  # a copy: writing into it changes nothing here
-        logits = self.model(given)
-        shape = (*inputs.shape, self.vocab_size)
-        if type(logits) is not type(given) or logits.shape != shape:
-            what = type(logits).__name__
-            if hasattr(logits, "shape"):
-                what += f" {tuple(logits.shape)}"
-            fail(
-                f"model(inputs) returned {what}, not logits of shape "
-                f"(batch, sequence, vocabulary) = {shape} in a plain Tensor"
-            )
-        return logits
+    # 1. The files of text, downloaded where they are not here yet. With them the set has its key.
+    row_length = settings["seq_len"] + 1
+    if corpus == "climbmix":
+        sources = climbmix_sources(num_shards)
+        how_split = "split by shard: the last two are val and test"
+    elif corpus == "demo":
+        sources, how_split = demo(row_length)
+    else:
+        sources, how_split = own_text(data, row_length)
+    files = [source.describe() for source in sources]
+    if old and corpus == "climbmix" and _remove_damaged_shards(sources, files, old):
+        sources = climbmix_sources(num_shards)
+        files = [source.describe() for source in sources]
+    described = {"format": FORMAT, "corpus": corpus, "request": request, "files": files}
+    key = hashlib.sha256(canonical(described)).hexdigest()[:12]
+    if old and old["key"] != key:
+        raise _another_set("of other files, or of these before they changed")
+    if old and not _remove_damaged(cache / key, old):
+        print(f"already prepared in {cache}: {corpus}, fingerprint {fingerprint()}; nothing to do")
+        return
+    directory = cache / (key if old else f"{key}.new")
+    if force:
+        shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir(exist_ok=True)
 
-    @contextlib.contextmanager
-    def being_scored(self):
-        """In eval mode, without gradients; afterwards mode and torch's generators are as before.
+    # 2. The tokenizer, from training text only.
+    tokenizer = train_tokenizer(directory, sources, settings["vocab_size"])
 
-        Raises Stop if the weights are not, or if autograd is asked to prepare a backward pass.
-        """
-        import torch
+    # 3. Every document as tokens.
+    entries = encode_sources(directory, sources, tokenizer, row_length)
 
-        mode, before = self.model.training, self._weights()
-        devices = [self.device] if self.device.type == "cuda" else []
-        no_graph = torch.autograd.graph.saved_tensors_hooks(
-            self._refuse_to_learn, lambda kept: kept
+    # 4. The rows to score, counted by the packer of part II; and last the manifest.
+    eval_rows = count_rows(directory, entries, row_length, settings["eval_tokens"])
+    print(how_split)
+    print_table(sources, entries, eval_rows, row_length)
+    require_rows(entries, eval_rows, row_length, sources[0].splits if sources else None)
+    described.update(settings)
+    described.update(
+        key=key,
+        vocab_size=tokenizer.get_vocab_size(),
+        eval_rows=eval_rows,
+        tokens=entries,
+        tokenizer_sha256=tokenizer.sha256,
+    )
+    _put_in_place(directory, described)
+    print(
+        f"prepared {corpus} in {cache} in {time.monotonic() - began:.1f} s: "
+        f"{_total(entries, 'tokens', 'train'):,} training tokens, {eval_rows['val']} rows of "
+        f"{settings['seq_len']} to score, fingerprint {fingerprint()}\nnext: uv run train.py"
+    )
+
+
+def _prepared_before(request: dict, force: bool) -> dict | None:
+    """The manifest of the set that is there, if it may be the one asked for; None without one."""
+    path = cache_dir() / "manifest.json"
+    if force or not path.exists():
+        return None
+    old = load_manifest(path)
+    was = old["request"]
+    differ = [name for name in {**was, **request} if was.get(name) != request.get(name)]
+    if differ:
+        now = [f"{name} {was.get(name)}, not {request.get(name)}" for name in differ]
+        raise _another_set("; ".join(now))
+    return old
+
+
+def _require_unused(directory: Path):
+    held = shared_lock(directory, exclusive=True)
+    if held is None:
+        raise Fail(
+            f"a run is using the set in {cache_dir()}: wait until it has ended, end it, or set "
+            "AUTORESEARCH_CACHE to another directory"
         )
+    os.close(held)
+
+
+def _another_set(difference: str) -> Fail:
+    return Fail(
+        f"{cache_dir()} holds another prepared set ({difference}): set AUTORESEARCH_CACHE to "
+        "another directory to keep both, or replace it with --force"
+    )
+
+
+def _remove_damaged_shards(sources: list[Source], files: list[dict], old: dict) -> bool:
+    """Removes the shards that are not what the manifest `old` says. Are there any?"""
+    damaged = []
+    for source, file, was in zip(sources, files, old["files"]):
+        if file["sha256"] != was["sha256"]:
+            damaged.append(source.path)
+    for path in damaged:
+        print(f"{path} is damaged: downloading it again", file=sys.stderr)
+        path.unlink()
+    return bool(damaged)
+
+
+def _remove_damaged(directory: Path, old: dict) -> bool:
+    """Removes the files that are not what the manifest `old` says. Are there any?"""
+    directory.mkdir(exist_ok=True)
+    damaged = []
+    path = directory / "tokenizer.tiktoken"
+    if not path.exists() or sha256_of(path) != old["tokenizer_sha256"]:
+        damaged.append(path)
+    for entry in old["tokens"]:
         try:
-            self.model.eval()
-            with torch.no_grad(), torch.random.fork_rng(devices), no_graph:
-                yield
-        finally:
-            self.model.train(mode)
-        if not torch.equal(self._weights(), before):
-            fail(
-                "the model's weights changed while it was scored: end every thread that trains "
-                "before asking for the score"
-            )
+            open_tokens(directory, entry, verify=True)
+        except Fail:
+            damaged.append(directory / f"{entry['name']}.json")  # without it the rest is not there
+    for path in damaged:
+        print(f"{path.with_suffix('')} is damaged or missing: making it again", file=sys.stderr)
+        path.unlink(missing_ok=True)
+    return bool(damaged)
 
-    def _weights(self):
-        import torch
 
-        sums = [p.detach().flatten().view(torch.uint8).sum() for p in self.model.parameters()]
-        return torch.stack(sums)
+def _put_in_place(directory: Path, described: dict):
+    """The finished set `directory` under its own name, the manifest, and no other set any more."""
+    cache = cache_dir()
+    final = cache / described["key"]
+    if directory != final:
+        if final.exists():  # the same set, made again by force
+            os.rename(final, cache / f"{described['key']}.old{os.getpid()}")
+        os.rename(directory, final)
+    write_atomically(cache / "manifest.json", signed(described))
+    read_manifest.cache_clear()
+    for entry in cache.iterdir():
+        if re.fullmatch(r"[0-9a-f]{12}(\.new|\.old\d+)?", entry.name) and entry != final:
+            shutil.rmtree(entry)
 
-    def _refuse_to_learn(self, tensor):
-        """Called where autograd keeps a tensor for a backward pass, which scoring never needs."""
-        fail(
-            "the model prepares a backward pass while it is scored: all learning is on the clock, "
-            "before the score is asked for"
+
+def count_rows(directory: Path, entries: list[dict], row_length: int, eval_tokens: int) -> dict:
+    """{split: the rows that its score is made of}."""
+    wanted = max(1, eval_tokens // (row_length - 1))
+    eval_rows = {}
+    for split in ("val", "test"):
+        packer = Packer(directory, entries, split, row_length, repeat=False)
+        eval_rows[split] = packer.fill(np.empty((wanted, row_length), dtype=np.uint16))
+    return eval_rows
+
+
+def _total(entries: list[dict], what: str, split: str) -> int:
+    return sum(entry[what][split] for entry in entries)
+
+
+def print_table(sources: list[Source], entries: list[dict], eval_rows: dict, row_length: int):
+    """What each split holds; the rows of val and test are those of a score."""
+    print(f"{'split':5} {'files':>6} {'documents':>11} {'MB':>9} {'tokens':>15} {'rows':>10}")
+    for split in SPLITS:
+        files = set()
+        for source, entry in zip(sources, entries):
+            if entry["tokens"][split]:
+                files |= {source.path} if source.path else {piece.path for piece in source.pieces}
+        tokens = _total(entries, "tokens", split)
+        rows = eval_rows.get(split, tokens // row_length)
+        print(
+            f"{split:5} {len(files):6,} {_total(entries, 'documents', split):11,} "
+            f"{_total(entries, 'bytes', split) / 1e6:9,.1f} {tokens:15,} {rows:10,}"
         )
 
 
-# ---------------------------------------------------------------------------------- leak check
-
-# What each check adds: a share of the scored rows (exact probes: of the calls), and the least.
-CUT_SHARE, MIN_CUT_ROWS = 0.0125, 24
-AGAIN_SHARE, MIN_AGAIN_ROWS = 0.004, 8
-EXACT_SHARE, MIN_EXACT_CALLS, MIN_EXACT_PROBES = 0.008, 2, 8
-
-# What is no longer rounding, in nats a target. Honest models on a CPU: 0, FFT convolution under 1e-5.
-MOVED_NATS = 0.05  # rows again, on average, either way
-GAINED_NATS = 0.005  # rows again, on average, to the better: what learning does
-LOST_NATS = 0.02  # cut rows, on average: what a leak gains is lost there
-# Cut rows against all targets, in standard deviations of their mean. In 4 million draws from real
-# losses: 6.3 at most with 16 rows, 5.5 with 32, 5.7 with 128. Fewer rows are no sample.
-UNLIKE_SIGMAS, UNLIKE_ROWS = 7, 16
-
-CONTINUATION_WINDOW = 1 << 20  # tokens, in which another continuation is looked for
-_draw = random.SystemRandom()  # no seed's: what cannot be foreseen cannot be fitted
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A row of the stream that the model is given."""
-
-    when: float  # in scored rows: entries come in this order
-    kind: str  # "scored", "cut" or "again"
-    row: int
-    cut: int = 0  # the position whose target is hidden from a cut row
-
-
-class LeakCheck:
-    """Is the score what the model knows? Not if it reads what it must tell, or learns meanwhile.
-
-    Among the rows that are scored stand a few that only check, at places that nobody can foresee:
-    - Cut rows. A row whose turn comes in a later call, up to a random position; then the text of
-      another place that goes on after the same tokens. The target there cannot be read anywhere.
-      It must not cost more than it will in the whole row, where a model that leaks reads it; and
-      not more than targets do on average, which holds even if the model tells the same both times.
-    - Rows again. A row of an early call in a late one, in other company: if its losses moved, the
-      model keeps state: it counts its calls, remembers, or learns from what it is scored on.
-    - Exact probes, calls of their own: see ExactCheck. They find mistakes too small to matter.
-
-    Not caught: a model that learns without autograd and answers every row that it has had before
-    as it did then; a leak that shuns places where a cut is likely, which it must find by itself,
-    from the row alone; one that gains less than LOST_NATS and passes ExactCheck.
-    """
-
-    def __init__(self, rows: np.ndarray, token_bytes: np.ndarray, batch_size: int):
-        """rows: (n, T + 1). A batch is at most half of them: there is an early and a late."""
-        self.rows = rows
-        self.has_bytes = token_bytes > 0
-        self.batch_size = max(1, min(batch_size, len(rows) // 2))
-        self.stream = sorted(self._entries(), key=lambda entry: entry.when)
-        self.exact = ExactCheck(rows.shape[1] - 1)
-        self.exact_calls = self._exact_calls()
-
-    def _entries(self) -> list[Entry]:
-        n, B = len(self.rows), self.batch_size
-        entries = [Entry(row, "scored", row) for row in range(n)]
-
-        late = range(B, n)  # a cut row comes at least B rows, so one call, before the whole one
-        count = max(MIN_CUT_ROWS, int(CUT_SHARE * n))
-        for row in _draw.sample(late, min(count, len(late))):
-            positions = np.flatnonzero(self.has_bytes[self.rows[row, 1:-1]])
-            if len(positions):
-                when = _draw.uniform(-0.5, row - B)  # from before row 0 on
-                entries.append(Entry(when, "cut", row, int(_draw.choice(positions))))
-
-        early = range((n - B + 1) // 2)
-        count = max(MIN_AGAIN_ROWS, int(AGAIN_SHARE * n))
-        for row in _draw.sample(early, min(count, len(early))):
-            when = _draw.uniform(max(row + B, n / 2), n)
-            entries.append(Entry(when, "again", row))
-        while len(entries) % B:  # all calls have one shape
-            entries.append(Entry(n, "again", _draw.choice(early)))
-        return entries
-
-    def _exact_calls(self) -> set[int]:
-        """The first, where a plain mistake is found at once, and some that nobody can foresee."""
-        calls = len(self.stream) // self.batch_size
-        enough = math.ceil(MIN_EXACT_PROBES / self.batch_size)
-        count = max(MIN_EXACT_CALLS, enough, int(EXACT_SHARE * calls))
-        return {0, *_draw.sample(range(1, calls), min(count, calls) - 1)}
-
-    def batches(self):
-        """Yields (call, inputs, targets), both uint16 (B, T), each memory of its own."""
-        B = self.batch_size
-        for call in range(len(self.stream) // B):
-            entries = self.stream[call * B : (call + 1) * B]
-            rows = self.rows[[entry.row for entry in entries]]
-            inputs, targets = rows[:, :-1].copy(), rows[:, 1:].copy()
-            for row, entry in zip(inputs, entries):
-                if entry.kind == "cut":
-                    row[entry.cut + 1 :] = self._continuation(entry)
-            yield call, inputs, targets
-
-    def _continuation(self, entry: Entry) -> np.ndarray:
-        """What is to stand after the cut: the text of another place after the same tokens.
-
-        The same 4, or as many as are found, so that no token that does not fit tells of the cut.
-        """
-        text = self.rows.ravel()
-        cut = entry.row * self.rows.shape[1] + entry.cut
-        start = _draw.randrange(max(1, len(text) - CONTINUATION_WINDOW))
-        window = text[start : start + CONTINUATION_WINDOW]
-        places = 3 + np.flatnonzero((window[3:-1] == text[cut]) & (window[4:] != text[cut + 1]))
-        for back in (1, 2, 3):
-            alike = places[window[places - back] == text[cut - back]]
-            if not len(alike):
-                break
-            places = alike
-        if len(places):
-            place = start + int(_draw.choice(places))
+def require_rows(entries: list[dict], eval_rows: dict, row_length: int, splits: Splits | None):
+    """Raises Fail where a split is too small to train on or to score; for test only a line."""
+    rows = {"train": _total(entries, "tokens", "train"), **eval_rows}
+    for split in SPLITS:
+        if rows[split]:
+            continue
+        tokens = _total(entries, "tokens", split)
+        message = (
+            f"the {split} split has {tokens:,} tokens and one row needs {row_length:,}: "
+            f"{row_length - tokens:,} are missing"
+        )
+        if split == "test":
+            print(f"{message}: AUTORESEARCH_SPLIT=test, for the end, will have no score")
+        elif splits and split != "train" and split not in splits.wanted:
+            raise Fail(f"{message}. Add text to what is named {split}, or lower --seq-len")
         else:
-            place = _draw.randrange(len(text))
-        length = self.rows.shape[1] - 2 - entry.cut
-        return np.take(text, range(place + 1, place + 1 + length), mode="wrap")
-
-    def judge(self, losses: np.ndarray) -> np.ndarray:
-        """The losses (n, T) of `rows`, from those of the stream. Raises Stop if a check failed."""
-        # The stream is sorted by `when`, which for a scored row is its number: these are in order.
-        scored = losses[[entry.kind == "scored" for entry in self.stream]]
-        moved, hidden, shown = [], [], []
-        for entry, mine in zip(self.stream, losses):
-            if entry.kind == "again":
-                moved.append(mine - scored[entry.row])
-            if entry.kind == "cut":
-                hidden.append(mine[entry.cut])
-                shown.append(scored[entry.row, entry.cut])
-        if moved:
-            self._judge_state(np.array(moved))
-        if hidden:
-            everywhere = scored[self.has_bytes[self.rows[:, 1:]]]
-            self._judge_leak(np.array(hidden), np.array(shown), everywhere)
-        return scored
-
-    @staticmethod
-    def _judge_state(moved: np.ndarray):
-        """moved: losses of rows run again, less those of the first time."""
-        distance, gain = np.abs(moved).mean(), -moved.mean()
-        if distance > MOVED_NATS or gain > GAINED_NATS:
-            fail(
-                "the model keeps state while it is scored: rows of early calls, run again in late "
-                f"ones, got other logits ({distance:.3f} nats a target): no score. The same input "
-                "must get the same answer"
-            )
-
-    @staticmethod
-    def _judge_leak(hidden: np.ndarray, shown: np.ndarray, everywhere: np.ndarray):
-        """Losses of the same targets in cut rows and in whole ones; everywhere: of all targets."""
-        lost = (hidden - shown).mean()
-        sigma = everywhere.std() / math.sqrt(len(hidden))
-        unlike = hidden.mean() - everywhere.mean() > UNLIKE_SIGMAS * sigma
-        if lost > LOST_NATS or (unlike and len(hidden) >= UNLIKE_ROWS):
-            fail(
-                f"the model sees the future: {len(hidden)} targets cost {hidden.mean():.3f} nats "
-                f"each where other text stands from there on, {shown.mean():.3f} where they stand "
-                f"themselves, and all targets {everywhere.mean():.3f}. Every position may only "
-                "read itself and earlier ones of its own row"
-            )
-
-
-class ExactCheck:
-    """Logits up to a position must not change when later tokens do, nor when other rows do.
-
-    Every row of a batch is changed after a position of its own: to text from elsewhere in the
-    batch, or to one token repeated, which moves averages most. Of two neighbouring positions one
-    at least lies inside any block. Cost: one forward pass.
-    Not caught: a leak at few positions, between those probed; one far below 1/100 of the signal;
-    a model that recognises the probe, by the break in its text or because it has had the row.
-    """
-
-    # The largest differences of logits that count as rounding: root mean square over the
-    # vocabulary, in units of the logits' spread. Measured: FFT convolution in bf16 gives up to
-    # 0.0007 (NEAR) and 0.012 (ANYWHERE); a leak of 1/100 of the signal 0.0027 and more (NEAR).
-    NEAR = 0.002  # mean over the probes, right before a change or on average
-    ANYWHERE = 0.05  # any one position
-
-    def __init__(self, T: int):
-        self.probes = self._probes(T)
-        self.near = []  # (difference, position) of every probe so far
-
-    @staticmethod
-    def _probes(T: int):
-        """Yields (position, repeat one token after it?): the first and last few, then anywhere."""
-        yield from ((0, True), (T - 2, False), (1, True), (T - 3, False))
-        place = _draw.random()
-        while True:
-            place = (place + 0.618034) % 1  # the golden ratio: it soon has been everywhere
-            p = int(place * (T - 1))
-            yield p, True
-            yield p + 1, False
-
-    def __call__(self, model, inputs: np.ndarray, logits):
-        """Probes once; logits: what model(inputs) gave. Raises Stop."""
-        logits = logits.clone()  # a compiled model may return the same memory again
-        seen, largest = self._seen(model, inputs, logits)
-        if seen is None:
-            return
-        if (model(inputs) - logits).abs().max() > 0.1 * largest:
-            fail(
-                "the model gives other logits for the same input: is dropout on in eval mode, "
-                "or a thread still training?"
-            )
-        fail(
-            f"the model sees the future (position {seen}): its logits there change with later "
-            "tokens or with other rows of the batch. Every position may only read itself and "
-            "earlier ones of its own row"
-        )
-
-    def _seen(self, model, inputs, logits) -> tuple[int | None, float]:
-        """(a position whose logits change and must not, or None; the largest change of a logit)."""
-        (B, T), V = inputs.shape, logits.shape[-1]
-        probes = list(itertools.islice(self.probes, B))
-        changed_inputs = inputs.copy()
-        elsewhere = np.roll(inputs.ravel(), _draw.randrange(1, B * T)).reshape(B, T)
-        for row, (p, repeated) in enumerate(probes):
-            another = (int(inputs[row, min(p + 1, T - 1)]) + _draw.randrange(1, V)) % V
-            changed_inputs[row, p + 1 :] = another if repeated else elsewhere[row, p + 1 :]
-        changed_logits = model(changed_inputs)
-        seen, largest = None, 0.0
-        for row, (p, _) in enumerate(probes):
-            before = logits[row, : p + 1].float()
-            difference = changed_logits[row, : p + 1].float() - before
-            part = before[:, :: max(1, V // 512)]  # enough to read the spread from
-            center = part.median(-1, keepdim=True).values
-            spread = (part - center).abs().median(-1).values.clamp(1e-6, 10)  # ignores outliers
-            amount = difference.square().mean(-1).sqrt() / spread
-            if not amount.isfinite().all():
-                fail("the model's logits are not finite: no score")
-            largest = max(largest, difference.abs().max().item())
-            # some leaks are strongest right there, others everywhere
-            self.near.append((max(amount[-1], amount.mean()).item(), p))
-            if amount.max() > self.ANYWHERE:
-                seen = int(amount.argmax())
-        if seen is None and len(self.near) >= MIN_EXACT_PROBES:
-            if sum(amount for amount, _ in self.near) > self.NEAR * len(self.near):
-                seen = max(self.near)[1]
-        return seen, largest
+            size = sum(splits.documents.values()) if splits else 0
+            raise Fail(f"{message}. {enough_text(size, row_length)}")
+    if eval_rows["val"] * row_length < FEW_TOKENS:
+        print("few rows to score: only large differences between scores will mean something")
 
 
 # ------------------------------------------------------------------------------------- command line
+
+LIMITS = {  # smallest and largest
+    "seq_len": (16, 1 << 20),
+    "vocab_size": (260, 1 << 16),
+    "eval_tokens": (1, 1 << 40),
+    "time_budget": (1, 1 << 20),
+}
+MEANING = {
+    "seq_len": "tokens that the model sees at once",
+    "vocab_size": "different tokens",
+    "eval_tokens": "tokens that are scored",
+    "time_budget": "seconds of training",
+}
 
 
 def lock(cache: Path):
     """Holds the cache for one prepare.py at a time, until the returned file is closed.
 
-    Raises Stop, saying who holds it.
+    Raises Fail, saying who holds it.
     """
     import fcntl
 
@@ -2555,7 +936,7 @@ def lock(cache: Path):
     except BlockingIOError:
         file.seek(0)
         holder = file.read().strip() or "?"
-        raise Stop(
+        raise Fail(
             f"another prepare.py (process {holder}) is working in {cache}: wait until it is done, "
             "or set AUTORESEARCH_CACHE to another directory"
         ) from None
@@ -2563,39 +944,6 @@ def lock(cache: Path):
     file.write(str(os.getpid()))
     file.flush()
     return file
-
-
-def hold_set(directory: Path, alone: bool = False) -> int | None:
-    """Holds a set, for reading it or alone, until what is returned is closed.
-
-    None where others hold it, or where the file system has no locks.
-    """
-    import fcntl
-
-    held = os.open(directory, os.O_RDONLY)
-    try:
-        fcntl.flock(held, (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | fcntl.LOCK_NB)
-    except OSError:
-        os.close(held)
-        return None
-    return held
-
-
-class Parser(argparse.ArgumentParser):
-    """A mistake is a Stop; an option that does not exist is answered with the nearest."""
-
-    def error(self, message: str):
-        given = re.fullmatch("unrecognized arguments: ([^ =]+).*", message)
-        if given and not given[1].startswith("-"):
-            message += f": your own text is --data {given[1]}"
-        elif given:
-            nearest = difflib.get_close_matches(
-                given[1], self._option_string_actions, 1, cutoff=0.5
-            )
-            message = f"there is no option {given[1]}"
-            if nearest:
-                message += f"; the nearest is {nearest[0]}"
-        raise Stop(f"{message}. `uv run prepare.py --help` shows all")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -2653,9 +1001,9 @@ def main(argv: list[str] | None = None):
         if given is not None:
             settings[name] = given
         if not low <= settings[name] <= high:
-            raise Stop(f"{_option(name)} {settings[name]}: it must be from {low} to {high}")
+            raise Fail(f"{_option(name)} {settings[name]}: it must be from {low} to {high}")
     if args.num_shards == 0 or args.num_shards < -1:
-        raise Stop(f"--num-shards {args.num_shards}: it must be at least 1, or -1 for all")
+        raise Fail(f"--num-shards {args.num_shards}: it must be at least 1, or -1 for all")
     try:
         with lock(cache_dir()):
             prepare(corpus, args.data, args.num_shards, settings, args.force)
@@ -2663,26 +1011,33 @@ def main(argv: list[str] | None = None):
         raise _disk_failure(error) from None
 
 
-def _disk_failure(error: OSError) -> Stop:
+def _disk_failure(error: OSError) -> Fail:
     cache = cache_dir().absolute()
     where = Path(error.filename or cache).absolute()
     what = f"{where}: {error.strerror or error}"
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return Stop(
+        return Fail(
             f"{what}; what was finished is kept. Free some space or set AUTORESEARCH_CACHE to "
             "another disk, then run the same command again"
         )
     if where.is_relative_to(cache) or cache.is_relative_to(where):
-        return Stop(
+        return Fail(
             f"the cache {cache} cannot be used ({what}): set AUTORESEARCH_CACHE to a folder that "
             "you can write to"
         )
-    return Stop(f"{what}. Make it readable, or take it away")
+    return Fail(f"{what}. Make it readable, or take it away")
 
 
 if __name__ == "__main__":
+
+    def interrupted(*_):
+        # At once: threads still at work write nothing under its final name.
+        os.write(2, b"\nFAIL: interrupted; what was finished is kept: run the same command again\n")
+        os._exit(130)
+
+    signal.signal(signal.SIGINT, interrupted)
     try:
         main()
-    except Stop as stop:  # at once: threads still at work write only what the next run can use
-        print(stop, file=sys.stderr, flush=True)
+    except Fail as failure:
+        print(failure, file=sys.stderr, flush=True)
         os._exit(1)

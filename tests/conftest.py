@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from miniature import MINIATURE, run, write_texts
 
+from autoresearch.referee.clock import clock
+
 # Tiny tensors: two threads on a busy machine mostly wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -40,15 +42,12 @@ def miniature(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def own_clock(monkeypatch):
+def own_clock():
     """Every test has a clock of its own, and none leaves a watchdog behind."""
-    import prepare
-
-    monkeypatch.setattr(prepare, "clock", prepare.Clock())
+    clock.__init__()
     yield
     faulthandler.cancel_dump_traceback_later()
-    if prepare.clock._held is not None:
-        os.close(prepare.clock._held)
+    clock.unlock()
 
 
 @pytest.fixture

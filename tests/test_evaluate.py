@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import prepare
+from autoresearch import common
 
 
 class Table(nn.Module):
@@ -45,12 +46,12 @@ def by_hand(rows, logits_of, token_bytes):
 
 
 @pytest.fixture
-def score(prepared, monkeypatch):
+def score(prepared):
     """score(model, batch_size): what a run gets that drew one training batch and then asks for its score."""
 
     def one_run(model, batch_size=8, tokenizer=None):
         own = prepared.Tokenizer.from_directory()
-        monkeypatch.setattr(prepared, "clock", prepared.Clock())
+        prepared.clock.__init__()
         next(prepared.make_dataloader(own, 4, 64, "train", torch.device("cpu")))
         return prepared.evaluate_bpb(model, tokenizer or own, batch_size)
 
@@ -83,7 +84,7 @@ def test_any_logits_score_as_by_hand(data):
     model = Table(torch.tensor(values).view(V, V))
     expected = by_hand(rows, model.table.detach().numpy(), token_bytes)
     batch_size = data.draw(st.integers(1, 9))
-    bits = prepare.bits_per_byte(prepare.Examined(model, V), rows, token_bytes, batch_size)
+    bits = prepare.bits_per_byte(prepare.EvalModel(model, V), rows, token_bytes, batch_size)
     assert bits == pytest.approx(expected, rel=1e-6, abs=1e-6)
 
 
@@ -215,7 +216,7 @@ class Flattering(torch.Tensor):
     ],
 )
 def test_what_gets_no_score(prepared, score, change, word):
-    with pytest.raises(prepared.Stop, match=word):
+    with pytest.raises(prepared.Fail, match=word):
         score(Altered(change), 3)
     assert word.split()[-1] in end_of_the_ledger(prepared)["failure"]
 
@@ -231,7 +232,7 @@ def test_a_single_logit_that_is_not_finite_is_seen_in_the_loss(value):
 
 def test_another_vocabulary_gets_no_score(prepared, score):
     other = SimpleNamespace(token_bytes=np.ones(5), get_vocab_size=lambda: 5)
-    with pytest.raises(prepared.Stop, match="a vocabulary of 5 and the prepared set of 300"):
+    with pytest.raises(prepared.Fail, match="a vocabulary of 5 and the prepared set of 300"):
         score(Table(table(5)), tokenizer=other)
 
 
@@ -262,11 +263,11 @@ def test_weights_that_change_meanwhile_get_no_score(prepared, score):
             self.table.data[0, 0] += 1e-4  # as a thread would: past the version counter
             return super().forward(inputs)
 
-    with pytest.raises(prepared.Stop, match="weights changed"):
+    with pytest.raises(prepared.Fail, match="weights changed"):
         score(Trains(table()))
 
 
 def test_the_line_in_the_ledger_is_signed(prepared, score):
     bits = score(Table(table()))
-    line = prepared.signed(end_of_the_ledger(prepared))
+    line = common.signed(end_of_the_ledger(prepared))
     assert json.loads(line)["score"] == bits

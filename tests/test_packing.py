@@ -284,11 +284,11 @@ def test_memory_does_not_grow_over_epochs(on_parquet):
 def test_exceptions_come_to_the_caller():
     def batches():
         yield 1
-        raise module.Stop("the disk is gone")
+        raise module.Fail("the disk is gone")
 
     ahead = module.prefetch(batches())
     assert next(ahead) == 1
-    with pytest.raises(module.Stop, match="the disk is gone"):
+    with pytest.raises(module.Fail, match="the disk is gone"):
         next(ahead)
 
 
@@ -332,7 +332,7 @@ def test_damage_is_found(parquet_cache, tmp_path, monkeypatch, damage):
         beyond = module.manifest()["vocab_size"] if damage == "one id" else 0xFFFF
         content[2:4] = beyond.to_bytes(2, "little")
         path.write_bytes(content)
-    with pytest.raises(module.Stop, match="run the same `uv run prepare.py") as stop:
+    with pytest.raises(module.Fail, match="run the same `uv run prepare.py") as stop:
         if damage == "val tokens":
             packed("val", 8)
         else:

@@ -22,6 +22,10 @@ import pytest
 from miniature import MINIATURE, ROOT, WORDS, draw_a_batch, run, write_texts
 
 import prepare as module
+from autoresearch.common import parse_signed, signed
+from autoresearch.corpus import documents as documents_room
+from autoresearch.corpus import text as text_room
+from autoresearch.corpus.progress import Progress
 from prepare import SPLITS
 
 SMALL = ("--seq-len", 32, "--vocab-size", 280, "--eval-tokens", 512)
@@ -129,7 +133,7 @@ def test_an_edit_of_any_text_file_makes_another_set(tmp_path, monkeypatch, capsy
     for path in sorted(data.iterdir())[::20]:
         text = path.read_text()
         path.write_text(text.swapcase())
-        with pytest.raises(module.Stop, match="another prepared set"):
+        with pytest.raises(module.Fail, match="another prepared set"):
             module.main(command)
         path.write_text(text)
     module.main(command)
@@ -177,12 +181,12 @@ def test_force_that_fails_leaves_what_was_there(prepared_copy, tmp_path):
     put(tmp_path / "data" / "broken.jsonl", "{")
     put(tmp_path / "small" / "note.txt", "the cat")
     for data, reason in ((tmp_path / "data", "broken.jsonl"), (tmp_path / "small", "are missing")):
-        with pytest.raises(module.Stop, match=reason):
+        with pytest.raises(module.Fail, match=reason):
             module.main(["--data", str(data), *map(str, SMALL), "--force"])
     for path, content in before.items():
         assert path.name == "lock" or path.read_bytes() == content
     draw_a_batch(prepared_copy)
-    prepared_copy._end_run(score=1.0)
+    prepared_copy.clock.end(score=1.0)
     (tmp_path / "data" / "broken.jsonl").unlink()
     module.main(["--data", str(tmp_path / "data"), *map(str, SMALL), "--force"])
     directories = [path.name for path in module.cache_dir().iterdir() if path.is_dir()]
@@ -225,7 +229,7 @@ def test_killed_while_the_new_set_takes_the_place_of_the_old(
             put_in_place(*arguments)
 
         patch.setattr(module, "_put_in_place", cut_off)
-        with pytest.raises(module.Stop):
+        with pytest.raises(module.Fail):
             module.main(["--data", str(miniature.parent / "texts"), *MINIATURE, "--force"])
     module.main(["--data", str(miniature.parent / "texts"), *MINIATURE])
     assert module.fingerprint() == before
@@ -249,10 +253,10 @@ def test_a_manifest_that_cannot_be_read(texts, tmp_path, miniature, damage):
     raw = (cache / "manifest.json").read_bytes()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "FORMAT", 99)
-        record = {**module.parse_signed(raw), "format": 99}
+        record = {**parse_signed(raw), "format": 99}
     (cache / "manifest.json").write_bytes(
         {
-            "format": module.signed(record),
+            "format": signed(record),
             "cut": raw[:99],
             "edited": raw.replace(b'"seq_len": 64', b'"seq_len": 65'),
             "not JSON": b"[]\n",
@@ -261,7 +265,7 @@ def test_a_manifest_that_cannot_be_read(texts, tmp_path, miniature, damage):
     )
     fails(prepare(texts, cache), "manifest.json", "--force")
     if damage == "format":
-        with pytest.raises(module.Stop, match="manifest.json has format 99.*--force"):
+        with pytest.raises(module.Fail, match="manifest.json has format 99.*--force"):
             with_cache(cache, module.check_prepared, "val")
         assert prepare(texts, cache, "--force").returncode == 0
 
@@ -331,7 +335,7 @@ def test_a_broken_file_is_named(tmp_path, monkeypatch, name):
     make, reason = BROKEN[name]
     make(tmp_path / "data" / name)
     monkeypatch.setenv("AUTORESEARCH_CACHE", str(tmp_path / "cache"))
-    with pytest.raises(module.Stop) as stop:
+    with pytest.raises(module.Fail) as stop:
         module.main(["--data", str(tmp_path / "data"), *map(str, SMALL)])
     assert str(stop.value).startswith("FAIL: ") and "\n" not in str(stop.value)
     assert name in str(stop.value) and reason in str(stop.value)
@@ -395,7 +399,7 @@ def test_too_small_says_how_much_is_missing(tmp_path):
 )
 def test_settings_out_of_range(tmp_path, monkeypatch, arguments):
     monkeypatch.setenv("AUTORESEARCH_CACHE", str(tmp_path))
-    with pytest.raises(module.Stop, match=arguments[0]):
+    with pytest.raises(module.Fail, match=arguments[0]):
         module.main([*map(str, arguments)])
 
 
@@ -509,7 +513,7 @@ def test_killed_in_the_middle(larger, tmp_path):
         for path in (sign, sign.with_suffix(".bin"), sign.with_suffix(".idx")):
             kept[path] = path.stat().st_mtime_ns
     assert 10 <= len(kept) < 37 and not (cache / "manifest.json").exists()
-    with pytest.raises(module.Stop, match="nothing is prepared .*uv run prepare.py"):
+    with pytest.raises(module.Fail, match="nothing is prepared .*uv run prepare.py"):
         with_cache(cache, module.check_prepared, "val")
     done = prepare(data, cache, small=LARGER)
     assert done.returncode == 0 and "trained a tokenizer" not in done.stderr
@@ -659,14 +663,14 @@ def in_files(kind: str, data: Path, parts: list[str]):
 @pytest.mark.parametrize("kind", ["one file", "many files", "jsonl", "parquet"])
 def test_few_documents_are_split_in_stretches(tmp_path, monkeypatch, kind):
     """Each 5% at an end; between them and training at least a row of text that is nowhere."""
-    monkeypatch.setattr(module, "PIECE_BYTES", 20_000)
+    monkeypatch.setattr(text_room, "PIECE_BYTES", 20_000)
     draw = random.Random(13)
     lines = []
     for i in range(6000):
         blank = "\n" if i % 5 == 0 else ""
         lines.append(f"<{i}> {words(draw, 9)}\n{blank}")
     in_files(kind, tmp_path, ["".join(lines[i : i + 500]) for i in range(0, 6000, 500)])
-    sources, splits = module.text_sources(module.text_files(tmp_path), {}, 33)
+    sources, splits = text_room.text_sources(text_room.text_files(tmp_path), {}, 33)
     assert re.match(
         r"split in stretches, for \d+ documents? cannot be drawn from evenly: "
         "val the first 5%, test the last 5% of the text in order of names, ",
@@ -674,7 +678,7 @@ def test_few_documents_are_split_in_stretches(tmp_path, monkeypatch, kind):
     )
     found = {split: [] for split in SPLITS}
     for source in sources:
-        for split, _, text in module.documents(source):
+        for split, _, text in text_room.documents(source):
             found[split] += re.findall(r"^<(\d+)> ", text, re.M)
     numbers = {split: sorted(map(int, of)) for split, of in found.items()}
     tokenizer = module.Tokenizer.train(lines, 300)
@@ -698,7 +702,7 @@ def test_the_advice_for_too_little_text_is_right(tmp_path, monkeypatch, capsys, 
     said = ""
     try:
         module.main([*arguments, "--seq-len", "2048"])
-    except module.Stop as stop:
+    except module.Fail as stop:
         said = str(stop)
     assert "Add text until there are 328 kB" in said or size == 300_000
     if advised := re.search(r"or prepare with --seq-len (\d+)$", said):
@@ -714,9 +718,9 @@ def test_a_set_is_not_replaced_while_a_run_reads_it(prepared_copy, tmp_path):
     put(tmp_path / "data" / "note.txt", words(random.Random(6), 20_000))
     command = ["--data", str(tmp_path / "data"), *map(str, SMALL)]
     before = (module.cache_dir() / "manifest.json").read_bytes()
-    running = module.hold_set(module.set_dir()), module.hold_set(module.set_dir())
+    running = module.shared_lock(module.set_dir()), module.shared_lock(module.set_dir())
     for held in running:
-        with pytest.raises(module.Stop, match="a run is using the set in .* wait until it has"):
+        with pytest.raises(module.Fail, match="a run is using the set in .* wait until it has"):
             module.main([*command, "--force"])
         assert (module.cache_dir() / "manifest.json").read_bytes() == before
         os.close(held)
@@ -738,7 +742,7 @@ def test_every_file_that_is_not_utf8_is_named(tmp_path):
     write_texts(tmp_path / "data", files=30)
     for number in range(6):
         put(tmp_path / "data" / f"{number} latin.txt", "déjà vu".encode("latin-1"))
-    two_blocks = words(random.Random(1), 1 << 18)[: module.PIECE_BYTES - 1] + "é"
+    two_blocks = words(random.Random(1), 1 << 18)[: documents_room.PIECE_BYTES - 1] + "é"
     put(tmp_path / "data" / "cut.md", two_blocks)
     fails(prepare(tmp_path / "data", tmp_path / "cache"), "3 latin.txt, and 2 more. ", "-f LATIN1")
     for number in range(6):
@@ -766,12 +770,12 @@ def test_a_draw_far_from_its_share_is_not_taken(tmp_path):
     notes["last.txt"] = notes["0.txt"]
     for name, text in notes.items():
         put(tmp_path / name, text)
-    _, splits = module.text_sources(module.text_files(tmp_path), {}, 33)
+    _, splits = text_room.text_sources(text_room.text_files(tmp_path), {}, 33)
     assert splits.stretches is None
     seeds = range(1000)
     huge = next(text for i in seeds if share_of((text := f"{i} " * 9000).encode()) == "val")
     put(tmp_path / "log.txt", huge)
-    _, splits = module.text_sources(module.text_files(tmp_path), {}, 33)
+    _, splits = text_room.text_sources(text_room.text_files(tmp_path), {}, 33)
     assert splits.stretches is not None and "for 701 documents cannot" in str(splits)
 
 
@@ -781,11 +785,11 @@ def test_the_same_text_twice_is_on_one_side_in_stretches_too(tmp_path):
         text = "".join(f"<{number}.{i}> {words(draw, 9)}\n" for i in range(400))
         put(tmp_path / f"{number}.txt", text)
         put(tmp_path / f"{9 - number} copy.md", text)
-    sources, splits = module.text_sources(module.text_files(tmp_path), {}, 33)
+    sources, splits = text_room.text_sources(text_room.text_files(tmp_path), {}, 33)
     assert splits.stretches is not None and len(splits.documents) == 8
     lines = {}
     for source in sources:
-        for split, _, text in module.documents(source):
+        for split, _, text in text_room.documents(source):
             lines.setdefault(split, set()).update(re.findall(r"<(\S+)>", text))
     assert all(lines.values()) and not lines["val"] & lines["train"]
     assert not lines["test"] & (lines["train"] | lines["val"])
@@ -810,7 +814,7 @@ def test_the_same_text_twice_is_on_one_side_in_stretches_too(tmp_path):
     }.items(),
 )
 def test_what_is_named_for_a_split(name, split):
-    assert module.named_split(name) == split
+    assert text_room.named_split(name) == split
 
 
 def test_what_is_prepared_is_shown_and_what_is_missing(tmp_path):
@@ -841,14 +845,14 @@ def test_what_is_prepared_is_shown_and_what_is_missing(tmp_path):
 
 def test_neighbours_in_a_text_file_do_not_stay_neighbours(tmp_path, monkeypatch):
     """Passages go by the sha256 of their tokens, within a window of so many characters."""
-    monkeypatch.setattr(module, "PIECE_BYTES", 1000)
-    monkeypatch.setattr(module, "CUT_BYTES", 100)
+    monkeypatch.setattr(text_room, "PIECE_BYTES", 1000)
+    monkeypatch.setattr(documents_room, "CUT_BYTES", 100)
     draw = random.Random(10)
     story = "".join(f"line {i}: {words(draw, 9)}\n" for i in range(400))
     tokenizer = module.Tokenizer.train([story], 300)
     named = {"train.txt": "train", "val.txt": "val", "test.txt": "test"}
     files = {name: put(tmp_path / name, story if name == "train.txt" else name) for name in named}
-    sources, _ = module.text_sources(files, named, 65)
+    sources, _ = text_room.text_sources(files, named, 65)
     assert [source.split for source in sources] == ["train", "val", "test"]
     pieces = [piece.text() for piece in sources[0].pieces]
     in_order = sorted(pieces, key=story.index)
@@ -856,7 +860,7 @@ def test_neighbours_in_a_text_file_do_not_stay_neighbours(tmp_path, monkeypatch)
 
     monkeypatch.setattr(module, "BUNDLE_BYTES", 5000)  # now: a bundle of several windows
     with ThreadPoolExecutor(2) as pool:
-        progress = module.Progress("encoded", 9)
+        progress = Progress("encoded", 9)
         encoded = list(module._encoded(sources[0], tokenizer, 65, pool, progress))
     windows = [[]]
     chars = 0
@@ -933,7 +937,7 @@ def test_own_text_with_a_byte_order_mark_and_surrogates(tmp_path):
 @pytest.fixture
 def packages(tmp_path, monkeypatch) -> Path:
     """A folder of two packages that the demo is made of, 900 files in all."""
-    monkeypatch.setattr(module, "DEMO_PACKAGES", ("red", "green"))
+    monkeypatch.setattr(text_room, "DEMO_PACKAGES", ("red", "green"))
     draw = random.Random(17)
     folder = tmp_path / "packages"
     for number in range(900):
@@ -952,7 +956,7 @@ def packages(tmp_path, monkeypatch) -> Path:
 
 def test_the_demo_is_the_same_wherever_its_packages_are(packages, tmp_path, monkeypatch, capsys):
     """Elsewhere, made in another order, with what another build writes: the same fingerprint."""
-    assert len(module.demo_files()) == 900
+    assert len(text_room.demo_files()) == 900
     module.main(["--demo", *map(str, SMALL)])
     assert "split by the sha256 of each document" in capsys.readouterr().out  # `test` is no name
     before = module.fingerprint()
@@ -969,18 +973,18 @@ def test_the_demo_is_the_same_wherever_its_packages_are(packages, tmp_path, monk
     assert module.fingerprint() == before
     with open(tmp_path / "elsewhere" / "red" / "more.py", "w") as file:
         file.write("more = 1\n")
-    with pytest.raises(module.Stop, match="another prepared set"):
+    with pytest.raises(module.Fail, match="another prepared set"):
         module.main(["--demo", *map(str, SMALL)])
 
 
 def test_a_package_of_the_demo_that_is_missing_is_named(packages, monkeypatch):
-    monkeypatch.setattr(module, "DEMO_PACKAGES", ("red", "blueish"))
-    with pytest.raises(module.Stop, match="the source of blueish, which is missing: uv sync"):
+    monkeypatch.setattr(text_room, "DEMO_PACKAGES", ("red", "blueish"))
+    with pytest.raises(module.Fail, match="the source of blueish, which is missing: uv sync"):
         module.main(["--demo", *map(str, SMALL)])
 
 
 def test_the_demos_packages_are_here():
     """Every name is a package that is installed, with sources."""
-    files = module.demo_files()
-    assert {name.split("/")[0] for name in files} == set(module.DEMO_PACKAGES)
+    files = text_room.demo_files()
+    assert {name.split("/")[0] for name in files} == set(text_room.DEMO_PACKAGES)
     assert len(files) > 3000

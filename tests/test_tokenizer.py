@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from miniature import WORDS
 
 import prepare
-from prepare import SPECIAL_TOKENS, Stop, Tokenizer
+from prepare import SPECIAL_TOKENS, Fail, Tokenizer
 
 
 def texts(seed=0, count=300):
@@ -176,10 +176,10 @@ def test_nothing_in_the_cache_runs_code(prepared_copy, tmp_path, place):
     pickle.loads(target.read_bytes()).close()
     assert mark.exists()  # the payload works; now without it
     mark.unlink()
-    prepare._read_manifest.cache_clear()
+    prepare.read_manifest.cache_clear()
     try:
         next(prepare.make_dataloader(Tokenizer.from_directory(), 2, 64, "train"))
-    except Stop as stop:
+    except Fail as stop:
         assert (
             place != "tokenizer.pkl"
             and str(stop).startswith("FAIL: ")
@@ -214,7 +214,7 @@ def test_damage_gives_one_clear_line(tokenizer, tmp_path, prepared_copy, name):
     if name != "gone":
         path.write_bytes(DAMAGE[name](raw))
     if name not in ("bit", "cut"):  # those are found by the checksum
-        with pytest.raises(Stop) as stop:
+        with pytest.raises(Fail) as stop:
             Tokenizer.from_directory(tmp_path)
         assert (
             str(stop.value).startswith("FAIL: ")
@@ -226,5 +226,5 @@ def test_damage_gives_one_clear_line(tokenizer, tmp_path, prepared_copy, name):
         prepared.unlink()
     else:
         prepared.write_bytes(DAMAGE[name](prepared.read_bytes()))
-    with pytest.raises(Stop, match="tokenizer.tiktoken is damaged or missing"):
+    with pytest.raises(Fail, match="tokenizer.tiktoken is damaged or missing"):
         Tokenizer.from_directory()

@@ -66,16 +66,19 @@ def set_dir() -> Path:
 def fingerprint() -> str:
     """12 hex digits of the manifest and of the source that measures, both as they are on disk now.
 
-    That source is prepare.py, autoresearch/common.py and autoresearch/referee/. Scores with one
-    fingerprint can be compared.
+    Scores with one fingerprint can be compared.
     """
     record = load_manifest(cache_dir() / "manifest.json")
-    package = ROOT / "autoresearch"
-    sources = [ROOT / "prepare.py", package / "common.py", *sorted(package.glob("referee/*.py"))]
     digest = hashlib.sha256(canonical(record))
-    for path in sources:
+    for path in measuring_sources():
         digest.update(path.read_bytes().replace(b"\r\n", b"\n"))
     return digest.hexdigest()[:12]
+
+
+def measuring_sources() -> list[Path]:
+    """The files that decide what a score is: prepare.py, autoresearch/common.py and the referee."""
+    package = ROOT / "autoresearch"
+    return [ROOT / "prepare.py", package / "common.py", *sorted(package.glob("referee/*.py"))]
 
 
 def shared_lock(directory: Path, exclusive: bool = False) -> int | None:

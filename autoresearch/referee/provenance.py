@@ -20,7 +20,7 @@ from pathlib import Path
 from types import ModuleType
 
 from autoresearch.common import ROOT, Fail, environment, git, seed, sha256_of, split_name, utc
-from autoresearch.referee.manifest import fingerprint, manifest
+from autoresearch.referee.manifest import fingerprint, manifest, measuring_sources
 
 NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 AMD_DRIVER = Path("/sys/module/amdgpu/version")
@@ -105,10 +105,14 @@ def peak_memory_mb(device) -> float:
     return resident / 2**20 if sys.platform == "darwin" else resident / 2**10
 
 
+def kit_sources() -> list[Path]:
+    return sorted((ROOT / "autoresearch" / "kit").glob("*.py"))
+
+
 def kit_sha256() -> str:
     """Of all files of autoresearch/kit: part of what is tested, as train.py is."""
     digest = hashlib.sha256()
-    for path in sorted((ROOT / "autoresearch" / "kit").glob("*.py")):
+    for path in kit_sources():
         digest.update(path.read_bytes().replace(b"\r\n", b"\n"))
     return digest.hexdigest()
 
@@ -159,7 +163,7 @@ def imported_files(script: Path) -> dict[str, str]:
             file = vars(module).get("__file__")  # getattr would wake a lazy module
             if isinstance(file, str):
                 files.add(Path(os.path.realpath(file)))
-    files -= {script, ROOT / "prepare.py"}
+    files -= {script, *measuring_sources(), *kit_sources()}
     imported = {}
     for file in sorted(files):
         if str(file).startswith(folders):

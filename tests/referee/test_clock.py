@@ -4,16 +4,20 @@ import faulthandler
 import gc
 import json
 import os
+import re
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 import torch
 from miniature import ROOT, draw_a_batch
+
+from autoresearch.common import parse_signed, signed
+from autoresearch.referee import clock as clock_room
+from autoresearch.referee import manifest as manifest_room
 
 CPU = torch.device("cpu")
 TOKENS = 2 * 64  # of a batch in these tests
@@ -39,8 +43,8 @@ class StandingTime:
 def standing(prepared_copy, monkeypatch):
     """(prepare on a copy of the miniature set, the time that it goes by)."""
     moment = StandingTime()
-    monkeypatch.setattr(prepared_copy, "_now", moment)
-    monkeypatch.setattr(prepared_copy, "clock", prepared_copy.Clock())
+    monkeypatch.setattr(clock_room, "_now", moment)
+    prepared_copy.clock.__init__()
     return prepared_copy, moment
 
 
@@ -52,14 +56,14 @@ def test_a_run_holds_its_set_until_its_end(standing):
     prepare, _ = standing
 
     def is_free() -> bool:
-        held = prepare.hold_set(prepare.set_dir(), alone=True)
-        return held is not None and os.close(held) is None
+        lock = prepare.shared_lock(prepare.set_dir(), exclusive=True)
+        return lock is not None and os.close(lock) is None
 
     assert is_free()
     loader = loader_of(prepare)
     assert not is_free()
     next(loader)
-    prepare._end_run(score=1.0)
+    prepare.clock.end(score=1.0)
     assert is_free()
 
 
@@ -122,10 +126,10 @@ def test_a_run_may_be_one_step_or_a_hundredth_over_its_budget(standing, name):
     loop, is_scored = LOOPS[name]
     loop.train(loader_of(prepare), prepare.clock, moment)
     if is_scored:
-        prepare.clock._score_asked(CPU)
+        prepare.clock.ask_score(CPU)
         return
-    with pytest.raises(prepare.Stop, match=r"FAIL: trained \S+ s on a 2 s budget"):
-        prepare.clock._score_asked(CPU)
+    with pytest.raises(prepare.Fail, match=r"FAIL: trained \S+ s on a 2 s budget"):
+        prepare.clock.ask_score(CPU)
     records, _ = prepare.read_ledger()
     assert records[-1]["failure"].startswith("trained") and "score" not in records[-1]
 
@@ -136,8 +140,8 @@ def test_the_longest_step_is_not_what_lies_behind_the_last_batch(standing):
     next(loader_of(prepare))
     moment.sleep(3)
     assert prepare.clock.elapsed == 3
-    with pytest.raises(prepare.Stop, match="trained 3 s on a 2 s budget"):
-        prepare.clock._score_asked(CPU)
+    with pytest.raises(prepare.Fail, match="trained 3 s on a 2 s budget"):
+        prepare.clock.ask_score(CPU)
 
 
 def test_the_end_record_has_exact_figures(standing):
@@ -149,10 +153,10 @@ def test_the_end_record_has_exact_figures(standing):
         times.append(moment.now)
         moment.sleep(0.01 + number % 7 / 1000 + 0.0001)
         _ = prepare.clock.progress
-    prepare.clock._score_asked(CPU)
+    prepare.clock.ask_score(CPU)
     ended = moment.now
     moment.sleep(50)  # scoring
-    prepare._end_run(score=0.5)
+    prepare.clock.end(score=0.5)
     (start, end), damaged = prepare.read_ledger()
     assert damaged == 0 and start["run"] == end["run"] and end["score"] == 0.5
     assert end["training_seconds"] == round(ended - times[0], 3)
@@ -164,7 +168,9 @@ def test_the_end_record_has_exact_figures(standing):
         late = [i for i, moment in enumerate(times) if moment - times[0] >= share / 20 * BUDGET]
         if late:
             expected.append([round(times[late[0]] - times[0], 3), late[0] * TOKENS])
+    expected.append([round(ended - times[0], 3), 90 * TOKENS])  # and one at the end
     assert end["pace"] == expected and len(expected) > 10
+    assert end["steps"] == 90 and end["peak_memory_mb"] > 10 and len(end["kit_sha256"]) == 64
 
 
 def test_one_sample_stands_for_all_that_a_long_step_skips(standing):
@@ -178,12 +184,67 @@ def test_one_sample_stands_for_all_that_a_long_step_skips(standing):
     assert prepare.clock._pace == samples
 
 
+@pytest.mark.parametrize("batches", [1, 3])
+def test_a_step_ends_when_the_loop_reads_the_clock(standing, batches):
+    prepare, moment = standing
+    loader = loader_of(prepare)
+    for _ in range(4):
+        for _ in range(batches):
+            next(loader)
+            moment.sleep(0.01)
+        _ = prepare.clock.elapsed
+        _ = prepare.clock.progress  # twice is no step more
+    prepare.clock.ask_score(CPU)
+    prepare.clock.end(score=1.0)
+    _, end = prepare.read_ledger()[0]
+    assert (end["steps"], end["batches"]) == (4, 4 * batches)
+    assert end["longest_step_seconds"] == round(0.01 * batches, 3)
+
+
+def test_what_describes_a_run_stands_in_the_ledger(standing):
+    prepare, _ = standing
+    prepare.clock.describe(attention="sdpa", compiled=False)
+    loader = loader_of(prepare)
+    next(loader)
+    prepare.clock.describe(attention="blocked")
+    prepare.clock.end(score=1.0)
+    start, end = prepare.read_ledger()[0]
+    assert (start["attention"], start["compiled"], start["device_batch"]) == ("sdpa", False, 2)
+    assert (end["attention"], end["compiled"], end["device_batch"]) == ("blocked", False, 2)
+
+
+def test_the_progress_file_says_phase_percent_and_mean_loss(standing, monkeypatch, tmp_path):
+    prepare, moment = standing
+    monkeypatch.setenv("AUTORESEARCH_PROGRESS", str(tmp_path / "progress"))
+    loader = loader_of(prepare)
+    for loss in (8.0, 6.0, 5.0, 4.0):
+        next(loader)
+        moment.sleep(0.06 * BUDGET if loss == 6 else 0.01 * BUDGET)
+        prepare.clock.note_loss(loss)
+        _ = prepare.clock.elapsed
+    prepare.clock.ask_score(CPU)
+    lines = [json.loads(line) for line in (tmp_path / "progress").read_text().splitlines()]
+    assert all(re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", line.pop("time")) for line in lines)
+    training = dict(phase="training")
+    assert lines[:2] == [{"phase": "compiling"}, {**training, "percent": 0}]
+    assert lines[-1] == {"phase": "scoring"}
+    figures = [(x["percent"], x["loss"], x["tokens"], round(x["seconds"], 9)) for x in lines[2:-1]]
+    assert figures == [(7.0, 7.0, 2 * TOKENS, 0.14), (9.0, 4.5, 4 * TOKENS, 0.18)]
+
+
+def test_a_progress_file_that_cannot_be_written_loses_nothing(standing, monkeypatch, tmp_path):
+    prepare, _ = standing
+    monkeypatch.setenv("AUTORESEARCH_PROGRESS", str(tmp_path))
+    draw_a_batch(prepare)
+    prepare.clock.ask_score(CPU)
+
+
 # ---- what is refused
 
 
 def test_a_run_that_drew_no_batch_gets_no_score(prepared_copy):
     loader_of(prepared_copy)
-    with pytest.raises(prepared_copy.Stop, match="FAIL: no training batch was drawn"):
+    with pytest.raises(prepared_copy.Fail, match="FAIL: no training batch was drawn"):
         prepared_copy.evaluate_bpb(torch.nn.Linear(1, 1), None, 8)
     (end,), _ = prepared_copy.read_ledger()
     assert end["event"] == "end" and end["tokens"] == 0
@@ -192,15 +253,15 @@ def test_a_run_that_drew_no_batch_gets_no_score(prepared_copy):
 def test_one_score_a_run(standing):
     prepare, _ = standing
     draw_a_batch(prepare)
-    prepare.clock._score_asked(CPU)
-    with pytest.raises(prepare.Stop, match="scored already"):
-        prepare.clock._score_asked(CPU)
+    prepare.clock.ask_score(CPU)
+    with pytest.raises(prepare.Fail, match="scored already"):
+        prepare.clock.ask_score(CPU)
 
 
 @pytest.mark.parametrize("split", ["val", "test", "everything"])
 def test_only_train_is_given_out(prepared_copy, split):
     tokenizer = prepared_copy.Tokenizer.from_directory()
-    with pytest.raises(prepared_copy.Stop, match=f"only `train`, not `{split}`"):
+    with pytest.raises(prepared_copy.Fail, match=f"only `train`, not `{split}`"):
         prepared_copy.make_dataloader(tokenizer, 2, 64, split)
 
 
@@ -231,22 +292,33 @@ def test_the_manifest_cannot_be_edited(prepared):
 def test_a_manifest_changed_during_the_run(prepared_copy):
     draw_a_batch(prepared_copy)
     path = prepared_copy.cache_dir() / "manifest.json"
-    record = prepared_copy.parse_signed(path.read_bytes())
-    path.write_bytes(prepared_copy.signed({**record, "time_budget": 600}))
-    with pytest.raises(prepared_copy.Stop, match="was changed during the run"):
-        prepared_copy.clock._score_asked(CPU)
+    record = parse_signed(path.read_bytes())
+    path.write_bytes(signed({**record, "time_budget": 600}))
+    with pytest.raises(prepared_copy.Fail, match="was changed during the run"):
+        prepared_copy.clock.ask_score(CPU)
 
 
-def test_a_prepare_py_changed_during_the_run(prepared_copy, monkeypatch, tmp_path):
+MEASURES = ("prepare.py", "autoresearch/common.py", "autoresearch/referee/leakcheck.py")
+OTHERS = ("train.py", "night.py", "autoresearch/corpus/text.py", "autoresearch/kit/loss.py")
+
+
+@pytest.mark.parametrize("name", MEASURES)
+def test_code_that_measures_changed_during_the_run(prepared_copy, monkeypatch, tmp_path, name):
+    """Line ends are no change, and neither is code that measures nothing."""
     draw_a_batch(prepared_copy)
-    source = Path(prepared_copy.__file__).read_bytes()
-    (tmp_path / "prepare.py").write_bytes(source.replace(b"\n", b"\r\n"))
-    monkeypatch.setattr(prepared_copy, "__file__", str(tmp_path / "prepare.py"))
-    before = prepared_copy.clock._run["fingerprint"]
-    assert prepared_copy.fingerprint() == before  # line ends are no change
-    (tmp_path / "prepare.py").write_bytes(source + b"#")
-    with pytest.raises(prepared_copy.Stop, match=f"was changed.*began with {before}"):
-        prepared_copy.clock._score_asked(CPU)
+    before = prepared_copy.fingerprint()
+    for source in [ROOT / "prepare.py", *(ROOT / "autoresearch").rglob("*.py")]:
+        copy = tmp_path / source.relative_to(ROOT)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_bytes(source.read_bytes().replace(b"\n", b"\r\n"))
+    for other in OTHERS:
+        (tmp_path / other).parent.mkdir(exist_ok=True)
+        (tmp_path / other).write_text("# another\n")
+    monkeypatch.setattr(manifest_room, "ROOT", tmp_path)
+    assert prepared_copy.fingerprint() == before
+    (tmp_path / name).write_bytes((tmp_path / name).read_bytes() + b"#")
+    with pytest.raises(prepared_copy.Fail, match=f"was changed.*began with {before}"):
+        prepared_copy.clock.ask_score(CPU)
 
 
 # ---- the watchdog's one timer
@@ -265,18 +337,18 @@ def armed(monkeypatch):
 def test_only_the_first_loader_and_the_first_batch_arm_it(prepared_copy, armed):
     prepare = prepared_copy
     first, second = loader_of(prepare), loader_of(prepare)
-    assert armed == [prepare.START_LIMIT]
+    assert armed == [clock_room.START_LIMIT]
     next(second)
     limit = max(2 * BUDGET, BUDGET + 300)
-    assert armed == [prepare.START_LIMIT, limit]
+    assert armed == [clock_room.START_LIMIT, limit]
     next(first), next(second)
     third = loader_of(prepare)
     next(third)
     del first, second, third
     gc.collect()
-    prepare.clock._score_asked(CPU)
-    prepare._end_run(score=1.0)
-    assert armed == [prepare.START_LIMIT, limit]
+    prepare.clock.ask_score(CPU)
+    prepare.clock.end(score=1.0)
+    assert armed == [clock_room.START_LIMIT, limit]
 
 
 # ---- small scripts that cheat or hang, run as a user runs train.py
@@ -287,8 +359,10 @@ sys.path.insert(0, {root!r})
 {before}
 import prepare, torch
 torch.set_num_threads(1)
-prepare.START_LIMIT = {start_limit}
-prepare._training_limit = lambda budget: {limit}
+from autoresearch.common import parse_signed, signed
+from autoresearch.referee import clock as clock_room
+clock_room.START_LIMIT = {start_limit}
+clock_room.training_limit = lambda budget: {limit}
 from prepare import Tokenizer, make_dataloader, evaluate_bpb, clock
 tokenizer = Tokenizer.from_directory()
 class Model(torch.nn.Module):

@@ -23,6 +23,9 @@ import requests
 from miniature import ROOT, WORDS
 
 import prepare
+from autoresearch.common import Fail
+from autoresearch.corpus import climbmix
+from autoresearch.corpus.progress import Progress
 
 TOKEN = "hf_verysecret"
 CONSTANTS = dict(
@@ -159,7 +162,7 @@ class Hub:
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
     for name, value in CONSTANTS.items():
-        monkeypatch.setattr(prepare, name, value)
+        monkeypatch.setattr(climbmix, name, value)
     hub = Hub()
     (tmp_path / "cache").mkdir()
     for name, value in dict(
@@ -245,7 +248,7 @@ RECOVERS = {
 def test_right_bytes_in_spite_of_a_server_that(hub, name):
     hub.misbehave = RECOVERS[name]
     began = time.monotonic()
-    sources = prepare.climbmix_sources(2)
+    sources = climbmix.climbmix_sources(2)
     assert time.monotonic() - began < 10  # well before a stalled server hangs up
     assert [(source.name, source.split) for source in sources] == [
         (NAMES[0], "train"),
@@ -266,7 +269,7 @@ def test_right_bytes_in_spite_of_a_server_that(hub, name):
         assert max(int(range[6:-1]) for _, _, range, _ in hub.requests if range) >= 3 * (1 << 14)
     hub.requests.clear()
     hub.misbehave = lambda request, nth: False
-    prepare.climbmix_sources(3)  # one more: what is whole is not fetched again
+    climbmix.climbmix_sources(3)  # one more: what is whole is not fetched again
     assert {requested for _, requested, _, _ in hub.requests} == {NAMES[2]}
 
 
@@ -274,7 +277,7 @@ def test_right_bytes_in_spite_of_a_server_that(hub, name):
 def test_all_shards(hub, wanted):
     splits = {NAMES[0]: "train", NAMES[1]: "train", NAMES[2]: "train"}
     splits.update({NAMES[4]: "val", NAMES[3]: "test"})
-    sources = prepare.climbmix_sources(wanted)
+    sources = climbmix.climbmix_sources(wanted)
     assert [(source.name, source.split) for source in sources] == list(splits.items())
     assert_whole(range(5))
 
@@ -309,8 +312,8 @@ FAILS = {
 def test_a_clear_word_about_a_server_that(hub, name, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     hub.misbehave, reason = FAILS[name]
-    with pytest.raises(prepare.Stop) as stop:
-        prepare.climbmix_sources(2)
+    with pytest.raises(Fail) as stop:
+        climbmix.climbmix_sources(2)
     assert NAMES[0] in str(stop.value) and reason in str(stop.value) and "\n" not in str(stop.value)
     assert TOKEN not in str(stop.value)
     assert not (shards() / NAMES[0]).exists()
@@ -318,7 +321,7 @@ def test_a_clear_word_about_a_server_that(hub, name, monkeypatch):
     time.sleep(0.3)  # threads of the failed call end with the process; here they share it
     kept = {path.name for path in shards().glob("*.parquet")}
     hub.requests.clear()
-    prepare.climbmix_sources(2)
+    climbmix.climbmix_sources(2)
     assert_whole()
     assert not kept & {requested for _, requested, _, _ in hub.requests}
 
@@ -329,15 +332,15 @@ def test_a_failure_does_not_wait_for_slow_neighbours(hub):
         True,
     )[1]
     began = time.monotonic()
-    with pytest.raises(prepare.Stop, match=NAMES[1]):
-        prepare.climbmix_sources(2)
+    with pytest.raises(Fail, match=NAMES[1]):
+        climbmix.climbmix_sources(2)
     assert time.monotonic() - began < 1
 
 
 def test_a_complete_part_only_lacked_its_name(hub):
     shards().mkdir()
     (shards() / (NAMES[0] + ".part")).write_bytes(FILES[NAMES[0]])
-    prepare.climbmix_sources(1)
+    climbmix.climbmix_sources(1)
     assert_whole((0, 3, 4))
     asked = {wanted for _, name, wanted, _ in hub.requests if name == NAMES[0]}
     assert asked == {f"bytes={len(FILES[NAMES[0]])}-"}  # for what lies behind its end: nothing
@@ -349,15 +352,15 @@ def test_a_complete_part_only_lacked_its_name(hub):
 def test_retry_after(hub, asked, least):
     hub.misbehave = first(1, lambda r: r.reply(429, b"", {"Retry-After": asked}))
     began = time.monotonic()
-    prepare.climbmix_sources(1)
+    climbmix.climbmix_sources(1)
     assert least < time.monotonic() - began < 5
     assert_whole((0, 3, 4))
 
 
 def test_the_longest_wait_a_server_may_ask(hub, monkeypatch):
-    monkeypatch.setattr(prepare, "MAX_RETRY_AFTER", 0.05)
+    monkeypatch.setattr(climbmix, "MAX_RETRY_AFTER", 0.05)
     hub.misbehave = first(2, lambda r: r.reply(503, b"", {"Retry-After": "86400"}))
-    prepare.climbmix_sources(1)
+    climbmix.climbmix_sources(1)
     assert_whole((0, 3, 4))
 
 
@@ -367,8 +370,8 @@ def test_a_wrong_file_is_fetched_twice_and_no_more(hub):
         return True
 
     hub.misbehave = misbehave
-    with pytest.raises(prepare.Stop, match="HTML.*2 times.*HF_ENDPOINT.*--demo"):
-        prepare.climbmix_sources(2)
+    with pytest.raises(Fail, match="HTML.*2 times.*HF_ENDPOINT.*--demo"):
+        climbmix.climbmix_sources(2)
     assert len(hub.requests) <= 2 * 4
 
 
@@ -388,8 +391,8 @@ def test_nobody_there(hub, monkeypatch, capsys, reason):
             raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
 
         monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
-    with pytest.raises(prepare.Stop, match=f"shard_0000.*{reason}.*HF_ENDPOINT.*--demo"):
-        prepare.climbmix_sources(2)
+    with pytest.raises(Fail, match=f"shard_0000.*{reason}.*HF_ENDPOINT.*--demo"):
+        climbmix.climbmix_sources(2)
     assert len(capsys.readouterr().err.splitlines()) == 1  # for all files and tries
 
 
@@ -400,8 +403,8 @@ def test_a_silent_server(hub, capsys):
 
     hub.misbehave = misbehave
     began = time.monotonic()
-    with pytest.raises(prepare.Stop, match="127.0.0.1 is silent.*HF_ENDPOINT.*--demo"):
-        prepare.climbmix_sources(2)
+    with pytest.raises(Fail, match="127.0.0.1 is silent.*HF_ENDPOINT.*--demo"):
+        climbmix.climbmix_sources(2)
     assert time.monotonic() - began < 5
     assert len(capsys.readouterr().err.splitlines()) == 1
 
@@ -414,16 +417,16 @@ def seconds(monkeypatch):
     def sleep(pause):
         now[0] += pause
 
-    monkeypatch.setattr(prepare, "_now", lambda: now[0])
-    monkeypatch.setattr(prepare.time, "sleep", sleep)
+    monkeypatch.setattr(climbmix, "_now", lambda: now[0])
+    monkeypatch.setattr(climbmix.time, "sleep", sleep)
     return now
 
 
 @pytest.mark.parametrize(
     "error, takes, least, limit",
     [
-        (requests.ReadTimeout(), prepare.READ_TIMEOUT, 2, 120),
-        (requests.ConnectTimeout(), prepare.CONNECT_TIMEOUT, 4, 120),
+        (requests.ReadTimeout(), climbmix.READ_TIMEOUT, 2, 120),
+        (requests.ConnectTimeout(), climbmix.CONNECT_TIMEOUT, 4, 120),
         (ConnectionRefusedError(), 0.01, 3, 20),
         (socket.gaierror(), 0.01, 3, 20),
         (socket.gaierror(), 5, 2, 20),  # as long as the resolver took to say no
@@ -442,14 +445,14 @@ def test_how_long_the_real_limits_let_it_try(
         if not isinstance(error, requests.RequestException):
             failure = requests.ConnectionError()
             failure.__cause__ = error
-        raise prepare._as_retry(failure, "the.host")
+        raise climbmix._as_retry(failure, "the.host")
 
-    monkeypatch.setattr(prepare, "_fetch", fetch)
+    monkeypatch.setattr(climbmix, "_fetch", fetch)
     for _ in range(20):  # the pauses are drawn
         seconds[0] = 0.0
         tries.clear()
-        with pytest.raises(prepare.Stop, match="the.host"):
-            prepare.download(tmp_path / "shard", prepare.Progress("downloaded", 1))
+        with pytest.raises(Fail, match="the.host"):
+            climbmix.download(tmp_path / "shard", Progress("downloaded", 1))
         assert seconds[0] < limit and len(tries) >= least
 
 
@@ -460,25 +463,25 @@ def test_a_line_that_goes_dead_after_the_first_byte_gets_minutes(monkeypatch, tm
         if not progress.bytes:
             part.write_bytes(b"some")
             progress.add(4)
-        raise prepare.Retry("refused", limit=prepare.UNREACHABLE_LIMIT)
+        raise climbmix.Retry("refused", limit=climbmix.UNREACHABLE_LIMIT)
 
-    monkeypatch.setattr(prepare, "_fetch", fetch)
-    with pytest.raises(prepare.Stop, match="what has arrived is kept"):
-        prepare.download(tmp_path / "shard", prepare.Progress("downloaded", 1))
+    monkeypatch.setattr(climbmix, "_fetch", fetch)
+    with pytest.raises(Fail, match="what has arrived is kept"):
+        climbmix.download(tmp_path / "shard", Progress("downloaded", 1))
     assert 60 < seconds[0] < 300
 
 
 def test_space_is_looked_at_before_the_first_byte(hub, monkeypatch):
     size = max(len(FILES[name]) for name in NAMES)
-    monkeypatch.setattr(prepare, "SHARD_TOKEN_BYTES", 125_000_000)
+    monkeypatch.setattr(climbmix, "SHARD_TOKEN_BYTES", 125_000_000)
     usage = shutil.disk_usage(prepare.cache_dir())
     monkeypatch.setattr(
         shutil, "disk_usage", lambda _: usage._replace(free=3 * (size + 125_000_000))
     )
-    with pytest.raises(prepare.Stop, match="4 shards of .* need 0.5 GB, and 0.4 GB are free"):
-        prepare.climbmix_sources(2)
+    with pytest.raises(Fail, match="4 shards of .* need 0.5 GB, and 0.4 GB are free"):
+        climbmix.climbmix_sources(2)
     assert not sum(path.stat().st_size for path in shards().iterdir())
-    prepare.climbmix_sources(1)
+    climbmix.climbmix_sources(1)
 
 
 @pytest.mark.parametrize(
@@ -490,18 +493,18 @@ def test_space_is_looked_at_before_the_first_byte(hub, monkeypatch):
     ],
 )
 def test_settings_that_cannot_work_fail_at_once(hub, monkeypatch, setting):
-    monkeypatch.setattr(prepare, "BACKOFF", 60)
-    monkeypatch.setattr(prepare, "MAX_WAIT", 60)
+    monkeypatch.setattr(climbmix, "BACKOFF", 60)
+    monkeypatch.setattr(climbmix, "MAX_WAIT", 60)
     for name, value in setting.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(prepare.Stop, match="HF_ENDPOINT") as stop:
-        prepare.climbmix_sources(1)
+    with pytest.raises(Fail, match="HF_ENDPOINT") as stop:
+        climbmix.climbmix_sources(1)
     assert TOKEN not in str(stop.value) and not hub.requests
 
 
 def as_typed(*arguments, cache, **environment) -> subprocess.CompletedProcess:
     """prepare.py's command line in a process of its own, with short pauses."""
-    code = f"import sys, prepare; vars(prepare).update({CONSTANTS!r}); prepare.main(sys.argv[1:])"
+    code = f"import sys, prepare; from autoresearch.corpus import climbmix; vars(climbmix).update({CONSTANTS!r}); prepare.main(sys.argv[1:])"
     env = {**os.environ, "AUTORESEARCH_CACHE": str(cache), **environment}
     return subprocess.run(
         [sys.executable, "-c", code, *arguments],
@@ -573,16 +576,18 @@ def test_a_damaged_shard_is_downloaded_again_and_nothing_else(hub, capsys):
 
 def fetch(url: str, cache: str):
     os.environ.update(HF_ENDPOINT=url, AUTORESEARCH_CACHE=cache, NO_PROXY="127.0.0.1")
-    vars(prepare).update(CONSTANTS)
-    prepare.climbmix_sources(3)
+    vars(climbmix).update(CONSTANTS)
+    climbmix.climbmix_sources(3)
 
 
 def test_killed_thirty_times(hub, tmp_path, monkeypatch):
     """Processes forked from one that has everything imported, killed in their transfers."""
     # Where the one that forks finds what to import.
-    monkeypatch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{ROOT / 'tests'}")
+    monkeypatch.setenv(
+        "PYTHONPATH", f"{ROOT}{os.pathsep}{ROOT / 'tests'}{os.pathsep}{ROOT / 'tests' / 'corpus'}"
+    )
     processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(["prepare", "requests", "pyarrow.parquet", "test_downloads"])
+    processes.set_forkserver_preload(["prepare", "requests", "pyarrow.parquet", "test_climbmix"])
     draw = random.Random(1)
     hub.misbehave = lambda r, nth: (r.honest(piece=700, pause=0.005), True)[1]
     killed = 0
@@ -606,6 +611,6 @@ def test_killed_thirty_times(hub, tmp_path, monkeypatch):
         assert (shards() / name).read_bytes() == FILES[name]
     hub.misbehave = lambda request, nth: False
     hub.requests.clear()
-    prepare.climbmix_sources(3)
+    climbmix.climbmix_sources(3)
     assert_whole(range(5))
     assert {name for _, name, _, _ in hub.requests} == set(NAMES) - kept

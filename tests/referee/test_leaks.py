@@ -14,7 +14,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import prepare
-import train
+from autoresearch.referee import leakcheck
 
 V, WIDTH = 300, 32
 LENGTHS = (64, 256, 2048)
@@ -246,18 +246,6 @@ HONEST = {
 }
 
 
-def gpt(attend, dtype, T, width=32, depth=3, vocab_size=V):
-    """train.py's own model, with weights that do something."""
-    hp = train.hyperparameters("cpu", N_LAYER=depth, N_EMBD=width, HEAD_DIM=16, N_KV_HEAD=1)
-    model = train.GPT(hp, vocab_size, T, dtype)
-    model.attend = attend
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.normal_(std=0.5 if p.ndim < 2 else p.shape[-1] ** -0.5)
-    return model
-
-
 def text(B, T, skewed=True, vocab_size=V):
     """Rows of ids, uint16 (B, T): a few tokens are most of it, as in a text; or all equally often."""
     odds = 1 / np.arange(1, vocab_size + 1) if skewed else np.ones(vocab_size)
@@ -268,13 +256,13 @@ def text(B, T, skewed=True, vocab_size=V):
 @torch.no_grad()
 def exactly(model, T, B=4, skewed=True):
     """ExactCheck, until it has its least number of probes; the line of the refusal, or None."""
-    inputs, exact = text(B, T, skewed), prepare.ExactCheck(T)
-    examined = prepare.Examined(model, V)
+    inputs, exact = text(B, T, skewed), leakcheck.ExactCheck(T)
+    examined = prepare.EvalModel(model, V)
     try:
         logits = examined(inputs).clone()
-        for _ in range(0, prepare.MIN_EXACT_PROBES, B):
+        for _ in range(0, leakcheck.MIN_EXACT_PROBES, B):
             exact(examined, inputs, logits)
-    except prepare.Stop as stop:
+    except prepare.Fail as stop:
         return str(stop)
 
 
@@ -335,14 +323,6 @@ def test_an_honest_model_passes_the_exact_check_every_time(name, dtype):
             assert exactly(model, T, skewed=turn < 2) is None
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("attend", [train.blocked_attention, train.sdpa_attention])
-def test_our_own_model_passes(attend, dtype):
-    for T, runs in ((64, 5), (256, 2)):
-        model = gpt(attend, DTYPES[dtype], T).eval()
-        assert [exactly(model, T) for _ in range(runs)] == [None] * runs
-
-
 def test_dropout_left_on_has_its_own_word():
     assert "is dropout on in eval mode" in exactly(Model(HONEST["dropout"]).train(), 64)
 
@@ -355,9 +335,9 @@ TOKEN_BYTES = np.array([3] * (V - 4) + [0] * 4)
 def scored(model, rows, batch_size=4):
     """(bits per byte or None, the line of the refusal or None)."""
     try:
-        examined = prepare.Examined(model, V)
+        examined = prepare.EvalModel(model, V)
         return prepare.bits_per_byte(examined, rows, TOKEN_BYTES, batch_size), None
-    except prepare.Stop as stop:
+    except prepare.Fail as stop:
         return None, str(stop)
 
 
@@ -526,7 +506,7 @@ class Trains(Guesses):
 )
 def test_a_model_that_knows_it_is_scored_gets_no_score(cheat, word, monkeypatch):
     """Also without the exact check, which such a model may recognise."""
-    monkeypatch.setattr(prepare.ExactCheck, "__call__", lambda *_: None)
+    monkeypatch.setattr(leakcheck.ExactCheck, "__call__", lambda *_: None)
     rows = text(64, 65)
     rows[:, 0] = np.arange(64)
     bits, line = scored(cheat(), rows)
@@ -546,7 +526,7 @@ def test_what_stays_possible(monkeypatch):
 def test_the_rows_that_check_look_like_the_others():
     """Every call has one shape; a cut row comes in an earlier call than its own, and parts after the cut."""
     rows = text(40, 65)
-    check = prepare.LeakCheck(rows, TOKEN_BYTES, 8)
+    check = leakcheck.LeakCheck(rows, TOKEN_BYTES, 8)
     batches = list(check.batches())
     assert [call for call, _, _ in batches] == list(range(len(check.stream) // 8))
     assert {x.shape for _, *pair in batches for x in pair} == {(8, 64)}
@@ -575,7 +555,7 @@ def test_no_seed_foresees_where_it_is_checked(monkeypatch):
     def places():
         random.seed(0)
         np.random.seed(0)
-        spec = importlib.util.spec_from_file_location("prepare_afresh", prepare.__file__)
+        spec = importlib.util.spec_from_file_location("leakcheck_afresh", leakcheck.__file__)
         afresh = importlib.util.module_from_spec(spec)
         monkeypatch.setitem(sys.modules, spec.name, afresh)
         spec.loader.exec_module(afresh)
@@ -594,6 +574,6 @@ def test_no_seed_foresees_where_it_is_checked(monkeypatch):
 )
 def test_the_cost(rows, T, batch_size, most):
     """Forward passes over those that the score needs: climbmix's, and the demo's, where the least counts."""
-    check = prepare.LeakCheck(text(rows, T + 1), TOKEN_BYTES, batch_size)
+    check = leakcheck.LeakCheck(text(rows, T + 1), TOKEN_BYTES, batch_size)
     passes = len(check.stream) / batch_size + len(check.exact_calls)
     assert 1 < passes / (rows / batch_size) < most

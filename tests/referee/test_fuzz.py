@@ -68,12 +68,12 @@ def test_manifest(prepared_copy):
     prepare = prepared_copy
     right = prepare.manifest()
     for _ in damages(prepare.cache_dir() / "manifest.json", seed=1):
-        prepare._read_manifest.cache_clear()
+        prepare.read_manifest.cache_clear()
         try:
             assert prepare.manifest() == right
-        except prepare.Stop as stop:
+        except prepare.Fail as stop:
             assert is_clear(stop)
-    prepare._read_manifest.cache_clear()
+    prepare.read_manifest.cache_clear()
     assert prepare.manifest() == right
 
 
@@ -83,7 +83,7 @@ def test_tokenizer(prepared_copy):
     for _ in damages(prepare.set_dir() / "tokenizer.tiktoken", seed=2):
         try:
             assert prepare.Tokenizer.from_directory().ranks == right
-        except prepare.Stop as stop:
+        except prepare.Fail as stop:
             assert is_clear(stop)
 
 
@@ -95,7 +95,7 @@ def test_tokenizer_without_its_checksum(prepared_copy):
         try:
             tokenizer = prepare.Tokenizer.from_directory(path.parent)
             assert tokenizer.decode(tokenizer.encode("any text \u20ac")) == "any text \u20ac"
-        except prepare.Stop as stop:
+        except prepare.Fail as stop:
             assert is_clear(stop)
 
 
@@ -110,7 +110,7 @@ def test_token_cache(prepared_copy, suffix):
         try:
             opened = prepare.open_tokens(prepare.set_dir(), entry, verify=True)
             assert np.array_equal(opened[0], right[0]) and np.array_equal(opened[1], right[1])
-        except prepare.Stop as stop:
+        except prepare.Fail as stop:
             assert is_clear(stop)
 
 
@@ -138,14 +138,14 @@ class Table(torch.nn.Module):
         return self.table[inputs]
 
 
-def test_a_score_on_a_damaged_cache_is_the_right_one_or_none(prepared_copy, monkeypatch):
+def test_a_score_on_a_damaged_cache_is_the_right_one_or_none(prepared_copy):
     """Through the evaluation itself."""
     prepare = prepared_copy
     tokenizer = prepare.Tokenizer.from_directory()
     entries = prepare.manifest()["tokens"]
 
     def score() -> float:
-        monkeypatch.setattr(prepare, "clock", prepare.Clock())
+        prepare.clock.__init__()
         draw_a_batch(prepare)
         return prepare.evaluate_bpb(Table(), tokenizer, 8)
 
@@ -156,6 +156,6 @@ def test_a_score_on_a_damaged_cache_is_the_right_one_or_none(prepared_copy, monk
             for _ in damages(path, seed=6, count=10):
                 try:
                     assert score() == right
-                except prepare.Stop as stop:
+                except prepare.Fail as stop:
                     assert is_clear(stop)
     assert score() == right
