@@ -175,14 +175,6 @@ class Attention(nn.Module):
         if has_values:
             self.gate = Linear(min(hp.GATE_CHANNELS, hp.N_EMBD), n_kv_head)
 
-    def init_weights(self, bound: float, generator: torch.Generator | None):
-        nn.init.uniform_(self.query.weight, -bound, bound, generator=generator)
-        nn.init.uniform_(self.key.weight, -bound, bound, generator=generator)
-        nn.init.uniform_(self.value.weight, -bound, bound, generator=generator)
-        nn.init.zeros_(self.out.weight)  # a block adds nothing at the start
-        if self.gate is not None:
-            nn.init.zeros_(self.gate.weight)
-
     def forward(self, x: Tensor, values: Tensor | None, cos: Tensor, sin: Tensor) -> Tensor:
         """x (B, T, n_embd); values: the layer's value embedding (B, T, n_kv_head * D), or None."""
         q = self.query(x).unflatten(-1, (-1, self.head_dim))  # (B, T, n_head, D)
@@ -204,10 +196,6 @@ class MLP(nn.Module):
         self.up = Linear(hp.N_EMBD, 4 * hp.N_EMBD)
         self.down = Linear(4 * hp.N_EMBD, hp.N_EMBD)
 
-    def init_weights(self, bound: float, generator: torch.Generator | None):
-        nn.init.uniform_(self.up.weight, -bound, bound, generator=generator)
-        nn.init.zeros_(self.down.weight)  # a block adds nothing at the start
-
     def forward(self, x: Tensor) -> Tensor:
         return self.down(F.relu(self.up(x)).square())
 
@@ -221,12 +209,6 @@ class Block(nn.Module):
         self.x0_scale = nn.Parameter(torch.empty(()))  # b_i
         self.attention = Attention(hp, window, has_values, attend)
         self.mlp = MLP(hp)
-
-    def init_weights(self, bound: float, x0_scale: float, generator: torch.Generator | None):
-        nn.init.ones_(self.residual_scale)
-        nn.init.constant_(self.x0_scale, x0_scale)
-        self.attention.init_weights(bound, generator)
-        self.mlp.init_weights(bound, generator)
 
     def forward(
         self, x: Tensor, x0: Tensor, values: Tensor | None, cos: Tensor, sin: Tensor
@@ -294,14 +276,27 @@ class GPT(nn.Module):
     def init_weights(self, generator: torch.Generator | None = None) -> GPT:
         """In place, on the CPU in float32: then a seed gives the same weights for every device."""
         bound = self.hp.INIT_SCALE * math.sqrt(3 / self.hp.N_EMBD)
+
+        def uniform(weight):
+            nn.init.uniform_(weight, -bound, bound, generator=generator)
+
         nn.init.normal_(self.embedding.weight, generator=generator)
         nn.init.normal_(self.head.weight, std=0.001, generator=generator)
         nn.init.zeros_(self.smear_gate.weight)
         nn.init.zeros_(self.smear_scale)
         for embedding in self.value_embeddings.values():
-            nn.init.uniform_(embedding.weight, -bound, bound, generator=generator)
+            uniform(embedding.weight)
         for block in self.blocks:
-            block.init_weights(bound, self.hp.X0_INIT, generator)
+            nn.init.ones_(block.residual_scale)
+            nn.init.constant_(block.x0_scale, self.hp.X0_INIT)
+            uniform(block.attention.query.weight)
+            uniform(block.attention.key.weight)
+            uniform(block.attention.value.weight)
+            uniform(block.mlp.up.weight)
+            nn.init.zeros_(block.attention.out.weight)  # a block adds nothing at the start
+            nn.init.zeros_(block.mlp.down.weight)
+            if block.attention.gate is not None:
+                nn.init.zeros_(block.attention.gate.weight)
         return self
 
     def compile_parts(self):
@@ -430,14 +425,14 @@ def adamw_update(
     step: Tensor,
     lr: Tensor,
     weight_decay: Tensor,
-    beta1: float,
-    beta2: float,
+    betas: tuple[float, float],
     eps: float = 1e-10,
 ):
     """One AdamW step (arXiv 1711.05101) in place, counted from 1.
 
     The averages and all arithmetic are float32, whatever p is stored in.
     """
+    beta1, beta2 = betas
     grad = grad.float()
     exp_avg.lerp_(grad, 1 - beta1)
     exp_avg_sq.lerp_(grad.square(), 1 - beta2)
@@ -449,14 +444,13 @@ def adamw_update(
 class AdamW:
     """Steps one parameter."""
 
-    def __init__(self, p: nn.Parameter, lr: float, weight_decay: float, beta1: float, beta2: float):
+    def __init__(self, p: nn.Parameter, lr: float, weight_decay: float, betas: tuple[float, float]):
         self.params = [p]
         # Tensors, so that other values compile nothing anew, and of each group its own, so that
         # equal groups share a compiled kernel.
         self.lr = torch.tensor(float(lr), device=p.device)
         self.weight_decay = torch.tensor(float(weight_decay), device=p.device)
-        self.beta1 = beta1
-        self.beta2 = beta2
+        self.betas = betas
         self.state = {
             "exp_avg": torch.zeros(p.shape, device=p.device),
             "exp_avg_sq": torch.zeros(p.shape, device=p.device),
@@ -466,15 +460,8 @@ class AdamW:
     def step(self, lr: Tensor, momentum: Tensor, decay_multiplier: Tensor):
         p = self.params[0]
         self.state["step"].add_(1)
-        adamw_update(
-            p,
-            p.grad,
-            **self.state,
-            lr=lr,
-            weight_decay=self.weight_decay,
-            beta1=self.beta1,
-            beta2=self.beta2,
-        )
+        decay = self.weight_decay
+        adamw_update(p, p.grad, **self.state, lr=lr, weight_decay=decay, betas=self.betas)
 
 
 class Muon:
@@ -544,7 +531,7 @@ def param_groups(model: GPT) -> list[AdamW | Muon]:
     embedding_lr = hp.EMBEDDING_LR * width_lr
 
     def adamw(params, lr, weight_decay=0.0, beta1=hp.ADAM_BETA1):
-        return [AdamW(p, lr, weight_decay, beta1, hp.ADAM_BETA2) for p in params]
+        return [AdamW(p, lr, weight_decay, (beta1, hp.ADAM_BETA2)) for p in params]
 
     def muon(params, lr, weight_decay):
         same_shape = {}
