@@ -1,286 +1,24 @@
-"""The loop: warming up leaves no trace, batches are fitted, the log's form, and every way to fail
-as one line."""
+"""train.py as a whole: the loop, the same run however it warmed up, the log's form, the ways to
+fail, and six edits as an agent makes them."""
 
+import difflib
 import itertools
 import json
 import math
 import os
-import pty
 import re
 import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, field
 
 import pytest
 import torch
+from forks import Forks
 from miniature import ROOT
 
-import prepare
 import train
-
-SMALL = dict(
-    N_LAYER=2,
-    N_EMBD=32,
-    HEAD_DIM=16,
-    N_KV_HEAD=1,
-    WINDOW_PATTERN="SL",
-    SHORT_WINDOW=1 / 4,
-    TOKENS_PER_STEP=512,
-    DEVICE_BATCH_SIZE=8,
-    EVAL_BATCH_TOKENS=256,
-)
-V, T, ROWS = 50, 16, 8
-
-
-# ---------------------------------------------------------------------------------- warming up
-
-
-@dataclass
-class Training:
-    """A model and an optimizer with two steps behind them: nothing is at its start."""
-
-    model: train.GPT
-    optimizer: train.Optimizer
-
-    @classmethod
-    def begun(cls):
-        hp = train.hyperparameters("cpu", **SMALL)
-        model = train.GPT(hp, V, T).init_weights(torch.Generator().manual_seed(0))
-        training = cls(model, train.Optimizer(train.parameter_groups(model), compiled=False))
-        for step in range(2):
-            training.step(ROWS, seed=step)
-        return training
-
-    def step(self, device_batch, seed=9):
-        generator = torch.Generator().manual_seed(seed)
-        rows = torch.randint(V, (ROWS, T + 1), generator=generator)
-        for part in rows.split(device_batch):
-            (self.model(part[:, :-1], part[:, 1:]) * (len(part) / ROWS)).backward()
-        self.optimizer.step(1.0, 0.9, 1.0)
-
-    def everything(self):
-        tensors = [
-            *self.model.parameters(),
-            *self.model.buffers(),
-            *self.optimizer.state_tensors(),
-        ]
-        return [tensor.detach().clone() for tensor in tensors]
-
-    def warm_up(self, rows=ROWS, device_batch=ROWS, eval_batch=2):
-        warm_up = train.WarmUp(self.model, self.optimizer)
-        return warm_up.run(rows, device_batch, eval_batch)
-
-
-def same(one, other):
-    return all(map(torch.equal, one, other))
-
-
-@pytest.fixture
-def training():
-    return Training.begun()
-
-
-class Limited:
-    """Makes the model one on a device with room for so many rows in training and in scoring."""
-
-    error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")
-
-    def __init__(self, model, rows=10**9, scored=10**9):
-        self.model = model
-        self.forward = model.forward
-        self.rows = rows
-        self.scored = scored
-        self.seen = []
-        model.forward = self
-
-    def __call__(self, inputs, targets=None):
-        kind = "scoring" if targets is None else "training"
-        self.seen.append((len(inputs), kind, self.model.training))
-        result = self.forward(inputs, targets)
-        room = self.scored if targets is None else self.rows
-        if len(inputs) > room:  # as late as a real one may come
-            raise self.error
-        return result
-
-
-def test_warming_up_leaves_no_trace(training):
-    before, random_state = training.everything(), torch.get_rng_state()
-    warmed = Limited(training.model)
-    assert training.warm_up(device_batch=4, eval_batch=2) == (4, 2)
-    assert same(training.everything(), before)
-    assert torch.equal(torch.get_rng_state(), random_state)
-    assert training.model.training and all(p.grad is None for p in training.model.parameters())
-    # two steps of two parts, then a batch of the evaluation
-    assert warmed.seen == [(4, "training", True)] * 4 + [(2, "scoring", False)]
-
-    twin = Training.begun()
-    training.step(4)
-    twin.step(4)
-    assert same(training.everything(), twin.everything())
-    assert not torch.equal(training.everything()[0], before[0])
-
-
-@pytest.mark.parametrize(
-    "error",
-    [
-        torch.OutOfMemoryError("CUDA out of memory"),
-        MemoryError(),
-        RuntimeError("MPS backend out of memory (MPS allocated: 9 GB)"),
-        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
-    ],
-)
-def test_out_of_memory_while_warming_up_halves_the_batch(training, capsys, error):
-    before = training.everything()
-    limited = Limited(training.model, rows=3)
-    limited.error = error
-    assert training.warm_up(device_batch=8, eval_batch=4) == (2, 4)
-    lines = capsys.readouterr().out.splitlines()
-    assert [re.findall(r"\d+", line) for line in lines] == [["8", "4"], ["4", "2"]]
-    for line in lines:
-        assert "out of memory training" in line and "the tokens a step stay the same" in line
-    assert same(training.everything(), before)
-
-    twin = Training.begun()
-    training.step(2)
-    twin.step(2)
-    assert same(training.everything(), twin.everything())
-
-
-def test_the_smaller_batch_still_divides_the_rows(training):
-    Limited(training.model, rows=5)
-    assert training.warm_up(rows=9, device_batch=9)[0] == 3
-
-
-def test_an_evaluation_batch_that_does_not_fit_is_halved_alone(training, capsys):
-    Limited(training.model, scored=1)
-    assert training.warm_up(eval_batch=4) == (8, 1)
-    assert len(capsys.readouterr().out.splitlines()) == 2
-
-
-def test_no_room_for_one_row(training):
-    words = "FAIL: out of memory with a single row .* lower N_LAYER or N_EMBD"
-    with pytest.raises(SystemExit, match=words):
-        Limited(training.model, rows=0)
-        training.warm_up()
-
-
-def test_a_parameter_that_no_gradient_reaches_is_named(training):
-    model = training.model
-    model.blocks[0].idle = train.Linear(4, 4)
-    training.optimizer = train.Optimizer(train.parameter_groups(model), compiled=False)
-    with pytest.raises(SystemExit, match="FAIL: no gradient reaches blocks.0.idle.weight"):
-        training.warm_up()
-
-
-@pytest.mark.parametrize(
-    "tokens, wanted, words",
-    [
-        (512, 3, ["DEVICE_BATCH_SIZE 3 ", "TOKENS_PER_STEP 512", "2 and 4"]),
-        (640, 7, ["DEVICE_BATCH_SIZE 7 ", "TOKENS_PER_STEP 640", "5 and 10"]),
-        (704, 6, ["11 rows", "1 and 11"]),
-        (512, 0, ["DEVICE_BATCH_SIZE 0 ", "1 and 2"]),
-        (500, 4, ["TOKENS_PER_STEP 500", "64", "448 or 512"]),
-        (30, 4, ["TOKENS_PER_STEP 30", "such as 64"]),
-        (0, 4, ["TOKENS_PER_STEP 0", "such as 64"]),
-    ],
-)
-def test_batches_that_do_not_divide(tokens, wanted, words):
-    with pytest.raises(SystemExit) as stop:
-        train.rows_at_a_time(tokens, 64, wanted)
-    message = str(stop.value)
-    assert message.startswith("FAIL: ") and all(word in message for word in words), message
-
-
-def test_batches_that_divide():
-    wanted = (1, 2, 4, 8, 100)
-    assert [train.rows_at_a_time(512, 64, n) for n in wanted] == [1, 2, 4, 8, 8]
-
-
-# ---------------------------------------------------------------------------- what is reported
-
-
-def report(losses, total, capsys):
-    """The curve and the printed lines of a run whose step i of `total` had losses[i]."""
-    progress = train.Progress(tokens_per_step=1000, budget=100)
-    for i, loss in enumerate(losses):
-        progress.add(i + 1, i / total, torch.tensor(float(loss)))
-    progress.close()
-    return progress.curve(), capsys.readouterr().out.splitlines()
-
-
-def test_the_curve_is_the_mean_of_each_tenth(capsys):
-    curve, _ = report(range(40), 40, capsys)
-    assert curve == [1.5, 5.5, 9.5, 13.5, 17.5, 21.5, 25.5, 29.5, 33.5, 37.5]
-
-
-def test_a_tenth_without_a_step_shows_the_one_before(capsys):
-    assert report([6, 4, 5], 3, capsys)[0] == [6, 6, 6, 4, 4, 4, 5, 5, 5, 5]
-    assert report([6], 1, capsys)[0] == [6] * 10
-
-
-def test_the_pace_shows_what_a_disturbed_run_could_have_made():
-    progress = train.Progress(tokens_per_step=1000, budget=100)
-    for tenth, steps in enumerate([12, 2, 2, 4]):
-        for step in range(steps):
-            progress.add(step, (tenth + 0.5) / 10, torch.tensor(3.0))
-    progress.close()
-    assert progress.pace() == "200 tokens/s, 1,200 in the fastest tenth"
-
-
-def test_a_line_holds_the_mean_since_the_last(capsys):
-    _, lines = report(range(100), 100, capsys)
-    shown = [re.match(r" *([\d.]+)%  step +(\d+)  loss ([\d.]+) ", line) for line in lines]
-    assert [match[2] for match in shown[:3]] == ["1", "6", "11"]
-    assert [match[3] for match in shown[:3]] == ["0.0000", "3.0000", "8.0000"]
-    assert [match[1] for match in shown[:3]] == ["0.0", "5.0", "10.0"]
-    assert 19 <= len(lines) <= 20
-
-
-class LossOnAGpu:
-    """A loss that is there only when the device has got so far."""
-
-    device = torch.device("cuda")
-
-    def __init__(self, value):
-        self.value = value
-        self.waited_for = False
-
-    def item(self):
-        self.waited_for = True
-        return self.value
-
-
-def test_a_loss_on_a_gpu_is_read_one_step_late_and_the_last_one_at_the_end(capsys):
-    progress = train.Progress(tokens_per_step=1000, budget=100)
-    losses = [LossOnAGpu(value) for value in (6.0, 4.0, 5.0)]
-    for i, loss in enumerate(losses):
-        progress.add(i + 1, i / 3, loss)
-        assert [loss.waited_for for loss in losses] == [number < i for number in range(3)]
-    progress.close()
-    assert progress.curve() == [6, 6, 6, 4, 4, 4, 5, 5, 5, 5]
-
-
-@pytest.mark.parametrize("value", [math.nan, 101.0, math.inf])
-def test_a_loss_that_diverged_ends_the_run(capsys, value):
-    progress = train.Progress(tokens_per_step=1000, budget=100)
-    progress.add(1, 0.0, torch.tensor(100.0))
-    with pytest.raises(SystemExit, match=f"FAIL: loss diverged at step 2: it is {value}"):
-        progress.add(2, 0.5, torch.tensor(value))
-
-
-def test_the_rate_is_that_of_the_steps_since_the_last_line(monkeypatch, capsys):
-    now = 0.0
-    monkeypatch.setattr(train.time, "perf_counter", lambda: now)
-    progress = train.Progress(tokens_per_step=1000, budget=100)
-    for step in range(1, 11):
-        now += 0.5
-        progress.add(step, (step - 1) / 100, torch.tensor(3.0))
-    progress.close()
-    lines = capsys.readouterr().out.splitlines()
-    assert [re.search(r"([\d,]+) tokens/s", line)[1] for line in lines] == ["2,000", "2,000"]
-
+from autoresearch.kit import report
 
 # ------------------------------------------------------------------------------- the loop alone
 
@@ -304,7 +42,6 @@ def loop(monkeypatch, seconds, parts=1):
     """
     clock, weight, gradients = StandingClock(), torch.ones((), requires_grad=True), []
     monkeypatch.setattr(train, "clock", clock)
-    monkeypatch.setattr(train.time, "perf_counter", lambda: clock.elapsed)
 
     def batches():
         for step in itertools.count():
@@ -317,13 +54,16 @@ def loop(monkeypatch, seconds, parts=1):
             gradients.append(weight.grad.item())
             weight.grad = None
 
-    def model(inputs, targets):
-        return weight * inputs.mean()
+    class Model(torch.nn.Module):
+        training = False  # as the warm-up leaves it
 
-    hp, report = train.hyperparameters("cpu"), train.Progress(tokens_per_step=1000, budget=100)
-    steps = train.train(model, Optimizer(), hp, batches(), parts, clock.budget, report)
-    assert steps == len(gradients)
-    return gradients, report.curve(), clock
+        def forward(self, inputs, targets):
+            return weight * inputs.mean()
+
+    model, progress = Model(), report.Progress(tokens_per_step=1000, budget=100)
+    train.train(model, Optimizer(), train.CPU, batches(), parts, clock.budget, progress)
+    assert progress.steps == len(gradients) and model.training
+    return gradients, progress.curve(), clock
 
 
 @pytest.mark.parametrize("parts", [1, 2, 8])
@@ -355,81 +95,55 @@ def test_the_last_step_is_the_last_that_fits(monkeypatch, seconds, parts):
 # ---------------------------------------------------------------------------------- whole runs
 
 
-@dataclass
-class Run:
-    """A run of train.py with a small model: rows of the table, and patches of tests/drive.py."""
-
-    changes: dict = field(default_factory=dict)
-    patches: tuple[str, ...] = ()
-
-    def command(self):
-        asked = dict(changes={**SMALL, **self.changes}, patches=self.patches)
-        return [sys.executable, "tests/drive.py", json.dumps(asked)]
+@pytest.fixture(scope="module")
+def processes(miniature):
+    environment = {"AUTORESEARCH_CACHE": str(miniature), "TORCH_COMPILE_DISABLE": "1"}
+    forks = Forks("import drive, os, runpy, sys", **environment)
+    yield forks
+    forks.close()
 
 
-REAL = [sys.executable, "train.py"]
+@pytest.fixture
+def trained(processes):
+    """A run of train.py with the settings drive.SMALL, changes, and patches of drive.py."""
+
+    def trained(*patches, terminal=False, interrupt_at=None, environment=None, **changes):
+        arguments = ", ".join(f"{name}={value!r}" for name, value in changes.items())
+        python = f"from math import nan\nimport drive\ndrive.run({patches!r}, {arguments})"
+        return processes.run(python, terminal, interrupt_at, **(environment or {}))
+
+    return trained
 
 
-def start(command, cache, stdout=subprocess.PIPE, environment=None):
-    """The process, its output in one stream, as `> run.log 2>&1` writes it."""
-    env = {"AUTORESEARCH_CACHE": str(cache), "TORCH_COMPILE_DISABLE": "1", **(environment or {})}
-    env = {name: value for name, value in {**os.environ, **env}.items() if value is not None}
-    return subprocess.Popen(
-        command, cwd=ROOT, env=env, stdout=stdout, stderr=subprocess.STDOUT, text=True
-    )
+def assert_failed(ran, *words):
+    assert ran.code == 1, ran.log
+    assert ran.lines[-1].startswith("FAIL: "), ran.log
+    assert sum(line.startswith("FAIL: ") for line in ran.lines) == 1, ran.log
+    assert "_bpb" not in ran.log
+    assert all(word in ran.lines[-1] for word in words), ran.log
 
 
-def log_of(command, cache, environment=None):
-    """(exit code, log)."""
-    process = start(command, cache, environment=environment)
-    log = process.communicate(timeout=300)[0]
-    return process.returncode, log
+def test_the_same_seed_gives_the_same_run_however_it_warmed_up(trained):
+    def outcome(*patches, **arguments):
+        """What a run of six steps was made of and came to; its batch; its log."""
+        ran = trained("by_steps", *patches, **arguments)
+        assert ran.code == 0 and ran.find("num_steps") == "6", ran.log
+        same = [ran.find(key) for key in ("data", "state", "val_bpb", "loss_curve")]
+        return same, ran.find("device_batch_size"), ran
 
+    wanted, batch, _ = outcome(DEVICE_BATCH_SIZE=2)
+    assert batch == "2"
+    assert outcome("no_warm_up", DEVICE_BATCH_SIZE=2)[0] == wanted
 
-def assert_failed(code, log, *words):
-    lines = log.splitlines()
-    assert code == 1, log
-    assert lines[-1].startswith("FAIL: "), log
-    assert sum(line.startswith("FAIL: ") for line in lines) == 1, log
-    assert "_bpb" not in log
-    assert all(word in lines[-1] for word in words), log
-
-
-@dataclass
-class Outcome:
-    """What a run of six steps was made of and came to."""
-
-    data: str
-    state: str
-    val_bpb: str
-    loss_curve: str
-
-
-def outcome(cache, *patches, environment=None, **changes) -> tuple[Outcome, str]:
-    run = Run(changes, ("by_steps", *patches))
-    code, log = log_of(run.command(), cache, environment)
-    assert code == 0, log
-    assert "num_steps: 6\n" in log
-    found = dict(re.findall(r"^(data|state|val_bpb|loss_curve):? (.*)$", log, re.M))
-    return Outcome(**found), log
-
-
-def test_the_same_seed_gives_the_same_run_however_it_warmed_up(miniature):
-    wanted, log = outcome(miniature, DEVICE_BATCH_SIZE=2)
-    assert "device_batch_size: 2\n" in log
-
-    assert outcome(miniature, "no_warm_up", DEVICE_BATCH_SIZE=2)[0] == wanted
-
-    halved, log = outcome(miniature, "three_rows_fit", DEVICE_BATCH_SIZE=8)
-    assert halved == wanted and "device_batch_size: 2\n" in log
-    lines = [line for line in log.splitlines() if line.startswith("out of memory")]
+    halved, batch, ran = outcome("three_rows_fit", DEVICE_BATCH_SIZE=8)
+    assert halved == wanted and batch == "2"
+    lines = [line for line in ran.lines if line.startswith("out of memory")]
     assert [re.findall(r"\d+", line) for line in lines] == [["8", "4"], ["4", "2"]]
 
     seven = {"AUTORESEARCH_SEED": "7"}
-    other, log = outcome(miniature, environment=seven, DEVICE_BATCH_SIZE=2)
-    assert "seed: 7\n" in log
-    assert other.data == wanted.data
-    assert other.state != wanted.state and other.val_bpb != wanted.val_bpb
+    (data, state, bpb, _), _, ran = outcome(environment=seven, DEVICE_BATCH_SIZE=2)
+    assert ran.find("seed") == "7"
+    assert data == wanted[0] and state != wanted[1] and bpb != wanted[2]
 
 
 SUMMARY = dict(
@@ -455,20 +169,23 @@ SUMMARY = dict(
 )
 
 
-def test_the_log_and_the_summary(miniature):
-    code, log = log_of(Run().command(), miniature)
-    assert code == 0, log
-    assert "\r" not in log
-    head, summary = log.split("---\n")
+def test_the_log_and_the_summary(trained, miniature):
+    ran = trained("eval_batch_shown", EVAL_BATCH_TOKENS=2**20)
+    assert ran.code == 0, ran.log
+    assert "\r" not in ran.log
+    head, summary = ran.log.split("---\n")
     lines = head.splitlines()
     form = r" *\d+\.\d%  step +\d+  loss \d+\.\d{4}  +[\d,]+ tokens/s +\d s left"
     progress = [line for line in lines if re.fullmatch(form, line)]
     others = [line for line in lines if line not in progress]
-    steps = int(re.search(r"^num_steps: (\d+)$", summary, re.M)[1])
-    assert min(12, steps) <= len(progress) <= 21, log  # a busy machine makes few steps
-    starts = ["attention: blocked, because", "", "mfu_percent will be 0", "compiling", "start-up: "]
-    starts += ["training for 2 s", "scoring after ", "scored in "]
-    assert all(map(str.startswith, others, starts)) and len(others) == len(starts), log
+    steps = int(ran.find("num_steps"))
+    assert min(12, steps) <= len(progress) <= 21, ran.log  # a busy machine makes few steps
+    starts = ["attention: blocked, because", "", "eval_wanted: ", "compiling: "]
+    starts += ["compiling and warm-up took ", "training for 2 s, after ", "scoring after "]
+    starts += ["scored in ", "mfu_percent is 0"]
+    assert all(map(str.startswith, others, starts)) and len(others) == len(starts), ran.log
+    # an evaluation batch larger than the rows to score would be compiled for nothing
+    assert 1 <= int(ran.find("eval_wanted")) <= 2048 // 64
 
     pairs = [line.split(": ", 1) for line in summary.splitlines()]
     assert [key for key, _ in pairs] == list(SUMMARY)
@@ -477,277 +194,280 @@ def test_the_log_and_the_summary(miniature):
         assert re.fullmatch(pattern, values[key]), (key, values[key])
     seconds = float(values["training_seconds"])
     assert 1.5 < seconds < 2.6 and seconds <= float(values["total_seconds"])
-    assert float(values["total_tokens_M"]) == round(int(values["num_steps"]) * 512 / 1e6, 1)
+    assert float(values["total_tokens_M"]) == round(steps * 512 / 1e6, 1)
     curve = [float(loss) for loss in values["loss_curve"].split()]
     assert curve[-1] < curve[0] < math.log(300) + 0.3
 
-
-def test_the_evaluation_batch_is_no_larger_than_the_rows_to_score(miniature, monkeypatch, prepared):
-    asked = []
-
-    def run(self, rows, device_batch, eval_batch):
-        asked.append(eval_batch)
-        raise train.Stop("far enough")
-
-    for name, value in {**SMALL, "EVAL_BATCH_TOKENS": 2**20}.items():
-        monkeypatch.setitem(train.TABLE, name, value)
-    monkeypatch.setattr(train.WarmUp, "run", run)
-    monkeypatch.setattr(train, "use_one_heap", lambda: None)
-    with pytest.raises(SystemExit, match="far enough"):
-        train.main()
-    assert asked == [prepared.manifest()["eval_rows"]["val"]]
+    # what the ledger has of it
+    ended = last_in_ledger(miniature)
+    assert ended["score"] == pytest.approx(float(values["val_bpb"]), abs=1e-6)
+    assert ended["steps"] == steps and ended["device_batch"] == 8
+    assert (ended["attention"], ended["compiled"], ended["fell_back"]) == ("blocked", False, [])
+    assert ended["dtype"] == values["dtype"]
 
 
-@dataclass
-class Failure:
-    name: str
-    words: list[str]
-    changes: dict = field(default_factory=dict)
-    patches: tuple[str, ...] = ()
-
-    def __str__(self):
-        return self.name
+def last_in_ledger(cache) -> dict:
+    return json.loads((cache / "autoresearch.jsonl").read_text().splitlines()[-1])
 
 
-FAILURES = [
-    Failure(
-        "not a number",
-        ["loss diverged at step 2", "nan"],
-        changes={"MUON_LR": math.nan},
+def test_the_night_sees_phases_and_losses(trained, tmp_path):
+    file = tmp_path / "progress"
+    assert trained(environment={"AUTORESEARCH_PROGRESS": str(file)}).code == 0
+    said = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [line["phase"] for line in said[:2]] == ["compiling", "training"]
+    assert said[-1]["phase"] == "scoring"
+    losses = [line["loss"] for line in said if line.get("loss")]
+    assert len(losses) >= 3 and losses[-1] < losses[0] < math.log(300) + 0.3
+
+
+FAILURES = {
+    "not a number": ([], {"MUON_LR": math.nan}, ["loss diverged at step 2", "nan"]),
+    "exploding": (["exploding"], {}, ["loss diverged at step 1"]),
+    "a mistake": (["mistake_later"], {}, ["KeyError: 'wdith'", "traceback is above"]),
+    "an unused parameter": (
+        ["unused_parameter"],
+        {},
+        ["no gradient reaches blocks.0.idle.weight, blocks.1.idle.weight"],
     ),
-    Failure(
-        "exploding",
-        ["loss diverged at step 1"],
-        patches=("exploding",),
-    ),
-    Failure(
-        "out of memory later",
-        ["out of memory while training", "DEVICE_BATCH_SIZE"],
-        patches=("out_of_memory_later",),
-    ),
-    Failure(
-        "the device is gone",
-        ["the device failed", "unspecified launch failure", "nvidia-smi"],
-        patches=("device_gone",),
-    ),
-    Failure(
-        "a mistake",
-        ["KeyError: 'wdith'", "traceback is above"],
-        patches=("mistake",),
-    ),
-    Failure(
-        "sizes that do not fit",
-        ["N_EMBD 40 must be a multiple of HEAD_DIM 16"],
-        changes={"N_EMBD": 40},
-    ),
-    Failure(
-        "batches that do not divide",
-        ["DEVICE_BATCH_SIZE 3 does not divide", "2 and 4"],
-        changes={"DEVICE_BATCH_SIZE": 3},
-    ),
-]
+    "sizes": ([], {"N_EMBD": 40}, ["N_EMBD 40 % HEAD_DIM 16 is not 0"]),
+    "a batch": ([], {"DEVICE_BATCH_SIZE": 3}, ["DEVICE_BATCH_SIZE 3 must divide the 8 rows"]),
+    "no whole rows": ([], {"TOKENS_PER_STEP": 500}, ["TOKENS_PER_STEP 500 % 64 is not 0"]),
+}
 
 
-@pytest.mark.parametrize("failure", FAILURES, ids=str)
-def test_a_failure_is_one_line(miniature, failure):
-    command = Run(failure.changes, failure.patches).command()
-    assert_failed(*log_of(command, miniature), *failure.words)
+@pytest.mark.parametrize("name", FAILURES)
+def test_a_failure_is_one_line_and_stands_in_the_ledger(trained, miniature, name):
+    patches, changes, words = FAILURES[name]
+    ran = trained(*patches, **changes)
+    assert_failed(ran, *words)
+    if "loss" in words[0] or "Key" in words[0]:  # else it ended before it was a run
+        assert "FAIL: " + last_in_ledger(miniature)["failure"] == ran.lines[-1]
 
 
-def test_nothing_prepared(tmp_path):
-    code, log = log_of(REAL, tmp_path / "empty")
-    assert_failed(code, log, "uv run prepare.py")
-    assert len(log.splitlines()) == 1
-
-
-def test_what_does_not_compile_runs_uncompiled(tmp_path, miniature):
-    environment = {
-        "TORCH_COMPILE_DISABLE": None,
-        "CXX": "/bin/false",
-        "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"),
-    }
-    code, log = log_of(Run().command(), miniature, environment)
-    assert code == 0, log
-    said = [line for line in log.splitlines() if "compiling failed" in line]
-    assert len(said) == 2 and all("InvalidCxxCompiler" in line for line in said), log
-    assert said[0].endswith(f"cache-fresh-1, in case {tmp_path / 'cache'} is damaged")
-    assert said[1].startswith("not compiled, because")
-    assert re.search(r"^compiled: no$", log, re.M)
-    assert not (tmp_path / "cache-fresh-1").exists()  # it was not the cache's fault
-    assert "Traceback" not in log and re.search(r"^val_bpb: \d\.\d{6}$", log, re.M)
-
-
-@pytest.mark.parametrize("moment", ["importing", "training"])
-def test_ctrl_c(miniature, moment):
-    process = start(REAL if moment == "importing" else Run().command(), miniature)
-    log = ""
-    if moment == "importing":
-        time.sleep(0.5)
-    else:
-        while "tokens/s" not in log:
-            log += process.stdout.readline()
-    process.send_signal(signal.SIGINT)
-    log += process.communicate(timeout=60)[0]
-    assert_failed(process.returncode, log, "interrupted")
-    assert "Traceback" not in log
-
-
-def on_a_terminal(command, cache) -> tuple[int, list[str]]:
-    """(exit code, the lines that a terminal gets)."""
-    ours, theirs = pty.openpty()
-    process = start(command, cache, stdout=theirs)
-    os.close(theirs)
-    seen = b""
-    while True:
-        try:
-            part = os.read(ours, 1 << 16)
-        except OSError:  # the other side is closed
-            break
-        if not part:
-            break
-        seen += part
-    os.close(ours)
-    return process.wait(60), seen.decode().replace("\r\n", "\n").split("\n")
-
-
-@pytest.mark.parametrize("patches", [(), ("mistake",)], ids=["scored", "failed"])
-def test_a_terminal_gets_one_line_rewritten(miniature, patches):
-    code, lines = on_a_terminal(Run(patches=patches).command(), miniature)
-    (progress,) = [line for line in lines if "tokens/s" in line]
+@pytest.mark.parametrize("patches", [(), ("mistake_later",)], ids=["scored", "failed"])
+def test_a_terminal_gets_one_line_rewritten(trained, patches):
+    ran = trained(*patches, terminal=True)
+    lines = ran.log.replace("\r\n", "\n").split("\n")
+    (progress,) = [line for line in lines if "s left" in line]
     assert progress.startswith("\r")
     steps = [int(step) for step in re.findall(r"step +(\d+)", progress)]
     assert steps == list(range(1, len(steps) + 1)) and len(steps) >= 3
     if patches:
-        assert code == 1 and lines[-2].startswith("FAIL: ") and lines[-1] == ""
+        assert ran.code == 1 and lines[-2].startswith("FAIL: ") and lines[-1] == ""
     else:
-        assert re.search(
-            r"\r\033\[Kscoring after \d+ steps: [\d,]+ tokens/s, [\d,]+ in the fastest tenth$",
-            progress,
-        )
-        assert code == 0 and lines[-2].startswith("driver: ")
+        assert "\r\033[Kscoring after " in progress
+        assert ran.code == 0 and lines[-2].startswith("driver: ")
 
 
-# ------------------------------------------------------------------------- the compiler's cache
+def test_ctrl_c_while_training(trained, miniature):
+    ran = trained(interrupt_at="tokens/s")
+    assert_failed(ran, "interrupted: no score")
+    assert "Traceback" not in ran.log
+    assert last_in_ledger(miniature)["failure"] == "interrupted: no score"
 
-WARM = """
-import os, random, signal, sys, time
-import torch, train
 
-class Tiny(torch.nn.Module):
-    seq_len, attend = 4, None
+# --------------------------------------------------------------------- as a person starts it
 
-    def __init__(self, factor):
-        super().__init__()
-        self.head = train.Linear(4, 8)
-        self.register_buffer("cos", torch.zeros(1))
-        self.forward = torch.compile(lambda ids: torch.tanh(ids.float() * factor), dynamic=False)
 
-def warm_up(factor):
-    train.own_compiler_cache(train.compiler_caches()[-1])
-    warm = train.WarmUp(Tiny(factor), optimizer=None)
-    warm.fit("scoring", warm.score, 2, 2)
-    print("uncompiled:", warm.uncompiled, flush=True)
+def started(cache, *arguments, script=ROOT / "train.py", **environment):
+    return subprocess.Popen(
+        [sys.executable, str(script), *arguments],
+        cwd=ROOT,
+        env={**os.environ, "AUTORESEARCH_CACHE": str(cache), **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
 
-def in_a_process(factor, kill_after=None):
-    pid = os.fork()
-    if pid == 0:
-        os.setsid()
-        warm_up(factor)
-        os._exit(0)
-    if kill_after is not None:
-        time.sleep(kill_after)
-        os.killpg(pid, signal.SIGKILL)
-    os.waitpid(pid, 0)
+
+def test_ctrl_c_while_importing(miniature):
+    process = started(miniature)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    log = process.communicate(timeout=60)[0]
+    assert process.returncode == 1 and log.splitlines()[-1] == "FAIL: interrupted: no score", log
+    assert "Traceback" not in log and len(log.splitlines()) == 1
+
+
+def test_options_are_refused_at_once(miniature):
+    began = time.perf_counter()
+    process = started(miniature, "--x")
+    log = process.communicate(timeout=60)[0]
+    assert process.returncode == 1 and len(log.splitlines()) == 1, log
+    assert log.startswith("FAIL: train.py takes no options: ")
+    assert time.perf_counter() - began < 2  # before torch is imported
+
+
+def test_nothing_prepared(tmp_path):
+    process = started(tmp_path / "empty")
+    log = process.communicate(timeout=60)[0]
+    assert process.returncode == 1 and len(log.splitlines()) == 1, log
+    assert log.startswith("FAIL: ") and "uv run prepare.py" in log
+
+
+# ------------------------------------------------------------------------------------ six edits
+# A library, no framework: each is an edit of train.py alone, in under 15 lines.
+
+SOURCE = (ROOT / "train.py").read_text()
+CHOOSE = "    attend = attention.choose(device, dtype, seq_len, set(layer_windows(hp, seq_len)))\n"
+BUILD = "def build_model(\n"
+
+ALIBI = """\
+def alibi(q, k, v, window):
+    position = torch.arange(q.shape[1], device=q.device)
+    distance = position[:, None] - position
+    slope = 2.0 ** -torch.arange(1, q.shape[2] + 1, device=q.device)[:, None, None]
+    bias = (-slope * distance).masked_fill((distance < 0) | (distance > window), -torch.inf)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    y = F.scaled_dot_product_attention(q, k, v, bias.to(q.dtype), enable_gqa=True)
+    return y.transpose(1, 2)
+
+
 """
 
+OFF_BY_ONE = """\
+def softmax_off_by_one(q, k, v, window):
+    position = torch.arange(q.shape[1], device=q.device)
+    distance = position[:, None] - position
+    k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], dim=2) for x in (k, v))
+    scores = torch.einsum("bthd,bshd->bhts", q, k).float() * q.shape[3] ** -0.5
+    weights = scores.exp() * ((distance >= 0) & (distance <= window))
+    weights = (weights / (1 + weights.sum(-1, keepdim=True))).to(v.dtype)
+    return torch.einsum("bhts,bshd->bthd", weights, v)
 
-def warmed_up(cache, what) -> str:
-    environment = {
-        "TORCHINDUCTOR_CACHE_DIR": str(cache),
-        # What is compiled to try the processor and for later kernels takes longest.
-        "TORCHINDUCTOR_VEC_ISA_OK": "0",
-        "TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS": "0",
-        "TORCH_COMPILE_DISABLE": "0",
-    }
-    done = subprocess.run(
-        [sys.executable, "-c", WARM + what],
-        cwd=ROOT,
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        timeout=300,
+
+"""
+
+LION = """\
+class Lion(AdamW):
+    def step(self, lr, momentum, decay_multiplier):
+        p, exp_avg = self.params[0], self.state["exp_avg"]
+        update = exp_avg.lerp(p.grad, 0.1).sign()
+        p.mul_(1 - lr * self.weight_decay).sub_(lr * update)
+        exp_avg.lerp_(p.grad, 0.01)
+
+
+class Muon:
+"""
+
+# name: [(a text that stands once in train.py, what stands there then)]
+EDITS = {
+    "ALiBi in place of rotary embedding": [
+        ("        q = norm(rotate(q, cos, sin))\n", "        q = norm(q)\n"),
+        ("        k = norm(rotate(k, cos, sin))\n", "        k = norm(k)\n"),
+        (BUILD, ALIBI + BUILD),
+        (CHOOSE, "    attend = alibi\n"),
+    ],
+    "a factored head": [
+        (
+            "        self.head = Linear(hp.N_EMBD, vocab_size)\n",
+            "        self.bottleneck = Linear(hp.N_EMBD, 16)\n"
+            "        self.head = Linear(16, vocab_size)\n",
+        ),
+        (
+            "        nn.init.zeros_(self.smear_gate.weight)\n",
+            "        uniform(self.bottleneck.weight)\n"
+            "        nn.init.zeros_(self.smear_gate.weight)\n",
+        ),
+        ("        return norm(x)\n", "        return norm(self.bottleneck(norm(x)))\n"),
+        ("        *muon(matrices, ", "        *muon([*matrices, model.bottleneck.weight], "),
+    ],
+    "cross_entropy with a z-loss": [
+        (
+            "        return softcap_cross_entropy(\n"
+            "            x.flatten(0, 1), self.head.weight, targets.flatten(), "
+            "self.hp.SOFTCAP, self.loss_piece\n"
+            "        )\n",
+            "        logits = self.logits(x).flatten(0, 1)\n"
+            "        z_loss = 1e-4 * logits.logsumexp(-1).square().mean()\n"
+            "        return F.cross_entropy(logits, targets.flatten()) + z_loss\n",
+        )
+    ],
+    "an attention function of its own": [
+        (BUILD, OFF_BY_ONE + BUILD),
+        (CHOOSE, "    attend = softmax_off_by_one\n"),
+    ],
+    "another optimizer for the head": [
+        ("class Muon:\n", LION),
+        (
+            "        *adamw([model.head.weight], hp.HEAD_LR * width_lr, hp.HEAD_WEIGHT_DECAY),\n",
+            "        Lion(model.head.weight, 0.1 * hp.HEAD_LR * width_lr, 0.1, (0.9, 0.99)),\n",
+        ),
+    ],
+    "a second forward pass a step": [
+        (
+            "    loss = model(inputs, targets) / parts\n",
+            "    half = inputs.shape[1] // 2\n"
+            "    short = model(inputs[:, half:], targets[:, half:])  # without the first half\n"
+            "    loss = (model(inputs, targets) + 0.1 * short) / parts\n",
+        )
+    ],
+}
+
+
+def edited(replacements) -> str:
+    text = SOURCE
+    for old, new in replacements:
+        assert text.count(old) == 1, old
+        text = text.replace(old, new)
+    return text
+
+
+def changed_lines(text: str) -> int:
+    """Lines that a reviewer of the diff reads as changed; a line replaced by one counts once."""
+    matcher = difflib.SequenceMatcher(None, SOURCE.splitlines(), text.splitlines(), autojunk=False)
+    return sum(
+        max(old_end - old, new_end - new)
+        for kind, old, old_end, new, new_end in matcher.get_opcodes()
+        if kind != "equal"
     )
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout
 
 
-def test_a_damaged_cache_is_left_for_a_fresh_one(tmp_path):
-    """Half a library in it, as a kill while compiling leaves it, would fail in every later run."""
-    cache = tmp_path / "cache"
-    damage = f"for path in pathlib.Path({str(cache)!r}).rglob('*.so'): os.truncate(path, 0)"
-    what = f"in_a_process(3)\nimport pathlib\n{damage}\nin_a_process(3); in_a_process(3)"
-    first, failed, once_more, later = warmed_up(cache, what).splitlines()
-    assert failed.startswith("compiling failed (") and "file too short" in failed
-    fresh = f"once more with a fresh cache, {cache}-fresh-1, in case {cache} is damaged"
-    assert failed.endswith(fresh)
-    assert {first, once_more, later} == {"uncompiled: None"}
+SMALL = dict(N_LAYER=2, N_EMBD=32, HEAD_DIM=16, TOKENS_PER_STEP=512, DEVICE_BATCH_SIZE=4)
 
 
-def test_a_kill_while_compiling_does_not_leave_later_runs_uncompiled(tmp_path):
-    """Compiling takes two to four seconds. Ten kills, at any moment: bench/RESULTS.md."""
-    lines = warmed_up(tmp_path / "cache", "in_a_process(3, kill_after=2.5); in_a_process(3)")
-    said = [line for line in lines.splitlines() if line.startswith("uncompiled: ")]
-    assert said and set(said) == {"uncompiled: None"}, lines
+def small(text: str) -> str:
+    """The same with a size that makes some steps within the miniature's budget."""
+    values = "".join(f"    {name} = {value!r}\n" for name, value in SMALL.items())
+    text = text.replace("SIZES = {", f"class Small(CPU):\n{values}\n\nSIZES = {{")
+    return text.replace('"cpu": CPU', '"cpu": Small')
 
 
-# --------------------------------------------------------------------- devices that are not usable
+def run_file(processes, path):
+    return processes.run(
+        "import runpy, sys\n"
+        f"sys.argv = [{str(path)!r}]\n"
+        f"runpy.run_path({str(path)!r}, run_name='__main__')"
+    )
 
 
-class FakeFlex(train.FlexAttention):
-    """Needs no GPU; its kernels are too large until they are made in small blocks."""
-
-    def __init__(self):
-        self.kernel_options = None
-
-    def __call__(self, q, k, v, window):
-        if self.kernel_options is None:
-            try:
-                raise ValueError(
-                    "No valid triton configs. OutOfMemoryError: out of resource: shared memory, "
-                    "Required: 131072, Hardware limit: 101376."
-                )
-            except ValueError as error:
-                raise RuntimeError("backend='inductor' raised:") from error
-        return train.sdpa_attention(q, k, v, window)
+@pytest.mark.parametrize("name", EDITS)
+def test_an_edit_of_under_15_lines_trains_and_scores(processes, tmp_path, name):
+    text = edited(EDITS[name])
+    assert 1 <= changed_lines(text) < 15
+    script = tmp_path / "train.py"
+    script.write_text(small(text))
+    ran = run_file(processes, script)
+    assert ran.code == 0, ran.log
+    assert re.fullmatch(r"\d\.\d{6}", ran.find("val_bpb"))
+    losses = [float(loss) for loss in ran.find("loss_curve").split()]
+    assert losses[-1] < losses[0] - 0.1, ran.log
+    if name.startswith("ALiBi"):
+        assert ran.find("attention") == "alibi"
 
 
-def test_attention_too_large_for_the_card_is_made_in_smaller_blocks(training, capsys):
-    training.model.attend = FakeFlex()
-    assert training.warm_up() == (8, 2)
-    (line,) = capsys.readouterr().out.splitlines()
-    assert line.startswith("attention: smaller blocks, because ValueError: No valid triton configs")
-    assert training.model.attend.kernel_options == train.FlexAttention.SMALL_BLOCKS
+def test_a_change_of_one_number_is_a_diff_of_one_line():
+    settings = SOURCE[SOURCE.index("class Settings:") : SOURCE.index("SIZES = {")]
+    for line in settings.splitlines():
+        # a class, a comment, or one name with one value
+        assert re.fullmatch(r"|class .*|    #.*|    [A-Z0-9_]+ = [^,]+?(  #.*)?", line), line
 
 
-@pytest.mark.skipif(not torch.version.cuda, reason="needs a torch that is built for CUDA")
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the card here is usable")
-def test_a_card_that_torch_cannot_use_is_not_answered_by_hours_on_the_cpu(
-    miniature, tmp_path, monkeypatch
-):
-    smi = tmp_path / "nvidia-smi"
-    smi.write_text("#!/bin/sh\necho 'GPU 0: NVIDIA GeForce RTX 4090 (UUID: GPU-1)'\n")
-    smi.chmod(0o755)
-    path = f"{tmp_path}:{os.environ['PATH']}"
-    code, log = log_of(REAL, miniature, {"PATH": path})
-    words = ["RTX 4090", "cannot use it", f"CUDA {torch.version.cuda}", "AUTORESEARCH_DEVICE=cpu"]
-    assert_failed(code, log, *words)
-    # hidden on purpose, or asked for: the CPU it is
-    monkeypatch.setenv("AUTORESEARCH_CACHE", str(miniature))
-    monkeypatch.setenv("PATH", path)
-    for name, value in (("CUDA_VISIBLE_DEVICES", ""), ("AUTORESEARCH_DEVICE", "cpu")):
-        with monkeypatch.context() as patch:
-            patch.setenv(name, value)
-            assert prepare.training_device() == torch.device("cpu")
-    monkeypatch.setenv("AUTORESEARCH_DEVICE", "gpu0")
-    with pytest.raises(SystemExit, match="AUTORESEARCH_DEVICE is 'gpu0'"):
-        prepare.training_device()
+def test_a_mistake_that_shows_while_train_py_is_imported_is_one_line(processes, tmp_path):
+    script = tmp_path / "train.py"
+    script.write_text(SOURCE.replace("class MLP(nn.Module):", "class MLP(nn.Modul):"))
+    process = started(tmp_path, script=script, PYTHONPATH=str(ROOT))
+    log = process.communicate(timeout=60)[0]
+    assert process.returncode == 1
+    assert log.splitlines()[-1].startswith("FAIL: AttributeError: module 'torch.nn' has no"), log
+    assert log.count("FAIL: ") == 1 and "nn.Modul" in log  # the traceback is above

@@ -5,15 +5,22 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from drive import settings
 
 import train
+from autoresearch.kit.attention import blocked_attention
 
 V, T = 50, 24
 
 
-def small(dtype=torch.float32, vocab_size=V, seq_len=T, shaken=True, **changes):
+def small(
+    dtype=torch.float32,
+    vocab_size=V,
+    seq_len=T,
+    shaken=True,
+    attend=blocked_attention,
+    **changes,
+):
     """A small model; shaken: all weights random, so that no branch is silent as at the start."""
     sizes = dict(
         N_LAYER=4,
@@ -24,8 +31,7 @@ def small(dtype=torch.float32, vocab_size=V, seq_len=T, shaken=True, **changes):
         SHORT_WINDOW=1 / 4,
         SOFTCAP=15,
     )
-    hp = train.hyperparameters("cpu", **{**sizes, **changes})
-    model = train.GPT(hp, vocab_size, seq_len, dtype)
+    model = train.GPT(settings(**{**sizes, **changes}), vocab_size, seq_len, dtype, attend)
     generator = torch.Generator().manual_seed(1)
     model.init_weights(generator)
     if shaken:
@@ -71,14 +77,12 @@ def test_norm():
 
 def test_queries_and_keys_are_rotated_then_normed():
     seen = {}
-    model = small()
 
     def spy(q, k, v, window):
         seen.update(q=q, k=k)
-        return train.blocked_attention(q, k, v, window)
+        return blocked_attention(q, k, v, window)
 
-    model.attend = spy
-    model(tokens())
+    small(attend=spy)(tokens())
     for x in seen.values():  # of mean square 1 per head, also after the rotation
         torch.testing.assert_close(x.square().mean(-1), torch.ones(x.shape[:-1]), rtol=1e-3, atol=0)
     assert seen["q"].shape == (3, T, 4, 16) and seen["k"].shape == (3, T, 2, 16)
@@ -92,7 +96,8 @@ def attention_values(attention, x, values):
         seen.append(v)
         return torch.zeros_like(q)
 
-    attention(x, values, torch.ones(T, 1, 8), torch.zeros(T, 1, 8), spy)
+    attention.attend = spy
+    attention(x, values, torch.ones(T, 1, 8), torch.zeros(T, 1, 8))
     return seen[0]
 
 
@@ -135,15 +140,14 @@ def test_value_embeddings_on_every_second_layer_and_the_last(depth, with_values)
     ],
 )
 def test_the_window_pattern(pattern, windows):
-    model = small(WINDOW_PATTERN=pattern, N_LAYER=len(windows))
-    assert [block.attention.window for block in model.blocks] == windows
     seen = []
 
     def spy(q, k, v, window):
         seen.append(window)
         return q
 
-    model.attend = spy
+    model = small(WINDOW_PATTERN=pattern, N_LAYER=len(windows), attend=spy)
+    assert [block.attention.window for block in model.blocks] == windows
     model(tokens())
     assert seen == windows
 
@@ -170,7 +174,7 @@ def plain_forward(model, inputs):
         return torch.cat([z.real, z.imag], -1)
 
     x = rms(w["embedding.weight"][inputs])
-    share = w["smear_scale"] * torch.sigmoid(x[..., :32] @ w["smear.weight"].T)
+    share = w["smear_scale"] * torch.sigmoid(x[..., :32] @ w["smear_gate.weight"].T)
     x0 = x.clone()
     for t in range(1, T):
         x0[:, t] += share[:, t] * x[:, t - 1]
@@ -263,9 +267,7 @@ def test_parameters_and_flops_by_hand():
 
 
 def test_the_published_size_of_the_reference_start():
-    hp = train.hyperparameters(
-        "h100", N_LAYER=8, N_EMBD=512, HEAD_DIM=128, WINDOW_PATTERN="SSSL", SHORT_WINDOW=1 / 2
-    )
+    hp = settings(N_LAYER=8, N_EMBD=512, HEAD_DIM=128, WINDOW_PATTERN="SSSL", SHORT_WINDOW=1 / 2)
     with torch.device("meta"):
         parameters, flops = train.GPT(hp, 8192, 2048).counts()
     assert round(parameters / 1e6, 1) == 50.3
@@ -287,7 +289,7 @@ def test_initial_weights():
     kinds = dict(
         normal=("embedding", "head"),
         uniform=("query", "key", "value", "up", *map(str, range(4))),  # 0 to 3: value embeddings
-        zero=("out", "down", "gate", "smear", "smear_scale"),
+        zero=("out", "down", "gate", "smear_gate", "smear_scale"),
         scale=("residual_scale", "x0_scale"),
     )
     for name, p in model.named_parameters():
@@ -324,4 +326,43 @@ def test_a_new_parameter_keeps_the_start_its_module_gave_it():
     assert (model.blocks[0].scale == 3).all()
 
 
-@@SIZES@@
+# ----------------------------------------------------------------------------- sizes, compiling
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(N_EMBD=100), "N_EMBD 100 % HEAD_DIM 16 is not 0"),
+        (dict(N_KV_HEAD=3), "N_KV_HEAD 3 must divide the 4 heads"),
+        (dict(HEAD_DIM=15, N_EMBD=60), "HEAD_DIM 15 is odd"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_named(changes, message):
+    with pytest.raises(AssertionError, match=message):
+        small(**changes)
+
+
+def test_every_size_has_every_setting_and_its_model_exists():
+    assert list(train.SIZES) == ["h100", "gpu", "cpu"]
+    names = [{name for name in dir(size) if name.isupper()} for size in train.SIZES.values()]
+    assert names[0] == names[1] == names[2]
+    for hp in train.SIZES.values():
+        with torch.device("meta"):
+            train.GPT(hp, 8192, 2048)
+
+
+def test_trunk_logits_and_loss_piece_are_compiled_apart(monkeypatch):
+    compiled = []
+
+    def compile(function, dynamic):
+        assert dynamic is False
+        compiled.append(function.__name__)
+        return lambda *arguments: function(*arguments)
+
+    model, plain = small(), small()
+    monkeypatch.delenv("TORCH_COMPILE_DISABLE", raising=False)
+    monkeypatch.setattr(torch, "compile", compile)
+    model.compile_parts()
+    assert compiled == ["trunk", "logits", "cross_entropy_piece"]
+    assert torch.equal(model(tokens()), plain(tokens()))
+    assert model(tokens(), tokens(seed=3)) == plain(tokens(), tokens(seed=3))

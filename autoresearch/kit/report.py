@@ -148,10 +148,8 @@ class Progress:
         rate = count * self.tokens_per_step / (now - self.line_time)
         line = f"{share:6.1%}  step {self.steps:5}  loss {loss:.4f}  {rate:9,.0f} tokens/s"
         line += f"  {(1 - share) * self.budget:4.0f} s left"
-        if self.terminal:
-            print(f"\r{line}\033[K", end="", flush=True)
-        else:
-            print(line, flush=True)
+        # One write, so that a line that is interrupted has its end.
+        print(f"\r{line}\033[K" if self.terminal else f"{line}\n", end="", flush=True)
         self.since_line = []
         self.line_time = now
 
