@@ -1,21 +1,38 @@
-"""train.py with a small model and parts of it replaced, as a process of its own.
-
-    python tests/drive.py '{"changes": {"TOKENS_PER_STEP": 512}, "patches": ["no_warm_up"]}'
-
-changes: rows of the table of hyperparameters; patches: functions below, called in that order.
-"""
+"""train.py with a small model and parts of it replaced; see test_train.py, which forks it."""
 
 import hashlib
-import json
-import os
-import sys
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 import prepare
 import train
+from autoresearch.kit import report, warmup
+
+SMALL = dict(
+    N_LAYER=2,
+    N_EMBD=32,
+    HEAD_DIM=16,
+    N_KV_HEAD=1,
+    WINDOW_PATTERN="SL",
+    SHORT_WINDOW=1 / 4,
+    TOKENS_PER_STEP=512,
+    DEVICE_BATCH_SIZE=8,
+    EVAL_BATCH_TOKENS=256,
+)
+
+
+def settings(**changes) -> type[train.Settings]:
+    """The size `cpu` with changes."""
+    assert all(hasattr(train.CPU, name) for name in changes), changes
+    return type("Changed", (train.CPU,), changes)
+
+
+def run(patches=(), **changes):
+    """A run, and the end of the process. patches: names of functions below, called in that order."""
+    train.SIZES["cpu"] = settings(**{**SMALL, **changes})
+    for patch in patches:
+        globals()[patch]()
+    report.guard(train.main)
 
 
 def by_steps():
@@ -28,7 +45,8 @@ def by_steps():
 
     class Clock:
         rows = 0
-        end = 6 * train.TABLE["TOKENS_PER_STEP"] // prepare.MAX_SEQ_LEN
+        end = 6 * train.SIZES["cpu"].TOKENS_PER_STEP // prepare.MAX_SEQ_LEN
+        describe = prepare.clock.describe
 
         @property
         def progress(self):
@@ -38,7 +56,7 @@ def by_steps():
         def elapsed(self):
             return 0.0 if self.rows < self.end else 1e9
 
-    class Optimizer(train.Optimizer):
+    class Optimizer(train.MuonAdamW):
         def __init__(self, *arguments):
             super().__init__(*arguments)
             optimizers.append(self)
@@ -54,14 +72,13 @@ def by_steps():
 
     def score(model, *arguments):
         state = hashlib.sha256()
-        for tensor in [*model.parameters(), *optimizers[0].state_tensors()]:
+        for tensor in [*model.parameters(), *model.buffers(), *optimizers[0].state_tensors()]:
             state.update(tensor.detach().numpy().tobytes())
-        print("data", served.hexdigest())
-        print("state", state.hexdigest())
+        print(f"data: {served.hexdigest()}\nstate: {state.hexdigest()}")
         return real_score(model, *arguments)
 
     train.clock = Clock()
-    train.Optimizer = Optimizer
+    train.MuonAdamW = Optimizer
     train.make_dataloader = loader
     train.evaluate_bpb = score
 
@@ -79,7 +96,10 @@ def three_rows_fit():
 
 
 def no_warm_up():
-    train.WarmUp.run = lambda self, rows, device_batch, eval_batch: (device_batch, eval_batch)
+    def fit(*steps, wanted, eval_wanted, **_):
+        return warmup.Warm(wanted, eval_wanted, compiled=False, fell_back=None)
+
+    warmup.fit = fit
 
 
 def exploding():
@@ -87,40 +107,34 @@ def exploding():
     train.GPT.forward = lambda self, *inputs: real(self, *inputs) * 1000
 
 
-def fails_later(error: Exception):
+def unused_parameter():
+    real = train.Block.__init__
+
+    def init(self, *arguments):
+        real(self, *arguments)
+        self.idle = train.Linear(4, 4)
+
+    train.Block.__init__ = init
+
+
+def eval_batch_shown():
+    real = warmup.fit
+
+    def fit(*steps, **arguments):
+        print("eval_wanted:", arguments["eval_wanted"])
+        return real(*steps, **arguments)
+
+    warmup.fit = fit
+
+
+def mistake_later():
     """The sixth batch raises instead."""
     real = train.make_dataloader
 
     def loader(*arguments):
         for count, batch in enumerate(real(*arguments)):
             if count == 5:
-                raise error
+                raise KeyError("wdith")
             yield batch
 
     train.make_dataloader = loader
-
-
-def out_of_memory_later():
-    fails_later(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"))
-
-
-def device_gone():
-    text = "CUDA error: unspecified launch failure\nCompile with TORCH_USE"
-    fails_later(torch.AcceleratorError(text))
-
-
-def mistake():
-    fails_later(KeyError("wdith"))
-
-
-if __name__ == "__main__":
-    asked = json.loads(sys.argv[1])
-    if os.environ.get("TORCH_COMPILE_DISABLE"):
-        # As the switch does, but without importing the compiler, which takes seconds.
-        torch.compile = lambda function, **_: function
-    train.TABLE.update(asked["changes"])
-    for patch in asked["patches"]:
-        globals()[patch]()
-    code = train.run()
-    sys.stdout.flush()
-    os._exit(code)

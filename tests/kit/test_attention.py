@@ -5,8 +5,6 @@ import hashlib
 import json
 import os
 import socket
-import subprocess
-import sys
 import threading
 import time
 from dataclasses import dataclass
@@ -14,9 +12,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
-from miniature import ROOT
+from forks import Forks
 
-import train
+from autoresearch.kit import attention
+from autoresearch.kit.attention import FlexAttention, blocked_attention, sdpa_attention
 
 CPU = torch.device("cpu")
 
@@ -55,7 +54,7 @@ def test_attention_and_its_gradients_are_those_of_a_float64_loop(T, kv_heads):
         exact = [x.double().requires_grad_() for x in (q, k, v)]
         wanted = plain_attention(*exact, window)
         gradients = torch.autograd.grad(wanted, exact, upstream.double())
-        for attend in (train.blocked_attention, train.sdpa_attention):
+        for attend in (blocked_attention, sdpa_attention):
             inputs = [x.clone().requires_grad_() for x in (q, k, v)]
             y = attend(*inputs, window)
             assert y.shape == q.shape and y.dtype == q.dtype
@@ -70,7 +69,7 @@ def test_attention_and_its_gradients_are_those_of_a_float64_loop(T, kv_heads):
 @pytest.mark.parametrize("T, kv_heads", [(64, 2), (90, 1), (37, 4)])
 def test_flex_attention_is_that_of_a_float64_loop(T, kv_heads):
     q, k, v, _ = random_qkv(T, kv_heads)
-    attend = train.FlexAttention(T, set(windows_of(T)), CPU)
+    attend = FlexAttention(T, set(windows_of(T)), CPU)
     compiled = torch.compile(
         attend, backend="eager", dynamic=False
     )  # the graph, without generated code: quick
@@ -80,7 +79,7 @@ def test_flex_attention_is_that_of_a_float64_loop(T, kv_heads):
             torch.testing.assert_close(f(q, k, v, window).double(), wanted, rtol=0, atol=5e-6)
 
 
-@pytest.mark.parametrize("attend", [train.blocked_attention, train.sdpa_attention])
+@pytest.mark.parametrize("attend", [blocked_attention, sdpa_attention])
 def test_attention_in_bf16_stays_near(attend):
     q, k, v, _ = random_qkv(64, 2)
     wanted = plain_attention(*(x.double() for x in (q, k, v)), 8)
@@ -103,7 +102,7 @@ def test_blocked_attention_makes_only_the_products_it_needs():
             return result
 
     with Watch():
-        train.blocked_attention(q, k, v, 8)
+        blocked_attention(q, k, v, 8)
     assert (
         largest == 2 * 4 * 64 * 16
     )  # B x H x T scores of a block and the one before, not of all 64 positions
@@ -147,22 +146,22 @@ def test_the_choice_and_its_reason(monkeypatch, capsys, choice):
 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: choice.capability)
     monkeypatch.setattr(torch.version, "hip", choice.hip)
-    monkeypatch.setattr(train, "load_flash_attention_3", lambda: flash)
-    monkeypatch.setattr(train, "FlexAttention", lambda seq_len, windows, device: flex)
+    monkeypatch.setattr(attention, "load_flash_attention_3", lambda: flash)
+    monkeypatch.setattr(attention, "FlexAttention", lambda seq_len, windows, device: flex)
     device = torch.device(choice.kind)
-    name, attend, failure = train.choose_attention(device, choice.dtype, 64, {8, 64})
-    assert failure is None  # this device has no better one: nothing went wrong
-    assert name == choice.name
+    attend = attention.choose(device, choice.dtype, 64, {8, 64})
+    # this device has no better one: nothing went wrong
+    assert attention.describe(attend) == (choice.name, None)
     lines = capsys.readouterr().out.splitlines()
-    if name == "flash3":
+    if choice.name == "flash3":
         attend("q", "k", "v", 8)
         assert calls == [(("q", "k", "v"), dict(causal=True, window_size=(8, 0)))]
         assert lines == []
     else:
-        backends = dict(blocked=train.blocked_attention, sdpa=train.sdpa_attention, flex=flex)
-        assert attend is backends[name]
+        backends = dict(blocked=blocked_attention, sdpa=sdpa_attention, flex=flex)
+        assert attend.function is backends[choice.name]
         assert len(lines) == 1
-        assert f"attention: {name}, because FlashAttention 3" in lines[0]
+        assert f"attention: {choice.name}, because FlashAttention 3" in lines[0]
         assert choice.reason in lines[0]
 
 
@@ -171,14 +170,48 @@ def test_a_kernel_that_does_not_load_is_the_reason(monkeypatch, capsys):
         raise RuntimeError("no build for this torch\n(a long trace)")
 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(train, "load_flash_attention_3", load)
-    monkeypatch.setattr(train, "FlexAttention", lambda *_: None)
-    name, _, _ = train.choose_attention(torch.device("cuda"), torch.bfloat16, 64, {64})
-    assert name == "flex"
+    monkeypatch.setattr(attention, "load_flash_attention_3", load)
+    monkeypatch.setattr(attention, "FlexAttention", lambda *_: None)
+    attend = attention.choose(torch.device("cuda"), torch.bfloat16, 64, {64})
+    why = "FlashAttention 3 is not usable: RuntimeError: no build for this torch"
+    assert attention.describe(attend) == ("flex", why)
     assert capsys.readouterr().out == (
         "attention: flex, because FlashAttention 3 is not usable: "
         "RuntimeError: no build for this torch\n"
     )
+
+
+def test_a_function_of_ones_own_is_called_by_its_name():
+    def alibi(q, k, v, window):
+        return q
+
+    assert attention.describe(alibi) == ("alibi", None)
+
+
+TOO_LARGE = (
+    "No valid triton configs. OutOfMemoryError: out of resource: shared memory, "
+    "Required: 131072, Hardware limit: 101376."
+)
+
+
+def test_flex_attention_too_large_for_the_card_gets_smaller_blocks_once():
+    try:
+        try:
+            raise ValueError(TOO_LARGE)
+        except ValueError as inner:
+            raise RuntimeError("backend='inductor' raised:") from inner
+    except RuntimeError as wrapped:
+        error = wrapped
+    flex = FlexAttention(64, {8}, CPU)
+    attend = attention.Attend("flex", flex)
+    assert attention.shrink_blocks(attend, KeyError("x")) is None and not flex.kernel_options
+    said = attention.shrink_blocks(attend, error)
+    assert said.startswith("attention: smaller blocks, because ValueError: No valid triton configs")
+    assert flex.kernel_options == FlexAttention.SMALL_BLOCKS
+    assert attention.shrink_blocks(attend, error) is None
+    # of another backend, and of a function of ones own, nothing is asked
+    assert attention.shrink_blocks(attention.Attend("blocked", blocked_attention), error) is None
+    assert attention.shrink_blocks(lambda q, k, v, window: q, error) is None
 
 
 # -------------------------------------------------------------------- loading FlashAttention 3
@@ -280,38 +313,40 @@ def hub():
     hub.close()
 
 
-LOAD = """
-import torch, train
+IMPORTS = "import torch\nfrom autoresearch.kit import attention\n"
+LOAD = """\
 torch.cuda.get_device_capability = lambda device: (9, 0)
-train.FlexAttention = lambda *_: lambda q, k, v, window: "flex"
-_, attend, _ = train.choose_attention(torch.device("cuda"), torch.bfloat16, 64, {64})
+attention.FlexAttention = lambda *_: lambda q, k, v, window: "flex"
+attend = attention.choose(torch.device("cuda"), torch.bfloat16, 64, {64})
 print(attend(1, 2, 3, 7))
 """
 
 
-def load(cache, endpoint: str, **environment) -> list[str]:
-    """A new process chooses its attention, as on a Hopper card: all that it prints."""
-    env = {name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")}
-    for name in ("KERNELS_CACHE", "LOCAL_KERNELS", "HF_HUB_OFFLINE", "HF_HOME"):
-        env.pop(name, None)
-    env |= {"HF_HUB_CACHE": str(cache), "HF_ENDPOINT": endpoint}
-    done = subprocess.run(
-        [sys.executable, "-c", LOAD],
-        cwd=ROOT,
-        env=env | environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stdout
-    return [line for line in done.stdout.splitlines() if "No CUDA runtime is found" not in line]
+@pytest.fixture(scope="module")
+def processes():
+    forks = Forks(IMPORTS)
+    yield forks
+    forks.close()
+
+
+@pytest.fixture
+def load(processes):
+    def load(cache, endpoint: str, **environment) -> list[str]:
+        """A process chooses its attention, as on a Hopper card: all that it prints."""
+        unset = [name for name in os.environ if name.lower().endswith("_proxy")]
+        unset += ["KERNELS_CACHE", "LOCAL_KERNELS", "HF_HUB_OFFLINE", "HF_HOME"]
+        own = {"HF_HUB_CACHE": str(cache), "HF_ENDPOINT": endpoint, **environment}
+        ran = processes.run(IMPORTS + LOAD, **dict.fromkeys(unset) | own)
+        assert ran.code == 0, ran.log
+        return [line for line in ran.lines if "No CUDA runtime is found" not in line]
+
+    return load
 
 
 FROM_THE_HUB = "('from the hub', (7, 0))"
 
 
-def test_the_kernel_is_downloaded_once_and_never_asked_for_again(hub, tmp_path):
+def test_the_kernel_is_downloaded_once_and_never_asked_for_again(hub, load, tmp_path):
     first = load(tmp_path, hub.url)
     assert len(first) == 2 and first[0].startswith("attention: downloading FlashAttention 3 (")
     assert first[1] == FROM_THE_HUB
@@ -327,7 +362,7 @@ def test_the_kernel_is_downloaded_once_and_never_asked_for_again(hub, tmp_path):
     assert load(tmp_path, hub.url) == [FROM_THE_HUB]
 
 
-def test_a_download_that_was_cut_off_is_finished(hub, tmp_path):
+def test_a_download_that_was_cut_off_is_finished(hub, load, tmp_path):
     load(tmp_path, hub.url)
     (missing,) = tmp_path.glob(f"*/snapshots/*/{FOLDER}/interface.py")
     missing.unlink()
@@ -348,7 +383,7 @@ def snapshots(cache):
     return cache / "kernels--kernels-community--flash-attn3" / "snapshots"
 
 
-def test_of_several_snapshots_the_newest_of_version_1_is_loaded(tmp_path):
+def test_of_several_snapshots_the_newest_of_version_1_is_loaded(load, tmp_path):
     for age, (answer, version) in enumerate([("other", 2), ("newer", 1), ("older", 1)]):
         snapshot = snapshots(tmp_path) / (str(age) * 40)
         write(snapshot, kernel_files(answer, version))
@@ -357,14 +392,14 @@ def test_of_several_snapshots_the_newest_of_version_1_is_loaded(tmp_path):
     assert load(tmp_path, nowhere, HF_HUB_OFFLINE="1") == ["('newer', (7, 0))"]
 
 
-def test_a_kernel_named_by_local_kernels_comes_first(tmp_path):
+def test_a_kernel_named_by_local_kernels_comes_first(load, tmp_path):
     write(snapshots(tmp_path) / ("a" * 40), kernel_files("cached"))
     write(tmp_path / "mine", kernel_files("local"))
     local = f"{REPOSITORY}={tmp_path / 'mine'}"
     assert load(tmp_path, "http://127.0.0.1:9", LOCAL_KERNELS=local) == ["('local', (7, 0))"]
 
 
-def test_offline_and_not_cached(hub, tmp_path):
+def test_offline_and_not_cached(hub, load, tmp_path):
     lines = load(tmp_path, hub.url, HF_HUB_OFFLINE="1")
     assert lines[1] == "flex" and len(lines) == 2
     assert "HF_HUB_OFFLINE is set" in lines[0] and "not in the local cache" in lines[0]
@@ -382,11 +417,12 @@ def test_a_dead_hub_costs_a_few_seconds_and_one_line(monkeypatch, tmp_path, capf
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{port}")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(train, "FlexAttention", lambda *_: None)
+    monkeypatch.setattr(attention, "FlexAttention", lambda *_: None)
     for name in ("KERNELS_CACHE", "LOCAL_KERNELS", "HTTP_PROXY", "http_proxy", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
     began = time.monotonic()
-    name, _, failure = train.choose_attention(torch.device("cuda"), torch.bfloat16, 64, {64})
+    attend = attention.choose(torch.device("cuda"), torch.bfloat16, 64, {64})
+    name, failure = attention.describe(attend)
     assert failure.startswith("FlashAttention 3 is not usable: ")
     assert name == "flex" and time.monotonic() - began < 5
     server.close()
@@ -395,7 +431,7 @@ def test_a_dead_hub_costs_a_few_seconds_and_one_line(monkeypatch, tmp_path, capf
     assert out.startswith("attention: flex, because FlashAttention 3 is not usable: ")
 
 
-def test_a_hub_that_refuses_everything_is_one_reason(hub, tmp_path, monkeypatch):
+def test_a_hub_that_refuses_everything_is_one_reason(hub, load, tmp_path, monkeypatch):
     monkeypatch.setattr(hub, "answer", lambda path: (503, {}, b""))
     lines = load(tmp_path, hub.url)
     assert lines[-1] == "flex" and len(lines) == 3

@@ -1,0 +1,33 @@
+"""Reading an exception: one line of it, what lies below a compiler's wrapping, was it memory."""
+
+from __future__ import annotations
+
+import re
+
+import torch
+
+
+def first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines() or ["-"]
+    return f"{type(error).__name__}: {lines[0][:300]}"
+
+
+def root_cause(error: BaseException) -> str:
+    """One line of what lies below the errors that a compiler wraps around it."""
+    while inner := getattr(error, "inner_exception", None) or error.__cause__:
+        error = inner
+    if "Traceback (most recent call last)" in str(error):  # of a worker process
+        return str(error).strip().splitlines()[-1][:300]
+    return first_line(error)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Of any device: CPU and MPS raise plain RuntimeErrors, and a compiler wraps what it meets."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return bool(re.search("out of memory|can't allocate memory", str(error)))
+
+
+def out_of_shared_memory(error: BaseException) -> bool:
+    """Triton's OutOfResources: one block of a kernel needs more than a multiprocessor has."""
+    return "out of resource" in f"{error} {root_cause(error)}"

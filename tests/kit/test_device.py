@@ -1,0 +1,100 @@
+"""What a device is good for, by its name, capability, memory and flags."""
+
+import pytest
+import torch
+
+from autoresearch.kit import device as kit_device
+from autoresearch.kit.device import compute_dtype, peak_tflops, pick_size
+
+
+@pytest.mark.parametrize(
+    "name, peak",
+    [
+        ("NVIDIA H100 80GB HBM3", 989.5),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA H200", 989.5),
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA L40S", 362),
+        ("NVIDIA L4", 121),
+        ("NVIDIA GeForce RTX 3090", 71),
+        ("NVIDIA GeForce RTX 3090 Ti", 80),
+        ("NVIDIA GeForce RTX 4090", 165),
+        ("NVIDIA B300 SXM6 AC", 2250),
+        ("NVIDIA GH200 480GB", 989.5),
+        ("NVIDIA H100 NVL", 835.5),
+        ("NVIDIA H20", 148),
+        ("NVIDIA RTX 6000 Ada Generation", 364.2),
+        ("NVIDIA RTX PRO 6000 Blackwell Workstation Edition", 503.8),
+        ("NVIDIA GeForce RTX 5080", 112.6),
+        ("NVIDIA GeForce RTX 4070 Ti SUPER", 88.2),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", 0),
+        ("AMD Instinct MI355X", 2516.6),
+        ("NVIDIA B200", 2250),
+        ("NVIDIA GB200", 2500),
+        ("AMD EPYC", 0),
+        ("Intel(R) Xeon(R)", 0),
+    ],
+)
+def test_the_peak_by_the_device_name(name, peak):
+    assert peak_tflops(name) == peak
+
+
+class Card:
+    def __init__(self, major, minor, gb):
+        self.major = major
+        self.minor = minor
+        self.total_memory = int(gb * 1e9)  # as torch says it, a little under the name's
+
+
+CARDS = {
+    "H100": Card(9, 0, 85),
+    "H200": Card(9, 0, 150),
+    "A100 40GB": Card(8, 0, 42.4),
+    "B300": Card(10, 3, 288),
+    "RTX 6000 Ada": Card(8, 9, 51),
+    "RTX PRO 6000 Blackwell": Card(12, 0, 102),
+    "MIG 1g.10gb of an H100": Card(9, 0, 10.5),
+    "A30": Card(8, 0, 25),
+    "RTX A6000": Card(8, 6, 51),
+    "RTX 5090": Card(12, 0, 34),
+    "RTX 4090": Card(8, 9, 25.3),
+    "RTX 3090": Card(8, 6, 25.3),
+}
+LARGE = ["H100", "H200", "A100 40GB", "B300", "RTX 6000 Ada", "RTX PRO 6000 Blackwell"]
+
+
+@pytest.mark.parametrize("name", CARDS)
+def test_the_size_by_capability_and_memory(monkeypatch, name):
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: CARDS[name])
+    wanted = "h100" if name in LARGE else "gpu"
+    assert pick_size(torch.device("cuda"), "climbmix") == wanted
+    assert pick_size(torch.device("cuda"), "demo") == "cpu"
+
+
+@pytest.mark.parametrize("kind", ["cpu", "mps"])
+def test_the_size_without_a_gpu(kind):
+    assert pick_size(torch.device(kind), "climbmix") == "cpu"
+
+
+@pytest.mark.parametrize(
+    "flags, dtype",
+    [
+        ("fpu avx2 avx512f", torch.float32),
+        ("avx512f avx512_bf16", torch.bfloat16),
+        ("amx_tile amx_bf16", torch.bfloat16),
+        ("fp asimd bf16 i8mm", torch.bfloat16),
+        ("", torch.float32),
+    ],
+)
+def test_bf16_where_the_processor_multiplies_it(monkeypatch, flags, dtype):
+    monkeypatch.setattr(kit_device, "cpu_flags", lambda: set(flags.split()))
+    assert compute_dtype(torch.device("cpu")) == dtype
+    assert compute_dtype(torch.device("mps")) == torch.float32
+
+
+def test_a_card_that_only_emulates_bf16_computes_in_float32(monkeypatch):
+    emulates = lambda including_emulation: including_emulation
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", emulates)
+    assert compute_dtype(torch.device("cuda")) == torch.float32
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
+    assert compute_dtype(torch.device("cuda")) == torch.bfloat16

@@ -1,0 +1,182 @@
+"""What a run prints: the curve, the lines, the rate, a loss that diverged; and how it ends."""
+
+import math
+import re
+
+import pytest
+import torch
+from forks import Forks
+
+from autoresearch.kit import report
+from autoresearch.referee.clock import clock
+
+# ----------------------------------------------------------------------------- while it trains
+
+
+def reported(losses, total, capsys):
+    """The curve and the progress lines of a run whose step i of `total` had losses[i]."""
+    progress = report.Progress(tokens_per_step=1000, budget=100)
+    for i, loss in enumerate(losses):
+        progress.add(i / total, torch.tensor(float(loss)))
+    progress.close()
+    first, *lines, last = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(r"training for 100 s, after [\d.]+ s of start-up", first)
+    assert last.startswith(f"scoring after {len(losses)} steps: ")
+    assert progress.steps == len(losses)
+    return progress.curve(), lines
+
+
+def test_the_curve_is_the_mean_of_each_tenth(capsys):
+    curve, _ = reported(range(40), 40, capsys)
+    assert curve == [1.5, 5.5, 9.5, 13.5, 17.5, 21.5, 25.5, 29.5, 33.5, 37.5]
+
+
+def test_a_tenth_without_a_step_shows_the_one_before(capsys):
+    assert reported([6, 4, 5], 3, capsys)[0] == [6, 6, 6, 4, 4, 4, 5, 5, 5, 5]
+    assert reported([6], 1, capsys)[0] == [6] * 10
+
+
+def test_the_pace_shows_what_a_slow_run_could_have_made():
+    progress = report.Progress(tokens_per_step=1000, budget=100)
+    for tenth, steps in enumerate([12, 2, 2, 4]):
+        for _ in range(steps):
+            progress.add((tenth + 0.5) / 10, torch.tensor(3.0))
+    progress.close()
+    assert progress.pace() == "200 tokens/s, 1,200 in the fastest tenth"
+
+
+def test_a_line_holds_the_mean_since_the_last(capsys):
+    _, lines = reported(range(100), 100, capsys)
+    shown = [re.match(r" *([\d.]+)%  step +(\d+)  loss ([\d.]+) ", line) for line in lines]
+    assert [match[2] for match in shown[:3]] == ["1", "6", "11"]
+    assert [match[3] for match in shown[:3]] == ["0.0000", "3.0000", "8.0000"]
+    assert [match[1] for match in shown[:3]] == ["0.0", "5.0", "10.0"]
+    assert 19 <= len(lines) <= 20
+
+
+def test_every_loss_is_noted_for_the_night(capsys, monkeypatch):
+    noted = []
+    monkeypatch.setattr(type(clock), "note_loss", lambda self, loss: noted.append(loss))
+    reported([6, 4, 5], 3, capsys)
+    assert noted == [6.0, 4.0, 5.0]
+
+
+class LossOnAGpu:
+    """A loss that is there only when the device has got so far."""
+
+    device = torch.device("cuda")
+
+    def __init__(self, value):
+        self.value = value
+        self.waited_for = False
+
+    def item(self):
+        self.waited_for = True
+        return self.value
+
+
+def test_a_loss_on_a_gpu_is_read_one_step_late_and_the_last_one_at_the_end(capsys):
+    progress = report.Progress(tokens_per_step=1000, budget=100)
+    losses = [LossOnAGpu(value) for value in (6.0, 4.0, 5.0)]
+    for i, loss in enumerate(losses):
+        progress.add(i / 3, loss)
+        assert [loss.waited_for for loss in losses] == [number < i for number in range(3)]
+    progress.close()
+    assert progress.curve() == [6, 6, 6, 4, 4, 4, 5, 5, 5, 5]
+
+
+@pytest.mark.parametrize("value", [math.nan, 101.0, math.inf])
+@pytest.mark.parametrize("on_a_gpu", [False, True])
+def test_a_loss_that_diverged_ends_the_run(capsys, value, on_a_gpu):
+    loss = LossOnAGpu if on_a_gpu else torch.tensor
+    progress = report.Progress(tokens_per_step=1000, budget=100)
+    progress.add(0.0, loss(100.0))
+    with pytest.raises(SystemExit, match=f"FAIL: loss diverged at step 2: it is {value}"):
+        progress.add(0.5, loss(value))
+        progress.close()
+
+
+def test_the_rate_is_that_of_the_steps_since_the_last_line(monkeypatch, capsys):
+    now = 0.0
+    monkeypatch.setattr(report.time, "perf_counter", lambda: now)
+    progress = report.Progress(tokens_per_step=1000, budget=100)
+    for step in range(1, 11):
+        now += 0.5
+        progress.add((step - 1) / 100, torch.tensor(3.0))
+    progress.close()
+    lines = capsys.readouterr().out.splitlines()[1:-1]
+    assert [re.search(r"([\d,]+) tokens/s", line)[1] for line in lines] == ["2,000", "2,000"]
+
+
+# ------------------------------------------------------------------------------- how a run ends
+
+
+@pytest.fixture(scope="module")
+def processes():
+    forks = Forks("import torch\nfrom autoresearch.kit import report")
+    yield forks
+    forks.close()
+
+
+ENDS = {
+    "sys.exit(0)": ["exit(0) was called before the end of main()"],
+    "sys.exit('bye')": ["exit('bye') was called"],
+    "pass": ["main() returned without a score"],
+    "raise KeyboardInterrupt": ["interrupted: no score"],
+    "raise KeyError('wdith')": ["KeyError: 'wdith'", "traceback is above"],
+    "assert 7 == 8, 'N_EMBD 7 is not 8\\nor so'": ["AssertionError: N_EMBD 7 is not 8"],
+    "raise Fail('no tokenizer:\\nuv run prepare.py')": ["no tokenizer: uv run prepare.py"],
+    "clock.fail('trained 412 s')": ["trained 412 s"],
+    "raise torch.OutOfMemoryError('CUDA out of memory. Tried')": ["DEVICE_BATCH_SIZE", "N_LAYER"],
+    "raise MemoryError()": ["out of memory: lower"],
+    "raise RuntimeError('MPS backend out of memory (MPS')": ["out of memory: lower"],
+    'raise RuntimeError("DefaultCPUAllocator: can\'t allocate memory")': ["out of memory: lower"],
+    "raise torch.AcceleratorError('unspecified launch failure\\nx')": [
+        "the device failed",
+        "nvidia",
+    ],
+    "raise RuntimeError('CUDA error: misaligned address\\nx')": [
+        "misaligned address",
+        "nvidia-smi",
+    ],
+}
+
+
+@pytest.mark.parametrize("line", ENDS)
+def test_whatever_ends_main_is_one_line(processes, tmp_path, line):
+    main = f"""
+import sys, torch
+from autoresearch.common import Fail
+from autoresearch.kit import report
+from autoresearch.referee import clock
+
+def main():
+    print("still here")
+    {line}
+
+report.guard(main)
+"""
+    ran = processes.run(main, AUTORESEARCH_CACHE=str(tmp_path))
+    assert_failed(ran, *ENDS[line])
+    assert ran.lines[0] == "still here"
+    assert ("Traceback" in ran.log) == ("above" in ran.lines[-1] or "nvidia-smi" in ran.lines[-1])
+
+
+def assert_failed(ran, *words):
+    assert ran.code == 1, ran.log
+    assert ran.lines[-1].startswith("FAIL: "), ran.log
+    assert sum(line.startswith("FAIL: ") for line in ran.lines) == 1, ran.log
+    assert "_bpb" not in ran.log
+    assert all(word in ran.lines[-1] for word in words), ran.log
+
+
+def test_a_score_ends_the_process_at_once_with_0(processes):
+    main = "import atexit; atexit.register(print, 'late'); print('score', end='')\n"
+    ran = processes.run(main + "from autoresearch.kit import report; report.guard(lambda: 0.0)")
+    assert (ran.code, ran.log) == (0, "score")
+
+
+def test_a_failure_on_a_terminal_stands_below_the_progress(processes):
+    main = "print('12.3%', end='')\nfrom autoresearch.kit import report; report.guard(lambda: None)"
+    ran = processes.run(main, terminal=True)
+    assert ran.lines[0] == "12.3%" and ran.lines[1].startswith("FAIL: ")
