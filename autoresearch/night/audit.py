@@ -355,7 +355,9 @@ def _code(runs: list[dict], root: Path) -> Iterator[Finding]:
     known = _objects({f"{run['commit']}^{{commit}}" for run in scored}, root)
     scored = [run for run in scored if f"{run['commit']}^{{commit}}" in known]
     names = {
-        f"{run['commit']}:{path}" for run in scored for path in [TARGET.file, *run.get("imported", {})]
+        f"{run['commit']}:{path}"
+        for run in scored
+        for path in [TARGET.file, *run.get("imported", {})]
     }
     digests = _sha256_in_git(names, root)
     other = []
