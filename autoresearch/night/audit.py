@@ -10,71 +10,17 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
-from autoresearch.common import ROOT, Fail, git, git_bytes, one_line, some
-from autoresearch.night.results import Row, read_results
-from autoresearch.night.rules import best_of, decide, gain, noise_floor
+from autoresearch.common import git, git_bytes, one_line, some
+from autoresearch.night.report import NightReport
+from autoresearch.night.results import Row
+from autoresearch.night.rules import best_of, decide, displaced_by, gain, noise_floor
 from autoresearch.night.settings import BASELINE_SEEDS, TARGET
-from autoresearch.night.store import Night
-from autoresearch.referee.ledger import joined, read_ledger
+from autoresearch.referee.ledger import joined
 
 BY_HAND = {TARGET.file, "program.md", "analysis.ipynb", "README.md"}  # may differ from the commit
-
-
-@dataclass
-class NightReport:
-    """All that is known of a night, read once."""
-
-    root: Path  # the repository
-    rows: list[Row]
-    skipped: list[str] = field(default_factory=list)  # why rows of results.tsv were skipped
-    records: list[dict] = field(default_factory=list)  # the journal's; none of another's log
-    confirmed: list[dict] = field(default_factory=list)  # the records of confirmation runs
-    started: dict[str, dict] = field(default_factory=dict)  # run id: what the night knows of it
-    ledger: list[dict] = field(default_factory=list)
-    damaged: int = 0  # lines of the ledger
-    branch: str = "HEAD"  # the night's
-    problem: str = ""  # why the night's own files could not be read
-
-    @classmethod
-    def here(cls) -> NightReport:
-        rows, skipped = read_results(ROOT / "results.tsv")
-        ledger, damaged = read_ledger()
-        branch = git("rev-parse", "--abbrev-ref", "HEAD", check=False) or "HEAD"
-        report = cls(ROOT, rows, skipped, ledger=ledger, damaged=damaged, branch=branch)
-        try:
-            night = Night()
-        except Fail as error:  # not in its repository, or no tag
-            report.problem = str(error).removeprefix("FAIL: ")
-            return report
-        if git("rev-parse", "-q", "--verify", night.branch, check=False):
-            report.branch = night.branch
-        if night.begun():
-            report.records, report.confirmed = night.records(), night.confirmed()
-            # A run counts as the night's while its experiment is open or in the journal.
-            known = {record["n"] for record in night.ended()} | {e.n for e in night.open()}
-            runs = [run for run in night.timed_runs() if run["n"] in known]
-            report.started = {run["id"]: run for run in runs}
-        return report
-
-    def history(self) -> list[dict]:
-        """The night's records; of a log without them, what its rows say in their place."""
-        if self.records:
-            return self.records
-        found = []
-        for row in self.rows:
-            # Only the baseline's rows are known to be repeats of one commit.
-            commit = row.hash if row.what.startswith("baseline") else None
-            record = {"n": row.n, "score": row.score, "status": row.status}
-            record["commit"] = commit or f"row {row.n}"
-            record["simpler"] = row.what.startswith("simpler")
-            found.append(record)
-        return found
-
-    def noise_floor(self) -> float | None:
-        return noise_floor(self.history())
 
 
 @dataclass(frozen=True)
@@ -355,7 +301,9 @@ def _code(runs: list[dict], root: Path) -> Iterator[Finding]:
     known = _objects({f"{run['commit']}^{{commit}}" for run in scored}, root)
     scored = [run for run in scored if f"{run['commit']}^{{commit}}" in known]
     names = {
-        f"{run['commit']}:{path}" for run in scored for path in [TARGET.file, *run.get("imported", {})]
+        f"{run['commit']}:{path}"
+        for run in scored
+        for path in [TARGET.file, *run.get("imported", {})]
     }
     digests = _sha256_in_git(names, root)
     other = []
@@ -400,12 +348,11 @@ def _branch(report: NightReport) -> Iterator[Finding]:
     if best and tip in [r["commit"] for r in report.records if r["status"] == "keep"]:
         tip = best["commit"]  # only the agent's own commands move the branch, so it may lag behind
     history = set((git("rev-list", tip, at=root, check=False) or "").split()) if tip else set()
-    # A best that a better change in conflict with it displaced left the branch and lost nothing else.
+    # A better change in conflict with the best displaces it: then that one leaves the branch.
     displaced = set()
     for record in report.records:
-        if record.get("displaced") and record["status"] == "keep":
-            words = [record["displaced"], f"^{record['commit']}"]
-            displaced |= set((git("rev-list", *words, at=root, check=False) or "").split())
+        if record["status"] == "keep":
+            displaced |= {kept["commit"] for kept in displaced_by(record, report.records)}
     found = [row for row in kept if full[row.n]]
     missing = [row.commit for row in found if full[row.n] not in history | displaced]
     if missing:

@@ -221,7 +221,9 @@ def queue_confirmation(night: Night, seeds: int | None) -> tuple[Confirmation, s
         )
     best = best_of(night.records())
     if best is None:
-        raise Fail("nothing to confirm: no experiment was kept. `uv run night.py` says what is next")
+        raise Fail(
+            "nothing to confirm: no experiment was kept. `uv run night.py` says what is next"
+        )
     queued = {(e.asked["commit"], e.asked["seed"]): e.n for e in experiments}
     asked = [seed - FIRST_SEED + 1 for commit, seed in queued if commit == best["commit"]]
     least = max([seeds or SEEDS, *asked])
