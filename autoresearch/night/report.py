@@ -30,17 +30,18 @@ class NightReport:
     problem: str = ""  # why the night's own files could not be read
 
     @classmethod
-    def here(cls) -> NightReport:
-        rows, skipped = read_results(ROOT / "results.tsv")
+    def here(cls, root: Path = ROOT) -> NightReport:
+        """Of program.md's tag. Where its night cannot be read, `problem` says why."""
+        rows, skipped = read_results(root / "results.tsv")
         ledger, damaged = read_ledger()
-        branch = git("rev-parse", "--abbrev-ref", "HEAD", check=False) or "HEAD"
-        report = cls(ROOT, rows, skipped, ledger=ledger, damaged=damaged, branch=branch)
+        branch = git("rev-parse", "--abbrev-ref", "HEAD", at=root, check=False) or "HEAD"
+        report = cls(root, rows, skipped, ledger=ledger, damaged=damaged, branch=branch)
         try:
-            night = Night()
+            night = Night(root)
         except Fail as error:  # not in its repository, or no tag
             report.problem = str(error).removeprefix("FAIL: ")
             return report
-        if git("rev-parse", "-q", "--verify", night.branch, check=False):
+        if git("rev-parse", "-q", "--verify", night.branch, at=root, check=False):
             report.branch = night.branch
         if night.begun():
             report.records, report.confirmed = night.records(), night.confirmed()

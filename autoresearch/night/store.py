@@ -108,10 +108,10 @@ class Experiment:
         return found
 
     def timed_runs(self) -> list[dict]:
-        """The same with `kind`, and with `ended` also where a run was cut off: when its log did."""
+        """The same with `n` and `kind`, and with `ended` also where a run was cut off: when its log did."""
         found = self.runs()
         for k, run in enumerate(found, 1):
-            run["kind"] = self.asked["kind"]
+            run["n"], run["kind"] = self.n, self.asked["kind"]
             log = self.path("run.log", k)
             if "ended" not in run and log.is_file():
                 run["ended"] = utc(log.stat().st_mtime)
