@@ -109,7 +109,9 @@ class Lab:
     def audit(self) -> list[str]:
         names = ("rows", "records", "started", "ledger", "confirmed")
         known = {name: getattr(self, name) for name in names}
-        return audit_lines(NightReport(self.folder, branch="autoresearch/test", **known, **self.more))
+        return audit_lines(
+            NightReport(self.folder, branch="autoresearch/test", **known, **self.more)
+        )
 
 
 def honest(folder: Path, by_hand: bool) -> Lab:
@@ -191,251 +193,195 @@ def check(lab, falsify):
 # ---- Each case: what is done to an honest night, and what the audit must then say.
 
 
-def claim_a_score(lab):
-    lab.claim(7, score=0.96)
-    return [
-        "5 of 6 scores match the ledger; not experiments 7 (",
-        "0.960000 claimed, 0.970000 measured",
-    ]
+class Falsify:
+    def claim_a_score(lab):
+        lab.claim(7, score=0.96)
+        return [
+            "5 of 6 scores match the ledger; not experiments 7 (",
+            "0.960000 claimed, 0.970000 measured",
+        ]
+
+    def invent_a_row(lab):
+        lab.rows.append(Row(8, "abcdef0", 0.95, 1.0, "discard", "never run"))
+        return [
+            "not experiments 8 (abcdef0: 0.950000 claimed, nothing measured)",
+            "did not write so: experiments 8",
+        ]
+
+    def use_one_run_for_two_rows(lab):
+        lab.rows.append(dataclasses.replace(lab.rows[6], n=8))
+        return ["not experiments 8 ("]
+
+    def keep_what_was_discarded(lab):
+        lab.claim(4, status="keep")
+        return [
+            "did not write so: experiments 4",
+            "kept, but not on the branch autoresearch/test: ",
+        ]
+
+    def lose_a_row(lab):
+        del lab.rows[3]
+        return ["measured by the night, without such a row: experiments 4"]
+
+    def lose_an_experiment_from_row_and_journal(lab):
+        run = lab.records[3]["run"]
+        del lab.rows[3], lab.records[3], lab.started[run]  # as NightReport.here finds it then
+        return ["1 measured scores have no row: 0.995000 ("]
+
+    def touch_a_locked_file(lab):
+        (lab.folder / "prepare.py").write_text("easy = True\n")
+        lab.keep(0.9, files=["prepare.py"], imported={})
+        return ["commits that touch more than train.py: ", "(prepare.py)"]
+
+    def touch_a_locked_file_uncommitted(lab):
+        (lab.folder / "prepare.py").write_text("easy = True\n")
+        return ["changed and not committed: prepare.py"]
+
+    def another_fingerprint(lab):
+        lab.keep(0.9, fingerprint="e" * 12)
+        words = (
+            "fingerprints, whose scores cannot be compared: ffffffffffff (8 runs), eeeeeeeeeeee ("
+        )
+        return [f"2 {words}"]
+
+    def another_device(lab):
+        lab.keep(0.9, device="A100")
+        return ["2 devices, whose scores cannot be compared: H200 (8 runs), A100 ("]
+
+    def another_torch(lab):
+        for score, version in ((0.92, "2.15.0"), (0.91, "2.15.0"), (0.90, "2.11.0")):
+            lab.keep(score, torch=version, what=str(score))
+        return ["2 versions of torch, whose scores cannot be compared: 2.15.0 (2 runs), 2.11.0 ("]
+
+    def another_driver(lab):
+        for score, version in ((0.92, "580.1"), (0.91, "590.2")):
+            lab.keep(score, driver=version, what=str(score))
+        return [
+            "2 versions of the driver, whose scores cannot be compared: 580.1 (1 runs), 590.2 ("
+        ]
+
+    def commit_without_a_row(lab):
+        lab.commit("nobody knows\n")
+        return ["on the branch, but in no row as kept: "]
+
+    def train_beside_the_night(lab):
+        lab.measure(lab.tip, 0.96, by_night=False)
+        return ["1 measured scores have no row: 0.960000 ("]
+
+    def uncommitted_train(lab):
+        lab.ledger[-1]["changed"] = True
+        return ["train.py had uncommitted changes when these were measured: experiments 7"]
+
+    def lucky_seed(lab):
+        lab.keep(0.9, seed=7)
+        return ["kept with another seed than 42: experiments 8"]
+
+    def look_at_the_test_split(lab):
+        for _ in range(3):
+            lab.measure(lab.tip, 0.98, by_night=False, split="test")
+        return ["the test split was scored 3 times"]
+
+    def look_at_three_commits_on_the_test_split(lab):
+        for record in (lab.records[0], lab.records[2], lab.records[5]):
+            lab.measure(record["commit"], 0.98, split="test")
+        return ["the test split was scored 3 times; more than once for baseline and winner"]
+
+    def damage_the_ledger(lab):
+        lab.more["damaged"] = 1
+        return ["1 lines of the ledger are damaged"]
+
+    def lose_the_ledger(lab):
+        lab.ledger = []
+        return ["the ledger holds no run of this night: no score can be checked"]
+
+    def lose_the_journal(lab):
+        lab.more["problem"] = "program.md has no tag"
+        return ["the night's own records were not read: program.md has no tag"]
 
+    def rows_that_cannot_be_read(lab):
+        lab.more["skipped"] = ["2 rows were skipped, because"]
+        return ["2 rows were skipped, because"]
 
-def invent_a_row(lab):
-    lab.rows.append(Row(8, "abcdef0", 0.95, 1.0, "discard", "never run"))
-    return [
-        "not experiments 8 (abcdef0: 0.950000 claimed, nothing measured)",
-        "did not write so: experiments 8",
-    ]
+    def keep_for_nothing(lab):
+        lab.keep(0.9697)
+        return ["kept without being better than the best by more than noise: experiments 8"]
 
+    def let_simplifications_add_up_to_a_loss(lab):
+        for score in (0.9703, 0.9706):
+            lab.keep(score, what=f"simpler: {score}")
+        return ["kept without being better than the best by more than noise: experiments 9"]
 
-def use_one_run_for_two_rows(lab):
-    lab.rows.append(dataclasses.replace(lab.rows[6], n=8))
-    return ["not experiments 8 ("]
+    def import_a_helper(lab):
+        lab.ledger[-1]["imported"]["helper.py"] = "0" * 16
+        return ["imported, and not in the commit: helper.py (in "]
 
+    def import_a_helper_from_elsewhere_later(lab):
+        lab.ledger[-1]["imported"]["/tmp/helper.py"] = "0" * 16
+        return ["imported, and not in the commit: /tmp/helper.py (in "]
 
-def keep_what_was_discarded(lab):
-    lab.claim(4, status="keep")
-    return ["did not write so: experiments 4", "kept, but not on the branch autoresearch/test: "]
+    def import_another_package_file(lab):
+        lab.ledger[-1]["imported"]["autoresearch/common.py"] = "0" * 16
+        return ["imported, and not in the commit: autoresearch/common.py (in "]
 
+    def run_another_script(lab):
+        lab.ledger[-1]["train_sha256"] = "0" * 64
+        return ["what ran is not the train.py of its commit: "]
 
-def lose_a_row(lab):
-    del lab.rows[3]
-    return ["measured by the night, without such a row: experiments 4"]
+    def keep_a_commit_that_git_lost(lab):
+        lab.claim(7, commit="1234567")
+        return ["kept, but git knows no such commit: 1234567"]
 
+    def edit_the_confirmation(lab):
+        lab.confirm()
+        lab.confirmed[3]["score"] -= 0.001
+        return ["5 of 6 scores of the confirmation match the ledger; not runs 11"]
 
-def lose_an_experiment_from_row_and_journal(lab):
-    run = lab.records[3]["run"]
-    del lab.rows[3], lab.records[3], lab.started[run]  # as NightReport.here finds it then
-    return ["1 measured scores have no row: 0.995000 ("]
+    def swap_the_confirmations_seeds(lab):
+        lab.confirm()
+        lab.confirmed[1].update(run=lab.confirmed[3]["run"], score=lab.confirmed[3]["score"])
+        return ["5 of 6 scores of the confirmation match the ledger; not runs 9"]
 
+    def leave_a_bad_score_out_of_the_confirmation(lab):
+        lab.confirm()
+        lab.confirmed[5]["score"] = None
+        return ["1 scores on the test split are missing in the confirmation: "]
 
-def touch_a_locked_file(lab):
-    (lab.folder / "prepare.py").write_text("easy = True\n")
-    lab.keep(0.9, files=["prepare.py"], imported={})
-    return ["commits that touch more than train.py: ", "(prepare.py)"]
+    def confirm_on_another_device(lab):
+        lab.confirm()
+        for run in lab.ledger[-4:]:
+            run["device"] = "A100"
+        return ["2 devices, whose scores cannot be compared: H200 (13 runs), A100 ("]
 
 
-def touch_a_locked_file_uncommitted(lab):
-    (lab.folder / "prepare.py").write_text("easy = True\n")
-    return ["changed and not committed: prepare.py"]
+def cases_of(group: type) -> list:
+    return [case for name, case in vars(group).items() if not name.startswith("_")]
 
 
-def another_fingerprint(lab):
-    lab.keep(0.9, fingerprint="e" * 12)
-    words = "fingerprints, whose scores cannot be compared: ffffffffffff (8 runs), eeeeeeeeeeee ("
-    return [f"2 {words}"]
-
-
-def another_device(lab):
-    lab.keep(0.9, device="A100")
-    return ["2 devices, whose scores cannot be compared: H200 (8 runs), A100 ("]
-
-
-def another_torch(lab):
-    for score, version in ((0.92, "2.15.0"), (0.91, "2.15.0"), (0.90, "2.11.0")):
-        lab.keep(score, torch=version, what=str(score))
-    return ["2 versions of torch, whose scores cannot be compared: 2.15.0 (2 runs), 2.11.0 ("]
-
-
-def another_driver(lab):
-    for score, version in ((0.92, "580.1"), (0.91, "590.2")):
-        lab.keep(score, driver=version, what=str(score))
-    return ["2 versions of the driver, whose scores cannot be compared: 580.1 (1 runs), 590.2 ("]
-
-
-def commit_without_a_row(lab):
-    lab.commit("nobody knows\n")
-    return ["on the branch, but in no row as kept: "]
-
-
-def train_beside_the_night(lab):
-    lab.measure(lab.tip, 0.96, by_night=False)
-    return ["1 measured scores have no row: 0.960000 ("]
-
-
-def uncommitted_train(lab):
-    lab.ledger[-1]["changed"] = True
-    return ["train.py had uncommitted changes when these were measured: experiments 7"]
-
-
-def lucky_seed(lab):
-    lab.keep(0.9, seed=7)
-    return ["kept with another seed than 42: experiments 8"]
-
-
-def look_at_the_test_split(lab):
-    for _ in range(3):
-        lab.measure(lab.tip, 0.98, by_night=False, split="test")
-    return ["the test split was scored 3 times"]
-
-
-def look_at_three_commits_on_the_test_split(lab):
-    for record in (lab.records[0], lab.records[2], lab.records[5]):
-        lab.measure(record["commit"], 0.98, split="test")
-    return ["the test split was scored 3 times; more than once for baseline and winner"]
-
-
-def damage_the_ledger(lab):
-    lab.more["damaged"] = 1
-    return ["1 lines of the ledger are damaged"]
-
-
-def lose_the_ledger(lab):
-    lab.ledger = []
-    return ["the ledger holds no run of this night: no score can be checked"]
-
-
-def lose_the_journal(lab):
-    lab.more["problem"] = "program.md has no tag"
-    return ["the night's own records were not read: program.md has no tag"]
-
-
-def rows_that_cannot_be_read(lab):
-    lab.more["skipped"] = ["2 rows were skipped, because"]
-    return ["2 rows were skipped, because"]
-
-
-def keep_for_nothing(lab):
-    lab.keep(0.9697)
-    return ["kept without being better than the best by more than noise: experiments 8"]
-
-
-def let_simplifications_add_up_to_a_loss(lab):
-    for score in (0.9703, 0.9706):
-        lab.keep(score, what=f"simpler: {score}")
-    return ["kept without being better than the best by more than noise: experiments 9"]
-
-
-def import_a_helper(lab):
-    lab.ledger[-1]["imported"]["helper.py"] = "0" * 16
-    return ["imported, and not in the commit: helper.py (in "]
-
-
-def import_a_helper_from_elsewhere_later(lab):
-    lab.ledger[-1]["imported"]["/tmp/helper.py"] = "0" * 16
-    return ["imported, and not in the commit: /tmp/helper.py (in "]
-
-
-def import_another_package_file(lab):
-    lab.ledger[-1]["imported"]["autoresearch/common.py"] = "0" * 16
-    return ["imported, and not in the commit: autoresearch/common.py (in "]
-
-
-def run_another_script(lab):
-    lab.ledger[-1]["train_sha256"] = "0" * 64
-    return ["what ran is not the train.py of its commit: "]
-
-
-def keep_a_commit_that_git_lost(lab):
-    lab.claim(7, commit="1234567")
-    return ["kept, but git knows no such commit: 1234567"]
-
-
-def edit_the_confirmation(lab):
-    lab.confirm()
-    lab.confirmed[3]["score"] -= 0.001
-    return ["5 of 6 scores of the confirmation match the ledger; not runs 11"]
-
-
-def swap_the_confirmations_seeds(lab):
-    lab.confirm()
-    lab.confirmed[1].update(run=lab.confirmed[3]["run"], score=lab.confirmed[3]["score"])
-    return ["5 of 6 scores of the confirmation match the ledger; not runs 9"]
-
-
-def leave_a_bad_score_out_of_the_confirmation(lab):
-    lab.confirm()
-    lab.confirmed[5]["score"] = None
-    return ["1 scores on the test split are missing in the confirmation: "]
-
-
-def confirm_on_another_device(lab):
-    lab.confirm()
-    for run in lab.ledger[-4:]:
-        run["device"] = "A100"
-    return ["2 devices, whose scores cannot be compared: H200 (13 runs), A100 ("]
-
-
-FALSIFICATIONS = [
-    claim_a_score,
-    invent_a_row,
-    use_one_run_for_two_rows,
-    keep_what_was_discarded,
-    lose_a_row,
-    lose_an_experiment_from_row_and_journal,
-    touch_a_locked_file,
-    touch_a_locked_file_uncommitted,
-    another_fingerprint,
-    another_device,
-    another_torch,
-    another_driver,
-    commit_without_a_row,
-    train_beside_the_night,
-    uncommitted_train,
-    lucky_seed,
-    look_at_the_test_split,
-    look_at_three_commits_on_the_test_split,
-    damage_the_ledger,
-    lose_the_ledger,
-    lose_the_journal,
-    rows_that_cannot_be_read,
-    keep_for_nothing,
-    let_simplifications_add_up_to_a_loss,
-    import_a_helper,
-    import_a_helper_from_elsewhere_later,
-    import_another_package_file,
-    run_another_script,
-    keep_a_commit_that_git_lost,
-    edit_the_confirmation,
-    swap_the_confirmations_seeds,
-    leave_a_bad_score_out_of_the_confirmation,
-    confirm_on_another_device,
-]
-
-
-@pytest.mark.parametrize("falsify", FALSIFICATIONS, ids=lambda case: case.__name__)
+@pytest.mark.parametrize("falsify", cases_of(Falsify), ids=lambda case: case.__name__)
 def test_the_audit_finds(lab, falsify):
     check(lab, falsify)
 
 
-def lose_a_kept_row(lab):
-    del lab.rows[5]
-    return ["1 measured scores have no row: 0.980000 (", "on the branch, but in no row as kept: "]
+class FalsifyByHand:
+    claim_a_score = Falsify.claim_a_score
+
+    def lose_a_kept_row(lab):
+        del lab.rows[5]
+        return [
+            "1 measured scores have no row: 0.980000 (",
+            "on the branch, but in no row as kept: ",
+        ]
+
+    def leave_the_branch(lab):
+        lab.git("reset", "-q", "--hard", "HEAD~1")
+        return ["kept, but not on the branch autoresearch/test: "]
+
+    def pick_the_luckier_run(lab):
+        lab.measure(lab.tip, 0.975)
+        return ["1 measured scores have no row: 0.975000 ("]
 
 
-def leave_the_branch(lab):
-    lab.git("reset", "-q", "--hard", "HEAD~1")
-    return ["kept, but not on the branch autoresearch/test: "]
-
-
-def pick_the_luckier_run(lab):
-    lab.measure(lab.tip, 0.975)
-    return ["1 measured scores have no row: 0.975000 ("]
-
-
-BY_HAND = [claim_a_score, lose_a_kept_row, leave_the_branch, pick_the_luckier_run]
-
-
-@pytest.mark.parametrize("falsify", BY_HAND, ids=lambda case: case.__name__)
+@pytest.mark.parametrize("falsify", cases_of(FalsifyByHand), ids=lambda case: case.__name__)
 def test_the_audit_finds_without_night_py(lab_by_hand, falsify):
     check(lab_by_hand, falsify)
 
@@ -458,80 +404,54 @@ def test_a_run_killed_by_hand_is_told_and_no_doubt(lab_by_hand):
     assert said[-1] == FINE
 
 
-def kept_for_simplicity(lab):
-    lab.keep(0.9703, what="simpler: six")
+class Honest:
+    def kept_for_simplicity(lab):
+        lab.keep(0.9703, what="simpler: six")
+
+    def a_displaced_best(lab):
+        displace(lab, 0.9)
+
+    def a_displaced_best_and_a_branch_that_has_not_moved_yet(lab):
+        before = lab.tip
+        displace(lab, 0.9)
+        lab.git("reset", "-q", "--hard", before)
+
+    def a_branch_that_has_not_moved_yet(lab):
+        lab.git("reset", "-q", "--hard", "HEAD~1")
+
+    def a_human_back_on_main(lab):
+        lab.git("checkout", "-qb", "main", "HEAD~3")
+
+    def a_night_before_and_another_clone(lab):
+        elsewhere = {"branch": "autoresearch/before"}, {"repo": "/clone"}
+        for number, more in zip("12", elsewhere):
+            lab.measure(number * 40, 0.5, by_night=False, **more)
+
+    def edits_of_the_agent_and_the_human(lab):
+        (lab.folder / "train.py").write_text("the next idea\n")
+
+    def baseline_and_winner_on_the_test_split_by_hand(lab):
+        for commit in ("HEAD", "HEAD~3"):
+            lab.measure(lab.git("rev-parse", commit), 0.98, by_night=False, split="test")
+
+    def a_kernel_that_every_run_imports(lab):
+        for run in lab.ledger[1::2]:
+            run["imported"]["/hub/kernel.py"] = "0" * 16
+
+    def a_noise_floor_that_was_widened_later(lab):
+        lab.experiment(lab.records[-1]["commit"], 0.99, "discard", "again")
+
+    def a_confirmation_with_a_slow_run(lab):
+        lab.confirm()
+
+    def a_commit_that_git_collected(lab):
+        lab.experiment(lab.records[3]["commit"], 0.995, "discard", "collected")
+        for line in lab.ledger[-2:]:
+            line["commit"] = lab.records[-1]["commit"] = "9" * 40
+        lab.claim(8, commit="9" * 7)
 
 
-def a_displaced_best(lab):
-    displace(lab, 0.9)
-
-
-def a_displaced_best_and_a_branch_that_has_not_moved_yet(lab):
-    before = lab.tip
-    displace(lab, 0.9)
-    lab.git("reset", "-q", "--hard", before)
-
-
-def a_branch_that_has_not_moved_yet(lab):
-    lab.git("reset", "-q", "--hard", "HEAD~1")
-
-
-def a_human_back_on_main(lab):
-    lab.git("checkout", "-qb", "main", "HEAD~3")
-
-
-def a_night_before_and_another_clone(lab):
-    elsewhere = {"branch": "autoresearch/before"}, {"repo": "/clone"}
-    for number, more in zip("12", elsewhere):
-        lab.measure(number * 40, 0.5, by_night=False, **more)
-
-
-def edits_of_the_agent_and_the_human(lab):
-    (lab.folder / "train.py").write_text("the next idea\n")
-
-
-def baseline_and_winner_on_the_test_split_by_hand(lab):
-    for commit in ("HEAD", "HEAD~3"):
-        lab.measure(lab.git("rev-parse", commit), 0.98, by_night=False, split="test")
-
-
-def a_kernel_that_every_run_imports(lab):
-    for run in lab.ledger[1::2]:
-        run["imported"]["/hub/kernel.py"] = "0" * 16
-
-
-def a_noise_floor_that_was_widened_later(lab):
-    lab.experiment(lab.records[-1]["commit"], 0.99, "discard", "again")
-
-
-def a_confirmation_with_a_slow_run(lab):
-    lab.confirm()
-
-
-def a_commit_that_git_collected(lab):
-    lab.experiment(lab.records[3]["commit"], 0.995, "discard", "collected")
-    for line in lab.ledger[-2:]:
-        line["commit"] = lab.records[-1]["commit"] = "9" * 40
-    lab.claim(8, commit="9" * 7)
-
-
-HARMLESS = [
-    kept_for_simplicity,
-    a_displaced_best,
-    a_displaced_best_and_a_branch_that_has_not_moved_yet,
-    a_branch_that_has_not_moved_yet,
-    a_human_back_on_main,
-    a_night_before_and_another_clone,
-    edits_of_the_agent_and_the_human,
-    baseline_and_winner_on_the_test_split_by_hand,
-    a_kernel_that_every_run_imports,
-    a_noise_floor_that_was_widened_later,
-    a_confirmation_with_a_slow_run,
-    a_commit_that_git_collected,
-]
-
-
-@pytest.mark.parametrize("happens", HARMLESS, ids=lambda case: case.__name__)
+@pytest.mark.parametrize("happens", cases_of(Honest), ids=lambda case: case.__name__)
 def test_the_audit_does_not_cry_wolf(lab, happens):
     happens(lab)
     assert lab.audit()[-1] == FINE, lab.audit()

@@ -1,15 +1,21 @@
-"""Is it real? The interval against scipy's numbers, the verdict against simulated nights."""
+"""Is the gain real? The interval against scipy's numbers, the verdict on simulated nights, the queue."""
 
+import math
 import random
-import sys
+import subprocess
 
 import pytest
-from miniature import ROOT
 
-import night
-
-sys.path.insert(0, str(ROOT / "bench"))
-import confirm_bench  # noqa: E402
+from autoresearch.common import Fail
+from autoresearch.night import confirm, rules, settings
+from autoresearch.night.confirm import (
+    Confirmation,
+    is_it_real,
+    queue_confirmation,
+    t_quantile,
+    welch,
+)
+from autoresearch.night.store import Night
 
 
 # scipy 1.17.1: stats.t.ppf(0.975, df)
@@ -35,7 +41,7 @@ import confirm_bench  # noqa: E402
     # fmt: on
 )
 def test_the_t_quantile_is_scipys(df, t):
-    assert night.t_quantile(df) == pytest.approx(t, rel=1e-7)
+    assert t_quantile(df) == pytest.approx(t, rel=1e-7)
 
 
 # scipy 1.17.1: stats.ttest_ind(others, scores, equal_var=False).confidence_interval(0.95)
@@ -50,13 +56,13 @@ WELCH = [
 @pytest.mark.parametrize("scores, others, low, high", WELCH)
 def test_the_interval_is_scipys_in_both_directions(monkeypatch, scores, others, low, high):
     gain = sum(others) / len(others) - sum(scores) / len(scores)
-    assert night.welch(scores, others) == pytest.approx((gain, low, high), rel=1e-6)
-    monkeypatch.setattr(night, "LOWER_IS_BETTER", False)
-    assert night.welch(scores, others) == pytest.approx((-gain, -high, -low), rel=1e-6)
+    assert welch(scores, others) == pytest.approx((gain, low, high), rel=1e-6)
+    monkeypatch.setattr(rules, "LOWER_IS_BETTER", False)
+    assert welch(scores, others) == pytest.approx((-gain, -high, -low), rel=1e-6)
 
 
 def test_scores_that_do_not_scatter_at_all_have_an_interval_of_one_point():
-    assert night.welch([1.0, 1.0], [1.5, 1.5]) == (0.5, 0.5, 0.5)
+    assert welch([1.0, 1.0], [1.5, 1.5]) == (0.5, 0.5, 0.5)
 
 
 @pytest.mark.parametrize(
@@ -70,31 +76,47 @@ def test_scores_that_do_not_scatter_at_all_have_an_interval_of_one_point():
     ],
 )
 def test_the_verdict_in_one_sentence(interval, sentence):
-    assert night.is_it_real(*interval) == sentence
+    assert is_it_real(*interval) == sentence
 
 
-# ---- what it is for: 2,000 nights each
+# ---- what it is for: nights of 100 experiments, of which the luckiest are kept
 
 
-def nights(ideas_of, seed: int) -> list[confirm_bench.Outcome]:
-    draw = random.Random(seed)
-    return [confirm_bench.simulated(draw, ideas_of(draw), seeds=3) for _ in range(2000)]
+def simulated(draw: random.Random, ideas: list[float]) -> tuple[float, bool | None]:
+    """(what the best is truly better by, whether a confirmation calls it real).
+
+    Noise has a standard deviation of 1. ideas: the true gains. None where nothing was kept.
+    """
+    baseline = [{"commit": "baseline", "score": draw.gauss(0, 1)} for _ in range(3)]
+    floor, best, truth, kept = rules.noise_floor(baseline), baseline[0]["score"], 0.0, 0
+    for idea in ideas:
+        score = draw.gauss(-truth - idea, 1)
+        if rules.decide(score, best, floor, simpler=False)[0] == "keep":
+            best, truth, kept = score, truth + idea, kept + 1
+    if not kept:
+        return truth, None
+    scores = [draw.gauss(-truth, 1) for _ in range(3)]
+    others = [draw.gauss(0, 1) for _ in range(3)]
+    return truth, is_it_real(*welch(scores, others)).endswith(": real")
 
 
 def test_where_no_idea_helps_it_says_real_in_at_most_one_night_in_twenty():
-    outcomes = nights(confirm_bench.without_gain, seed=1)
-    assert all(outcome.gain == 0 for outcome in outcomes)
-    chosen = [outcome for outcome in outcomes if outcome.kept]  # else there is nothing to confirm
-    assert len(chosen) > 1000 and all(outcome.claimed > 0 for outcome in chosen)
-    real = sum(outcome.real for outcome in chosen)
-    assert real <= 0.05 * len(chosen)  # so of all nights, too
+    draw = random.Random(1)
+    verdicts = [real for _, real in (simulated(draw, [0.0] * 100) for _ in range(1000))]
+    verdicts = [real for real in verdicts if real is not None]
+    assert len(verdicts) > 500 and sum(verdicts) <= 0.05 * len(verdicts)
 
 
 def test_a_gain_of_three_noise_floors_is_called_real_in_at_least_nineteen_of_twenty():
-    outcomes = nights(confirm_bench.one_large_gain, seed=2)
-    chosen = [outcome for outcome in outcomes if outcome.gain > 0]  # else the ratchet has missed it
-    assert len(chosen) > 1500
-    assert sum(outcome.real for outcome in chosen) >= 0.95 * len(chosen)
+    draw = random.Random(2)
+    verdicts = []
+    for _ in range(1000):
+        ideas = [0.0] * 100
+        ideas[draw.randrange(100)] = 3 * 3 / math.sqrt(math.pi)  # the mean range of three draws
+        truth, real = simulated(draw, ideas)
+        if truth > 0:  # else the night has missed it
+            verdicts.append(real)
+    assert len(verdicts) > 750 and sum(verdicts) >= 0.95 * len(verdicts)
 
 
 # ---- the table
@@ -106,7 +128,7 @@ def kept(n: int, commit: str) -> dict:
 
 def run(n: int, commit: str, seed: int, score: float | None, **more) -> dict:
     said = {"n": n, "commit": commit, "seed": seed, "score": score, "why": "no room"}
-    return {**said, "kind": "confirm", "disturbed": None, "again": [], **more}
+    return {**said, "kind": "confirm", "slow": None, "again": [], **more}
 
 
 def test_the_table_shows_each_score_and_what_is_missing():
@@ -114,7 +136,7 @@ def test_the_table_shows_each_score_and_what_is_missing():
     confirmed = [
         run(4, "base", 45, 1.0),
         run(5, "best", 45, 0.9),
-        run(6, "best", 46, 0.91, disturbed=0.4),
+        run(6, "best", 46, 0.91, slow=0.4),
         run(7, "base", 46, 1.02, again=["cut off"]),
         run(8, "base", 47, None),
         run(9, "other", 45, 0.1),  # of another best, at another time
@@ -126,39 +148,189 @@ def test_the_table_shows_each_score_and_what_is_missing():
             ("test", "best", 42), ("test", "other", 45),  # looks
         ]
     ]  # fmt: skip
-    assert night.Confirmation.of(records, confirmed, least=3).lines(ledger) == [
+    assert Confirmation.of(records, confirmed, least=3).lines(ledger) == [
         "test_bpb     baseline       best",
         "seed 45      1.000000   0.900000",
         "seed 46      1.020000   0.910000",
         "seed 47         crash          -",
         "mean         1.010000   0.905000",
         "range        0.020000   0.010000",
-        "the baseline is base, the best best: idea 3",
+        "baseline: base, best: best, idea 3",
         "baseline, seed 46 ran again: cut off",
-        "best, seed 46 was DISTURBED twice (40% of its rate): the faster run counts",
+        "best, seed 46 was slow twice (40% of its rate): the faster run counts",
         "baseline, seed 47 gave no score: no room; night.py show 8 has its log, confirm runs it again",
-        "other runs that have looked at the test split: 2",
+        "other runs on the test split: 2",
         "0.1050 better, 0.0358 to 0.1742: real",  # scipy, too
     ]
 
 
 def test_there_is_no_confirmation_of_a_baseline_and_no_verdict_on_too_little():
-    assert night.Confirmation.of([], []) is None
-    assert night.Confirmation.of([kept(1, "base")], []) is None
+    assert Confirmation.of([], []) is None
+    assert Confirmation.of([kept(1, "base")], []) is None
     records = [kept(1, "base"), kept(2, "best")]
-    nothing = night.Confirmation.of(records, [])
+    nothing = Confirmation.of(records, [])
     assert nothing.seeds == [] and nothing.interval() is None
-    one = night.Confirmation.of(records, [run(3, "base", 45, 1.0), run(4, "best", 45, 0.9)])
+    one = Confirmation.of(records, [run(3, "base", 45, 1.0), run(4, "best", 45, 0.9)])
     assert one.seeds == [45] and one.lines([])[-1] == "too few scores for a verdict"
     # more seeds were asked for before: fewer are not enough now
     more = [run(n, "best", 40 + n, 0.9) for n in range(5, 10)]
-    assert night.Confirmation.of(records, more, least=3).seeds == [45, 46, 47, 48, 49]
+    assert Confirmation.of(records, more, least=3).seeds == [45, 46, 47, 48, 49]
 
 
 def test_the_order_of_running_is_alike_for_both_when_the_machine_gets_slower():
     records = [kept(1, "base"), kept(2, "best")]
-    turns = list(night.Confirmation.of(records, [], least=4).in_turn())
+    turns = list(Confirmation.of(records, [], least=4).in_turn())
     assert [name for name, _, _ in turns] == ["baseline", "best", "best", "baseline"] * 2
     assert [seed for _, _, seed in turns] == [45, 45, 46, 46, 47, 47, 48, 48]
     places = {name: [i for i, turn in enumerate(turns) if turn[0] == name] for name, *_ in turns}
     assert sum(places["best"]) == sum(places["baseline"])
+
+
+def test_a_baseline_that_was_measured_before_is_said_to_be_older():
+    records = [kept(1, "base"), kept(2, "best")]
+    runs = [run(n, commit, seed, 1.0) for n, (commit, seed) in enumerate(
+        [("base", 45), ("base", 46), ("best", 45), ("best", 46)], 3)]  # fmt: skip
+    words = "the baseline's runs are those of an earlier confirmation"
+    assert words in Confirmation.of(records, runs).lines([])
+    runs[1]["n"] = 7  # measured in turn
+    assert words not in Confirmation.of(records, runs).lines([])
+
+
+# ---- the queue, in a repository without a supervisor
+
+
+@pytest.fixture
+def night(tmp_path, monkeypatch):
+    """A night with a baseline and nothing queued; wake() is counted in night.woken."""
+    page = tmp_path / "program.md"
+    page.write_text("- tag: test\n")
+    monkeypatch.setattr(settings, "PAGE", page)
+    monkeypatch.setenv("AUTORESEARCH_CACHE", str(tmp_path))
+    for words in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "lab"]):
+        who = ["-c", "user.name=x", "-c", "user.email=x@localhost", "-c", "commit.gpgsign=false"]
+        (tmp_path / "train.py").write_text("print()\n")
+        subprocess.run(["git", *who, *words], cwd=tmp_path, check=True)
+    night = Night(tmp_path)
+    for folder in (night.queue, night.done):
+        folder.mkdir(parents=True)
+    night.woken = []
+    monkeypatch.setattr(confirm, "wake", night.woken.append)
+    commit = night.repo.git("rev-parse", "HEAD")
+    night.enqueue("baseline", commit, commit, "baseline", 42)
+    end(night, 1, 1.0, "keep")
+    return night
+
+
+def end(night, n: int, score: float | None, status: str = "scored"):
+    """Records an open experiment as ended."""
+    [experiment] = [e for e in night.open() if e.n == n]
+    known = {
+        "id": f"{n:012x}",
+        "commit": experiment.asked["commit"],
+        "base": experiment.asked["base"],
+    }
+    status = "crash" if score is None else status
+    night.record(experiment, rules.Record(status, "no room", {**known, "score": score}))
+
+
+def keep(night, score: float) -> str:
+    tip = night.repo.git("rev-parse", "HEAD")
+    commit = night.repo.commit_file(f"# {score}\n".encode(), tip, "wider")
+    n = night.enqueue("try", commit, tip, "wider", 42)
+    end(night, n, score, "keep")
+    return commit
+
+
+def waiting(night) -> list[tuple]:
+    return [(e.n, e.asked["commit"], e.asked["seed"]) for e in night.open()]
+
+
+def test_baseline_and_best_are_queued_in_turn_and_never_twice(night):
+    best, base = keep(night, 0.9), night.records()[0]["commit"]
+    confirmation, numbers = queue_confirmation(night, None)
+    turns = [(base, 45), (best, 45), (best, 46), (base, 46), (base, 47), (best, 47)]
+    assert [entry[1:] for entry in waiting(night)] == turns
+    assert all(e.is_confirm and e.split == "test" for e in night.open())
+    end(night, 3, 1.0)
+    end(night, 4, None)  # a crash runs again, what waits or has its score does not
+    assert queue_confirmation(night, 2)[1] == {5, 6, 7, 8, 9}
+    assert waiting(night) == [
+        (5, best, 46),
+        (6, base, 46),
+        (7, base, 47),
+        (8, best, 47),
+        (9, best, 45),
+    ]
+    assert queue_confirmation(night, 4)[1] == {5, 6, 7, 8, 9, 10, 11}
+
+
+def test_what_cannot_be_confirmed_is_one_line(night):
+    with pytest.raises(Fail, match="an interval needs at least 2 seeds"):
+        confirm.confirm(night, 1)
+    with pytest.raises(Fail, match="nothing to confirm: the best is the baseline"):
+        queue_confirmation(night, None)
+    commit = night.records()[0]["commit"]
+    night.enqueue("try", commit, commit, "wider", 42)
+    with pytest.raises(Fail, match="the night is running: 2 wait or run"):
+        queue_confirmation(night, None)
+    end(night, 2, None)
+    night.journal.write_text("")
+    with pytest.raises(Fail, match="nothing to confirm: no experiment was kept"):
+        queue_confirmation(Night(night.root), None)
+
+
+def test_it_waits_for_its_runs_and_then_says_what_they_mean(night, monkeypatch, capsys):
+    best = keep(night, 0.9)
+
+    def one_run_ends(_):
+        for n, commit, seed in waiting(night)[:1]:
+            end(night, n, seed / 1000 + (0.9 if commit == best else 1.0))
+
+    monkeypatch.setattr(confirm.time, "sleep", one_run_ends)
+    confirm.confirm(night, 2)
+    said = capsys.readouterr().out.splitlines()
+    assert night.woken == [night]
+    assert said[:2] == [
+        "other runs on the test split: none",
+        "4 runs on the test split to wait for, 0 are measured already",
+    ]
+    assert [line[:9] for line in said[3:7]] == ["3: scored", "4: scored", "5: scored", "6: scored"]
+    assert said[-1] == "0.1000 better, 0.0957 to 0.1043: real"
+    confirm.confirm(night, 2)  # said again, nothing runs again
+    again = capsys.readouterr().out.splitlines()
+    assert again[1].startswith("0 runs on the test split to wait for, 4 are")
+    assert again[-1] == said[-1]
+
+
+def test_within_chance_it_names_the_command_for_more_seeds(night, capsys):
+    keep(night, 0.9)
+    queue_confirmation(night, 2)
+    for n, *_ in waiting(night):
+        end(night, n, 1.0 + n / 100)
+    confirm.confirm(night, 2)
+    said = capsys.readouterr().out.splitlines()
+    assert said[-2].endswith("within chance")
+    assert said[-1].endswith("uv run night.py confirm --seeds 4")
+
+
+def test_while_it_waits_a_killed_supervisor_is_started_again(night, monkeypatch):
+    keep(night, 0.9)
+    moments = iter(range(0, 100, 3))
+    monkeypatch.setattr(confirm.time, "monotonic", lambda: next(moments))
+    monkeypatch.setattr(
+        confirm.time, "sleep", lambda _: [end(night, n, 1.0) for n, *_ in waiting(night)[:1]]
+    )
+    confirm.confirm(night, 2)
+    assert len(night.woken) > 3
+
+
+def test_a_supervisor_that_failed_ends_the_waiting_with_its_words(night, monkeypatch):
+    keep(night, 0.9)
+    log = night.home / "supervisor.log"
+    log.write_text("of another day\n")
+    monkeypatch.setattr(
+        confirm.time, "sleep", lambda _: log.write_text("of another day\ndisk full\n")
+    )
+    words = "the supervisor ended: disk full; `uv run night.py confirm` continues"
+    with pytest.raises(Fail, match=words):
+        confirm.confirm(night, None)
