@@ -27,7 +27,7 @@ NOT_COMPARABLE = "not comparable"
 SLOW = "slow"
 CUT_OFF = "cut off"
 STOPPED = "stopped"
-REJECTED = "rejected (conflict)"
+CONFLICT = "rejected (conflict)"
 
 # What the ledger says of a run that changes its score without being its code; and why the machine
 # took something slower than the best.
@@ -272,7 +272,7 @@ def _after_conflict(runs: list[dict], history: History, conflict: str) -> Record
     One that had not run yet is rejected. One that won on an older best is compared with the present
     one by its score: the night never keeps a worse file than the best one that it has measured.
     """
-    why = f"{REJECTED}: {conflict}"
+    why = f"{CONFLICT}: {conflict}"
     won = [run for run in runs if run.get("again", "").startswith(BEST_MOVED)]
     if not won:
         return Record("crash", why)

@@ -8,9 +8,11 @@ a default.
 from __future__ import annotations
 
 import functools
+import importlib.util
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -19,7 +21,7 @@ from autoresearch.common import ROOT, Fail, one_line
 from autoresearch.night.rules import LOWER_IS_BETTER
 
 PAGE = ROOT / "program.md"
-BASELINE_SEEDS = (42, 43, 44)  # the first is the seed of every experiment
+CLUSTER_TIMEOUT = 3  # seconds in which something must listen at the cluster's address
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,7 @@ TARGET = Target(
     test_metric="test_bpb",
     lower_is_better=LOWER_IS_BETTER,
 )
+BASELINE_SEEDS = (42, 43, 44)  # the first is the seed of every experiment
 
 
 def setting(name: str, default: str | None = None) -> str:
@@ -70,7 +73,7 @@ def time_limit() -> int:
     return number_setting("limit", "1200")
 
 
-# ------------------------------------------------------------------------------- slots, on this machine
+# --------------------------------------------------------------------- where the runs go: slots
 
 
 def local_slots() -> list[dict]:
@@ -129,3 +132,32 @@ def cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def cluster_address() -> str | None:
+    """Where the Ray cluster answers (HOST:PORT, or `auto`); None where runs stay on this machine."""
+    address = setting("cluster", os.environ.get("RAY_ADDRESS") or "none").split()[0]
+    if address == "none":
+        return None
+    said = f"the cluster {one_line(address, 60)} (RAY_ADDRESS, or program.md's setting `cluster`)"
+    if address != "auto" and not re.fullmatch(r"[^\s/]+:\d{1,5}", address):
+        raise Fail(f"{said}: it must be HOST:PORT as `ray start --head` prints it, auto, or none")
+    if importlib.util.find_spec("ray") is None:
+        install = "uv sync --group cluster (or: uv run --group cluster night.py)"
+        raise Fail(f"{said} needs Ray, which is not installed: {install}")
+    return address
+
+
+def cluster_is_silent(address: str | None) -> str | None:
+    """What to say where nothing listens there; whether it is Ray, the supervisor finds out."""
+    if address in (None, "auto"):
+        return None
+    host, port = address.rsplit(":", 1)
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CLUSTER_TIMEOUT).close()
+    except (OSError, OverflowError, UnicodeError):
+        return (
+            f"the cluster {address} does not answer. Nothing is lost: all goes on when it does "
+            "(`ray start --head` there, or another `cluster:` in program.md)"
+        )
+    return None

@@ -39,7 +39,12 @@ from autoresearch.night.settings import TARGET, setting
 
 PAUSE = 0.05  # seconds between two looks at files that others write
 COMMAND_PATIENCE = 10  # seconds a command waits for another one
-RESERVED_TAGS = ("command", "compiled", "isolation", "supervisor")  # our own names in .night
+RESERVED_TAGS = ("command", "compiled", "supervisor")  # our own names in .night
+
+
+def split_of(asked: dict) -> str:
+    """The split that an experiment is scored on; asked: what its experiment.json holds."""
+    return "test" if asked["kind"] == "confirm" else "val"
 
 
 @dataclasses.dataclass
@@ -79,8 +84,7 @@ class Experiment:
 
     @property
     def split(self) -> str:
-        """The split that it is scored on; `test` in a confirmation alone."""
-        return "test" if self.is_confirm else "val"
+        return split_of(self.asked)
 
     def path(self, name: str, k: int | None = None) -> Path:
         """Of a file: path("run.log", 2) is run-2.log; without k that of the last run."""
@@ -108,10 +112,10 @@ class Experiment:
         return found
 
     def timed_runs(self) -> list[dict]:
-        """The same with `n` and `kind`, and with `ended` also where a run was cut off: when its log did."""
+        """The same with `n` and `kind`; of a run that was cut off, `ended` is when its log did."""
         found = self.runs()
         for k, run in enumerate(found, 1):
-            run["n"], run["kind"] = self.n, self.asked["kind"]
+            run |= {"n": self.n, "kind": self.asked["kind"]}
             log = self.path("run.log", k)
             if "ended" not in run and log.is_file():
                 run["ended"] = utc(log.stat().st_mtime)

@@ -295,7 +295,7 @@ def test_it_waits_for_its_runs_and_then_says_what_they_mean(night, monkeypatch, 
         "4 runs on the test split to wait for, 0 are measured already",
     ]
     assert [line[:9] for line in said[3:7]] == ["3: scored", "4: scored", "5: scored", "6: scored"]
-    assert said[-1] == "0.1000 better, 0.0957 to 0.1043: real"
+    assert said[-1] == "0.1000 better, 0.0970 to 0.1030: real"
     confirm.confirm(night, 2)  # said again, nothing runs again
     again = capsys.readouterr().out.splitlines()
     assert again[1].startswith("0 runs on the test split to wait for, 4 are")
