@@ -163,6 +163,18 @@ class Confirmation:
         return bool(before and after) and max(before) < min(after)
 
 
+def confirmation_lines(records: list[dict], confirmed: list[dict], ledger: list[dict]) -> list[str]:
+    """What is known so far, for a look back: the table, or why there is none."""
+    if not records:
+        return ["night.py confirm compares what a night of its own has kept; this log has none"]
+    confirmation = Confirmation.of(records, confirmed)
+    if confirmation is None:
+        return ["nothing to confirm: nothing was kept but the baseline"]
+    if not confirmation.seeds:
+        return ["the best is not confirmed yet: uv run night.py confirm"]
+    return confirmation.lines(ledger)
+
+
 def _cell(run: dict | None) -> str:
     if run is None:
         return "-"

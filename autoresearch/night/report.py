@@ -4,14 +4,16 @@ All that is known of a night, read once: for the audit, the notebook, and whatev
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 
-from autoresearch.common import ROOT, Fail, git
+from autoresearch.common import ROOT, Fail, git, seconds_of
 from autoresearch.night.results import Row, read_results
-from autoresearch.night.rules import noise_floor
+from autoresearch.night.rules import BEST_MOVED, noise_floor
 from autoresearch.night.store import Night
-from autoresearch.referee.ledger import read_ledger
+from autoresearch.referee.ledger import joined, read_ledger
 
 
 @dataclass
@@ -67,3 +69,60 @@ class NightReport:
 
     def noise_floor(self) -> float | None:
         return noise_floor(self.history())
+
+
+# -------------------------------------------------------------------------- where the hours went
+
+
+def hours_line(report: NightReport) -> str:
+    """In one line: the share of the time with a run in a slot, and the seconds lost, by reason.
+
+    The time lasts from the first start to the last end; confirmation runs are left out. There are
+    as many slots as runs ever stood side by side.
+    """
+    runs = list(_timed(report))
+    first = min((began for began, *_ in runs), default=0.0)
+    last = max((ended for _, _, ended, _ in runs), default=0.0)
+    if last == first:
+        return "nothing is known of the night's hours"
+    # Two seconds of overlap are the rounding of the times, not a second slot.
+    long = [(began, ended) for began, _, ended, _ in runs if ended - began > 2]
+    changes = [(began, 1) for began, _ in long] + [(ended - 2, -1) for _, ended in long]
+    slots = max(accumulate(change for _, change in sorted(changes)), default=1)
+    total = slots * (last - first)
+    running = sum(ended - began for began, _, ended, _ in runs)
+    starting = sum(batch - began for began, batch, _, wasted in runs if not wasted)
+    repeated = sum(ended - began for began, _, ended, wasted in runs if wasted)
+    return (
+        f"{(last - first) / 3600:.1f} hours, {slots} slot{'s' if slots > 1 else ''}, a run in them "
+        f"{running / total:.0%} of the time. Lost: {starting:,.0f} s to starting and compiling, "
+        f"{repeated:,.0f} s to slow and repeated runs, {max(0, total - running):,.0f} s to waiting "
+        "for the agent"
+    )
+
+
+def _timed(report: NightReport) -> Iterator[tuple[float, float, float, bool]]:
+    """(began, first batch, ended, wasted) of each run, in seconds since 1970.
+
+    The night knows when the process began and ended, the ledger when the first batch was drawn. Of
+    a night without night.py the ledger tells all, for the runs that have a row.
+    """
+    measured = {run["run"]: run for run in joined(report.ledger) if run.get("split") == "val"}
+    claimed = {row.hash[:7] for row in report.rows if row.hash}
+    by_hand = [i for i, run in measured.items() if (run.get("commit") or "")[:7] in claimed]
+    slow = {record["run"] for record in report.records if record.get("slow")}
+    for i in dict.fromkeys([*report.started, *by_hand]):
+        run, line = report.started.get(i, {}), measured.get(i, {})
+        batch = seconds_of(line["began"]) if line.get("began") else None
+        if run.get("began"):
+            began = seconds_of(run["began"])
+        elif batch is not None:
+            began = batch - (line.get("startup_seconds") or 0)
+        else:
+            continue
+        ended = run.get("ended") or line.get("time")
+        ended = seconds_of(ended) if ended else began
+        again = run.get("again", BEST_MOVED)  # a second run on a new best was no waste
+        wasted = i in slow or not again.startswith(BEST_MOVED)
+        if run.get("kind") != "confirm":
+            yield began, ended if batch is None else min(batch, ended), ended, wasted

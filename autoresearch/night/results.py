@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from autoresearch.common import one_line, some, write_atomically
-from autoresearch.night.rules import REJECTED, gain
+from autoresearch.night.rules import CONFLICT, gain
 from autoresearch.night.settings import BASELINE_SEEDS, TARGET
 
 COLUMNS = ["commit", TARGET.metric, "memory_gb", "status", "description"]
@@ -39,7 +39,7 @@ def _description(record: dict) -> str:
         text = "baseline" if first else f"baseline, seed {record['seed']}"
     if record["simpler"]:
         text = "simpler: " + text
-    if record["score"] is None or record["why"].startswith(REJECTED):
+    if record["score"] is None or record["why"].startswith(CONFLICT):
         text += f" [{record['why']}]"
     if record.get("displaced"):
         text += f" [displaces {record['displaced'][:7]}]"
