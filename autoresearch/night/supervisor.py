@@ -13,8 +13,9 @@ import time
 import uuid
 from collections.abc import Callable
 
-from autoresearch.common import ROOT, Fail, read_json, utc, write_json
+from autoresearch.common import ROOT, Fail, utc
 from autoresearch.night import rules
+from autoresearch.night.experiment import Experiment
 from autoresearch.night.repo import merged
 from autoresearch.night.settings import (
     cluster_address,
@@ -24,7 +25,7 @@ from autoresearch.night.settings import (
     setting,
     time_limit,
 )
-from autoresearch.night.store import PAUSE, Experiment, Night
+from autoresearch.night.store import PAUSE, Night
 
 
 class Supervisor:
@@ -55,7 +56,7 @@ class Supervisor:
 
     def turn(self) -> bool:
         """One look at the queue. Returns whether anything moved."""
-        write_engine_state(self.night, len(self.engine.slots()), self.engine.words())
+        self.night.keep_engine_state(len(self.engine.slots()), self.engine.words())
         moved = False
         for experiment in self.night.open():
             state = experiment.state()
@@ -174,18 +175,7 @@ class Supervisor:
         return commit, ""
 
 
-# ------------------------------------------------------------------------- the engine, as it was seen
-
-
-def write_engine_state(night: Night, slots: int, words: list[str]):
-    """For the commands, which do not ask the engine: how many runs at once, lines for the status."""
-    state = {"slots": slots, "words": words}
-    if read_engine_state(night) != state:
-        write_json(night.home / "engine.json", state)
-
-
-def read_engine_state(night: Night) -> dict:
-    return read_json(night.home / "engine.json") or {"slots": 1, "words": []}
+# -------------------------------------------------------------------------------------- the process
 
 
 def capacity(night: Night) -> int:
@@ -195,13 +185,10 @@ def capacity(night: Night) -> int:
     """
     if cluster_address():
         number_setting("slots", "1")
-        slots = read_engine_state(night)["slots"]
+        slots = night.engine_state()["slots"]
     else:
         slots = len(local_slots())
     return max(2, slots)
-
-
-# -------------------------------------------------------------------------------------- the process
 
 
 def supervise(make_engine: Callable[[Night], object]):
@@ -214,7 +201,7 @@ def supervise(make_engine: Callable[[Night], object]):
             try:
                 engine = make_engine(night)
             except Fail as problem:
-                write_engine_state(night, 1, [str(problem).removeprefix("FAIL: ")])
+                night.keep_engine_state(1, [str(problem).removeprefix("FAIL: ")])
                 raise
             try:
                 Supervisor(night, engine).work()

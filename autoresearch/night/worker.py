@@ -25,8 +25,9 @@ from pathlib import Path
 
 from autoresearch.common import cache_dir, read_json, seconds_of, utc, write_json
 from autoresearch.night import rules
+from autoresearch.night.experiment import Experiment, split_of
 from autoresearch.night.settings import TARGET, local_slots
-from autoresearch.night.store import Experiment, Night, split_of
+from autoresearch.night.store import Night
 from autoresearch.referee.ledger import ledger_path, read_ledger
 
 LOOK = 0.25  # seconds between two looks at a run
