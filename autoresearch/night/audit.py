@@ -53,7 +53,10 @@ def audit(report: NightReport) -> Iterator[Finding]:
     """All that was compared."""
     for words in report.skipped:
         yield Finding(False, words)
-    if report.problem:
+    in_git = git("rev-parse", "HEAD", at=report.root, check=False) is not None
+    if not in_git:
+        yield Finding(False, "this is no git repository: what ran and what was kept is not checked")
+    elif report.problem:
         yield Finding(False, f"the night's own records were not read: {report.problem}")
     elif report.rows and not report.records:
         yield Finding(True, "no journal of this night: rows are compared with ledger and git alone")
@@ -79,9 +82,7 @@ def audit(report: NightReport) -> Iterator[Finding]:
     yield from _confirmation(report.confirmed, test, confirming)
     yield from _journal(report)
     yield from _earned(report.history())
-    if git("rev-parse", "HEAD", at=report.root, check=False) is None:
-        yield Finding(False, "this is no git repository: what ran and what was kept is not checked")
-    else:
+    if in_git:
         yield from _code([*val, *confirming], report.root)
         yield from _branch(report)
 
