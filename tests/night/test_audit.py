@@ -237,27 +237,16 @@ class Falsify:
         (lab.folder / "prepare.py").write_text("easy = True\n")
         return ["changed and not committed: prepare.py"]
 
-    def another_fingerprint(lab):
-        lab.keep(0.9, fingerprint="e" * 12)
-        words = (
-            "fingerprints, whose scores cannot be compared: ffffffffffff (8 runs), eeeeeeeeeeee ("
-        )
-        return [f"2 {words}"]
-
-    def another_device(lab):
-        lab.keep(0.9, device="A100")
-        return ["2 devices, whose scores cannot be compared: H200 (8 runs), A100 ("]
-
-    def another_torch(lab):
-        for score, version in ((0.92, "2.15.0"), (0.91, "2.15.0"), (0.90, "2.11.0")):
-            lab.keep(score, torch=version, what=str(score))
-        return ["2 versions of torch, whose scores cannot be compared: 2.15.0 (2 runs), 2.11.0 ("]
-
-    def another_driver(lab):
-        for score, version in ((0.92, "580.1"), (0.91, "590.2")):
-            lab.keep(score, driver=version, what=str(score))
+    def measure_on_another_machine(lab):
+        for score in (0.92, 0.91):
+            lab.keep(score, torch="2.15.0", driver="580.1", what=str(score))
+        other = {"fingerprint": "e" * 12, "device": "A100", "torch": "2.11.0", "driver": "590.2"}
+        lab.keep(0.90, **other)
         return [
-            "2 versions of the driver, whose scores cannot be compared: 580.1 (1 runs), 590.2 ("
+            "2 fingerprints, whose scores cannot be compared: ffffffffffff (10 runs), eeeeeeeeeeee (",
+            "2 devices, whose scores cannot be compared: H200 (10 runs), A100 (",
+            "2 versions of torch, whose scores cannot be compared: 2.15.0 (2 runs), 2.11.0 (",
+            "2 versions of the driver, whose scores cannot be compared: 580.1 (2 runs), 590.2 (",
         ]
 
     def commit_without_a_row(lab):
@@ -483,17 +472,3 @@ def test_without_git_the_audit_says_so(tmp_path):
 def test_an_audit_of_nothing_does_not_say_that_all_is_well(lab):
     lab.rows, lab.records, lab.started, lab.ledger = [], [], {}, []
     assert lab.audit() == ["No row was read, so nothing was checked."]
-
-
-# ---- What is read of a night before it is audited.
-
-
-def test_the_noise_floor_of_a_log_without_its_night_is_that_of_its_baseline(tmp_path):
-    rows = [
-        Row(1, "aaaaaaa", 1.0, None, "keep", "baseline"),
-        Row(2, "aaaaaaa", 1.0004, None, "discard", "baseline, seed 43"),
-        Row(3, "aaaaaaa", 1.2, None, "discard", "an idea that was never committed"),
-    ]
-    assert NightReport(tmp_path, rows).noise_floor() == pytest.approx(0.0004)
-    rows = [dataclasses.replace(row, commit="none") for row in rows]
-    assert NightReport(tmp_path, rows).noise_floor() is None
