@@ -4,10 +4,10 @@ import copy
 import dataclasses
 import hashlib
 import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
+from repository import git, make_repository
 
 from autoresearch.night.audit import audit_lines
 from autoresearch.night.report import NightReport
@@ -35,10 +35,7 @@ class Lab:
     more: dict = dataclasses.field(default_factory=dict)  # for the NightReport
 
     def git(self, *words) -> str:
-        who = ["-c", "user.name=x", "-c", "user.email=x@localhost", "-c", "commit.gpgsign=false"]
-        command = ["git", *who, *words]
-        done = subprocess.run(command, cwd=self.folder, check=True, capture_output=True, text=True)
-        return done.stdout.strip()
+        return git(self.folder, *words)
 
     @property
     def tip(self) -> str:
@@ -118,11 +115,10 @@ def honest(folder: Path, by_hand: bool) -> Lab:
     """Baseline with another seed, 3 kept, 1 discarded, 1 crash; and what a night does by itself."""
     lab = Lab(folder, by_hand)
     (folder / "autoresearch").mkdir(parents=True)
-    lab.git("init", "-qb", "autoresearch/test")
     for name in ("prepare.py", "autoresearch/common.py"):
         (folder / name).write_bytes(LOCKED)
-    lab.commit("before\n", "autoresearch/common.py")
-    base = lab.commit("the lab\n", "prepare.py")
+    make_repository(folder, "autoresearch/test")
+    base = lab.commit("the lab\n")
     lab.experiment(base, 1.0, "keep", "baseline")
     lab.experiment(base, 1.0004, "discard", "baseline, seed 43", seed=43)
     lab.experiment(lab.commit("one\n"), 0.99, "keep", "one")

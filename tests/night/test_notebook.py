@@ -14,6 +14,7 @@ import nbformat
 import pytest
 from miniature import ROOT
 from nbclient import NotebookClient
+from repository import make_repository
 
 NOTEBOOK = nbformat.read(ROOT / "analysis.ipynb", as_version=4)
 HEADER = "commit\tval_bpb\tmemory_gb\tstatus\tdescription\n"
@@ -166,10 +167,7 @@ def make(folder: Path, log: Log):
     if log.ledger:
         shutil.copy(log.ledger, folder / "cache/autoresearch.jsonl")
     if log.records:  # of the tag in this repository's program.md
-        subprocess.run(["git", "init", "-q"], cwd=folder, check=True)
-        who = ["-c", "user.name=x", "-c", "user.email=x@localhost", "-c", "commit.gpgsign=false"]
-        commit = ["git", *who, "commit", "-q", "--allow-empty", "-m", "lab"]
-        subprocess.run(commit, cwd=folder, check=True)
+        make_repository(folder)
         tag = re.search(r"^- tag: (\S+)", (ROOT / "program.md").read_text(), re.M)[1]
         (folder / f".night/{tag}/queue").mkdir(parents=True)
         lines = "".join(json.dumps(record) + "\n" for record in log.records)

@@ -3,9 +3,9 @@
 import dataclasses
 import json
 import re
-import subprocess
 
 import pytest
+from repository import git, make_repository
 
 from autoresearch.common import utc
 from autoresearch.night import settings
@@ -30,15 +30,13 @@ def test_a_night_is_read_as_far_as_it_is_there(tmp_path, monkeypatch):
     monkeypatch.setattr(settings, "PAGE", tmp_path / "program.md")
     monkeypatch.setenv("AUTORESEARCH_CACHE", str(tmp_path))
     assert "is no git repository" in NightReport.here(tmp_path).problem
-    for words in (["init", "-qb", "main"], ["commit", "-q", "--allow-empty", "-m", "lab"]):
-        who = ["-c", "user.name=x", "-c", "user.email=x@localhost", "-c", "commit.gpgsign=false"]
-        subprocess.run(["git", *who, *words], cwd=tmp_path, check=True)
+    make_repository(tmp_path)
     assert NightReport.here(tmp_path).problem.startswith("program.md has no line `- tag")
     (tmp_path / "program.md").write_text("- tag: test\n")
     report = NightReport.here(tmp_path)
     assert (report.problem, report.records, report.branch) == ("", [], "main")
 
-    subprocess.run(["git", "branch", "autoresearch/test"], cwd=tmp_path, check=True)
+    git(tmp_path, "branch", "autoresearch/test")
     folder = tmp_path / ".night/test"
     experiments = {"queue/4": "try", "done/1": "baseline", "done/2": "confirm", "done/3": "try"}
     for place, kind in experiments.items():
