@@ -231,13 +231,12 @@ def queue_confirmation(night: Night, seeds: int | None) -> tuple[Confirmation, s
             f"the night is running: {some(others)} wait or run: `uv run night.py wait` until they "
             "have ended, or `uv run night.py drop N`, then confirm"
         )
-    best = best_of(night.records())
-    if best is None:
+    if best_of(night.records()) is None:
         raise Fail(
             "nothing to confirm: no experiment was kept. `uv run night.py` says what is next"
         )
     queued = {(e.asked["commit"], e.asked["seed"]): e.n for e in experiments}
-    asked = [seed - FIRST_SEED + 1 for commit, seed in queued if commit == best["commit"]]
+    asked = [seed - FIRST_SEED + 1 for _, seed in queued]
     least = max([seeds or SEEDS, *asked])
     confirmation = Confirmation.of(night.records(), night.confirmed(), least)
     if confirmation is None:

@@ -191,10 +191,10 @@ def check(lab, falsify):
 
 class Falsify:
     def claim_a_score(lab):
-        lab.claim(7, score=0.96)
+        lab.claim(7, score=0.969998)
         return [
             "5 of 6 scores match the ledger; not experiments 7 (",
-            "0.960000 claimed, 0.970000 measured",
+            "0.969998 claimed, 0.970000 measured",
         ]
 
     def invent_a_row(lab):
@@ -297,8 +297,8 @@ class Falsify:
         return ["kept without being better than the best by more than noise: experiments 9"]
 
     def import_a_helper(lab):
-        lab.ledger[-1]["imported"]["helper.py"] = "0" * 16
-        return ["imported, and not in the commit: helper.py (in "]
+        lab.ledger[-1]["imported"]["\x1b[2Jhelper.py"] = "0" * 16
+        return ["imported, and not in the commit:  [2Jhelper.py (in "]
 
     def import_a_helper_from_elsewhere_later(lab):
         lab.ledger[-1]["imported"]["/tmp/helper.py"] = "0" * 16

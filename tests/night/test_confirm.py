@@ -2,6 +2,7 @@
 
 import math
 import random
+import shutil
 
 import pytest
 from repository import make_repository
@@ -186,7 +187,7 @@ def test_a_baseline_that_was_measured_before_is_said_to_be_older():
         [("base", 45), ("base", 46), ("best", 45), ("best", 46)], 3)]  # fmt: skip
     words = "the baseline's runs are those of an earlier confirmation"
     assert words in Confirmation.of(records, runs).lines([])
-    runs[1]["n"] = 7  # measured in turn
+    runs[1]["n"] = 5.5  # measured in turn
     assert words not in Confirmation.of(records, runs).lines([])
 
 
@@ -254,6 +255,12 @@ def test_baseline_and_best_are_queued_in_turn_and_never_twice(night):
         (9, best, 45),
     ]
     assert queue_confirmation(night, 4)[1] == {5, 6, 7, 8, 9, 10, 11}
+
+
+def test_an_experiment_that_is_recorded_and_not_archived_yet_does_not_run(night):
+    keep(night, 0.9)
+    shutil.copytree(night.done / "2", night.queue / "2")
+    assert len(queue_confirmation(night, None)[1]) == 6
 
 
 def test_what_cannot_be_confirmed_is_one_line(night):
@@ -326,3 +333,25 @@ def test_a_supervisor_that_failed_ends_the_waiting_with_its_words(night, monkeyp
     words = "the supervisor ended: disk full; `uv run night.py confirm` continues"
     with pytest.raises(Fail, match=words):
         confirm.confirm(night, None)
+
+
+def test_a_real_night_that_displaced_a_best_is_confirmed_and_stands_the_audit(lab):
+    lab.set("- slots: 2")
+    small = lab.attempt("a little wider", WIDTH=1, HOLD="small")
+    large = lab.attempt("much wider", WIDTH=5, HOLD="large")
+    lab.until(lambda: len(lab.running()) == 2)
+    for n, name in ((small, "small"), (large, "large")):
+        lab.go(name)
+        lab.until_ended(n)
+    lab.until_idle()
+    said = lab.say("confirm", "--seeds", 2).splitlines()
+    assert said[-1] == "0.050000 better, 0.049696 to 0.050304: real"
+    assert lab.say("confirm", "--seeds", 2).splitlines()[-1] == said[-1]
+    assert lab.say("audit").splitlines() == [
+        "  5 of 5 scores match the ledger",
+        "  every run that started has its row",
+        "  the test split was scored 4 times",
+        "  4 of 4 scores of the confirmation match the ledger",
+        "  every kept commit is on the branch and touches only train.py",
+        "Nothing found that speaks against these numbers.",
+    ]
