@@ -236,7 +236,8 @@ STEPS = {
     "simpler and not worse": keep("simpler", run(0.955), **SIMPLER),
     "simpler and worse": discard("worse", run(0.965), **SIMPLER),
     "simpler twice, by a little": discard(
-        "worse by 0.008000", run(0.965, "simple"), records=[*BEST, kept(4, "simple", "best", 0.957)], **SIMPLER),
+        "worse by 0.008000", run(0.965, "simple"), records=[*BEST, kept(4, "simple", "best", 0.957)],
+        **SIMPLER),
     "no score": crash("it broke", run()),
     # the baseline: the first seed is kept, the others measure the noise
     "the first seed": keep("the baseline", run(1.0, "base", "base"), records=[], **SEED),
@@ -248,7 +249,7 @@ STEPS = {
         "slow (50% of its expected rate)", run(1.2, "base", tokens=500), rates=[50, 100], records=[], **SEED),
     "a seed on another attention runs again": again(
         "not comparable: attention flex", run(1.2, "base", "base", conditions=FLEX), records=[], **SEED),
-    "a score where the baseline has none": discard("the baseline has no score", run(0.5, "base"), records=NONE),
+    "a score where the baseline has none": discard("the baseline has no", run(0.5, "base"), records=NONE),
     # a best that moved: what ran on the old one and won there runs again on the new one
     "won on the best before": again("the best moved; on base it was better", run(0.930, "base")),
     "lost on the best before": discard("the best moved; on base it was worse", run(1.02, "base")),
@@ -281,7 +282,8 @@ STEPS = {
         "cut off", run(**CUT), run(again="stopped"), run(again="stopped"), run(lost="cut off")),
     # slow, uncompiled, on another attention: once more
     "slow by the same code": again("slow (50% of its expected rate)", run(0.5), rates=[100, 200]),
-    "slow by its own best stretch": again("slow (20%", run(0.5, tokens=2000, training_seconds=100, pace=STALLED)),
+    "slow by its own best stretch": again(
+        "slow (20%", run(0.5, tokens=2000, training_seconds=100, pace=STALLED)),
     "slow twice": keep(
         "better", run(0.99, tokens=400, again="slow (40%)"), run(0.93, tokens=500), rates=[40, 50, 100]),
     "slow, and the repeat is not": discard(
@@ -298,10 +300,12 @@ STEPS = {
         "twice not comparable: attention flex", run(0.5, **OTHER), run(0.5, conditions=FLEX)),
     "on another attention, and the repeat is not": keep(
         "better by 0.020000", run(0.5, **OTHER), run(0.93, conditions=FLASH)),
-    "the change chose another attention": keep("better", run(0.93, conditions={**FLASH, "attention": "mine"})),
+    "the change chose another attention": keep(
+        "better", run(0.93, conditions={**FLASH, "attention": "mine"})),
     # the agent gives it up
     "dropped while it waited": crash("dropped while it waited", **DROPPED),
-    "dropped while it waited for its second run": crash("dropped while it waited", run(0.9, **WON), **DROPPED),
+    "dropped while it waited for its second run": crash(
+        "dropped while it waited", run(0.9, **WON), **DROPPED),
     "dropped while it ran": crash("dropped", run(0.5, code=-9), **DROPPED),
     "dropped, and cut off": crash("dropped", dict(id="r", lost="cut off"), **DROPPED),
     "dropped, and conflicts": crash("dropped while it waited", run(0.9, **WON), **CONFLICT, **DROPPED),
