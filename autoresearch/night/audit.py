@@ -1,8 +1,8 @@
 """
 The audit: what the table claims, against the ledger, the night's journal and git.
 
-It looks for what would change a verdict, and says in sentences what it compared. A line that begins
-with `!` is something to look at before believing the numbers.
+It reports what would change a verdict, one sentence a finding. A line that begins with `!` is
+something to look at before believing the numbers.
 """
 
 from __future__ import annotations
@@ -10,71 +10,17 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
-from autoresearch.common import ROOT, Fail, git, git_bytes, one_line, some
-from autoresearch.night.results import Row, read_results
-from autoresearch.night.rules import best_of, decide, gain, noise_floor
+from autoresearch.common import git, git_bytes, one_line, printable, some
+from autoresearch.night.report import NightReport
+from autoresearch.night.results import Row
+from autoresearch.night.rules import best_of, decide, displaced_by, gain, noise_floor
 from autoresearch.night.settings import BASELINE_SEEDS, TARGET
-from autoresearch.night.store import Night
-from autoresearch.referee.ledger import joined, read_ledger
+from autoresearch.referee.ledger import joined
 
-BY_HAND = {TARGET.file, "program.md", "analysis.ipynb", "README.md"}  # may differ from the commit
-
-
-@dataclass
-class NightReport:
-    """All that is known of a night, read once."""
-
-    root: Path  # the repository
-    rows: list[Row]
-    skipped: list[str] = field(default_factory=list)  # why rows of results.tsv were skipped
-    records: list[dict] = field(default_factory=list)  # the journal's; none of another's log
-    confirmed: list[dict] = field(default_factory=list)  # the records of confirmation runs
-    started: dict[str, dict] = field(default_factory=dict)  # run id: what the night knows of it
-    ledger: list[dict] = field(default_factory=list)
-    damaged: int = 0  # lines of the ledger
-    branch: str = "HEAD"  # the night's
-    problem: str = ""  # why the night's own files could not be read
-
-    @classmethod
-    def here(cls) -> NightReport:
-        rows, skipped = read_results(ROOT / "results.tsv")
-        ledger, damaged = read_ledger()
-        branch = git("rev-parse", "--abbrev-ref", "HEAD", check=False) or "HEAD"
-        report = cls(ROOT, rows, skipped, ledger=ledger, damaged=damaged, branch=branch)
-        try:
-            night = Night()
-        except Fail as error:  # not in its repository, or no tag
-            report.problem = str(error).removeprefix("FAIL: ")
-            return report
-        if git("rev-parse", "-q", "--verify", night.branch, check=False):
-            report.branch = night.branch
-        if night.begun():
-            report.records, report.confirmed = night.records(), night.confirmed()
-            # A run counts as the night's while its experiment is open or in the journal.
-            known = {record["n"] for record in night.ended()} | {e.n for e in night.open()}
-            runs = [run for run in night.timed_runs() if run["n"] in known]
-            report.started = {run["id"]: run for run in runs}
-        return report
-
-    def history(self) -> list[dict]:
-        """The night's records; of a log without them, what its rows say in their place."""
-        if self.records:
-            return self.records
-        found = []
-        for row in self.rows:
-            # Only the baseline's rows are known to be repeats of one commit.
-            commit = row.hash if row.what.startswith("baseline") else None
-            record = {"n": row.n, "score": row.score, "status": row.status}
-            record["commit"] = commit or f"row {row.n}"
-            record["simpler"] = row.what.startswith("simpler")
-            found.append(record)
-        return found
-
-    def noise_floor(self) -> float | None:
-        return noise_floor(self.history())
+MAY_DIFFER = {TARGET.file, "program.md", "analysis.ipynb", "README.md"}  # from the commit
 
 
 @dataclass(frozen=True)
@@ -83,7 +29,7 @@ class Finding:
     words: str
 
     def __str__(self) -> str:
-        return f"{' ' if self.fine else '!'} {self.words}"
+        return f"{' ' if self.fine else '!'} {printable(self.words)}"
 
 
 def say_audit():
@@ -104,10 +50,13 @@ def audit_lines(report: NightReport) -> list[str]:
 
 
 def audit(report: NightReport) -> Iterator[Finding]:
-    """All that was compared."""
+    """Everything that was compared, and what came of it."""
     for words in report.skipped:
         yield Finding(False, words)
-    if report.problem:
+    in_git = git("rev-parse", "HEAD", at=report.root, check=False) is not None
+    if not in_git:
+        yield Finding(False, "this is no git repository: what ran and what was kept is not checked")
+    elif report.problem:
         yield Finding(False, f"the night's own records were not read: {report.problem}")
     elif report.rows and not report.records:
         yield Finding(True, "no journal of this night: rows are compared with ledger and git alone")
@@ -133,9 +82,7 @@ def audit(report: NightReport) -> Iterator[Finding]:
     yield from _confirmation(report.confirmed, test, confirming)
     yield from _journal(report)
     yield from _earned(report.history())
-    if git("rev-parse", "HEAD", at=report.root, check=False) is None:
-        yield Finding(False, "this is no git repository: what ran and what was kept is not checked")
-    else:
+    if in_git:
         yield from _code([*val, *confirming], report.root)
         yield from _branch(report)
 
@@ -152,7 +99,7 @@ def _name(run: dict) -> str:
 
 
 def _is_own(run: dict, report: NightReport, claimed: set[str]) -> bool:
-    """Whether a run of the ledger belongs to this night, also one that the night did not start."""
+    """Whether a run of the ledger belongs to this night, even if the night did not start it."""
     if run["run"] in report.started:
         return True
     place = run.get("repo") or "/"
@@ -186,9 +133,9 @@ def _match(rows: list[Row], runs: list[dict]) -> dict[int, dict]:
 
 def _scores(rows: list[Row], runs: list[dict], matched: dict[int, dict]) -> Iterator[Finding]:
     """Each claimed score against what the ledger has of its commit."""
-    wrong = []
+    mismatched = []
     edited = []
-    lucky = []
+    other_seed = []
     scored = [row for row in rows if row.score is not None]
     for row in scored:
         run = matched.get(row.n)
@@ -197,37 +144,39 @@ def _scores(rows: list[Row], runs: list[dict], matched: dict[int, dict]) -> Iter
             measured = [f"{other['score']:.6f}" for other in same if other.get("score") is not None]
             measured = " and ".join(measured) or "nothing"
             claim = f"{row.score:.6f} claimed, {measured} measured"
-            wrong.append(f"{row.n} ({one_line(row.commit, 20)}: {claim})")
+            mismatched.append(f"{row.n} ({one_line(row.commit, 20)}: {claim})")
         elif run.get("changed"):
             edited.append(row.n)
         elif row.status == "keep" and run.get("seed", BASELINE_SEEDS[0]) != BASELINE_SEEDS[0]:
-            lucky.append(row.n)
+            other_seed.append(row.n)
     if scored:
-        words = f"{len(scored) - len(wrong)} of {len(scored)} scores match the ledger"
-        yield Finding(not wrong, words + (f"; not experiments {some(wrong)}" if wrong else ""))
+        words = f"{len(scored) - len(mismatched)} of {len(scored)} scores match the ledger"
+        yield Finding(
+            not mismatched, words + (f"; not experiments {some(mismatched)}" if mismatched else "")
+        )
     if edited:
         words = f"{TARGET.file} had uncommitted changes when these were measured: experiments "
         yield Finding(False, words + some(edited))
-    if lucky:
+    if other_seed:
         words = f"kept with another seed than {BASELINE_SEEDS[0]}: experiments "
-        yield Finding(False, words + some(lucky))
+        yield Finding(False, words + some(other_seed))
 
 
-def _runs_left_out(left: list[dict]) -> Iterator[Finding]:
+def _runs_left_out(runs: list[dict]) -> Iterator[Finding]:
     """Runs of this night that have no row and that the night did not start."""
-    scored = [f"{run['score']:.6f} ({_name(run)})" for run in left if run.get("score") is not None]
-    others = [run for run in left if run.get("score") is None]
+    scored = [f"{run['score']:.6f} ({_name(run)})" for run in runs if run.get("score") is not None]
+    others = [run for run in runs if run.get("score") is None]
     if scored:
         yield Finding(False, f"{len(scored)} measured scores have no row: {some(scored)}")
     if others:
         ends = [f"{_name(run)}: {one_line(run.get('failure') or 'no end', 60)}" for run in others]
         yield Finding(True, f"{len(others)} runs gave no score and have no row: {some(ends)}")
-    if not left:
+    if not runs:
         yield Finding(True, "every run that started has its row")
 
 
 def _sameness(runs: list[dict]) -> Iterator[Finding]:
-    """What must be one for two scores to be comparable."""
+    """Scores are comparable on one fingerprint, device, torch and driver."""
     for key, several in (
         ("fingerprint", "fingerprints"),
         ("device", "devices"),
@@ -267,17 +216,17 @@ def _confirmation(
     keys = ("commit", "seed", "score")
     measured = {run["run"]: [run.get(key) for key in keys] for run in test}
     scored = [record for record in confirmed if record["score"] is not None]
-    wrong = [r["n"] for r in scored if measured.get(r["run"]) != [r[key] for key in keys]]
+    mismatched = [r["n"] for r in scored if measured.get(r["run"]) != [r[key] for key in keys]]
     if scored:
-        words = f"{len(scored) - len(wrong)} of {len(scored)} scores of the confirmation match"
-        words += " the ledger" + (f"; not runs {some(wrong)}" if wrong else "")
-        yield Finding(not wrong, words)
-    told = {(record["commit"], record["seed"]) for record in scored}
-    left = [run for run in confirming if (run.get("commit"), run.get("seed")) not in told]
-    left = [_name(run) for run in left if run.get("score") is not None]
-    if left:
-        words = f"{len(left)} scores on the test split are missing in the confirmation: "
-        yield Finding(False, words + some(left))
+        words = f"{len(scored) - len(mismatched)} of {len(scored)} scores of the confirmation match"
+        words += " the ledger" + (f"; not runs {some(mismatched)}" if mismatched else "")
+        yield Finding(not mismatched, words)
+    recorded = {(record["commit"], record["seed"]) for record in scored}
+    missing = [run for run in confirming if (run.get("commit"), run.get("seed")) not in recorded]
+    missing = [_name(run) for run in missing if run.get("score") is not None]
+    if missing:
+        words = f"{len(missing)} scores on the test split are missing in the confirmation: "
+        yield Finding(False, words + some(missing))
 
 
 # --------------------------------------------------------------------------- journal and rules
@@ -289,17 +238,17 @@ def _journal(report: NightReport) -> Iterator[Finding]:
         return
     rows = [(row.commit[:7], f"{row.score or 0:.6f}", row.status) for row in report.rows]
     records = [(r["commit"][:7], f"{r['score'] or 0:.6f}", r["status"]) for r in report.records]
-    strange = [row.n for row, key in zip(report.rows, rows) if key not in records]
+    unknown = [row.n for row, key in zip(report.rows, rows) if key not in records]
     lost = [record["n"] for record, key in zip(report.records, records) if key not in rows]
-    if strange:
-        yield Finding(False, f"rows that the night did not write so: experiments {some(strange)}")
+    if unknown:
+        yield Finding(False, f"rows that the night did not write so: experiments {some(unknown)}")
     if lost:
         words = "measured by the night, without such a row: experiments "
         yield Finding(False, words + some(lost))
 
 
 def _earned(history: list[dict]) -> Iterator[Finding]:
-    """What was kept, decided once more by the rule and by the noise known at that time."""
+    """Decides again what was kept, by the rule and by the noise floor known at that time."""
     kept = []  # scores
     unearned = []
     for i, record in enumerate(history):
@@ -307,7 +256,7 @@ def _earned(history: list[dict]) -> Iterator[Finding]:
             continue
         floor = noise_floor(history[:i])
         if floor is None and not record["simpler"]:
-            floor = 0.0  # never measured: any gain
+            floor = 0.0  # a log without a noise floor: any gain
         if kept:
             lowest = max(kept, key=lambda score: gain(score, 0.0))
             status, _ = decide(record["score"], kept[-1], floor, record["simpler"], lowest)
@@ -360,33 +309,35 @@ def _code(runs: list[dict], root: Path) -> Iterator[Finding]:
         for path in [TARGET.file, *run.get("imported", {})]
     }
     digests = _sha256_in_git(names, root)
-    other = []
-    strangers = []
-    everywhere = set()
+    other_script = []
+    not_committed = []
+    from_machine = set()
     for run in scored:
         ran = run.get("train_sha256")
         if ran and ran != digests.get(f"{run['commit']}:{TARGET.file}"):
-            other.append(_name(run))
+            other_script.append(_name(run))
         for path, start in run.get("imported", {}).items():
             if digests.get(f"{run['commit']}:{path}", "").startswith(start):
                 continue
             if first_imported.get(path) == start and Path(path).is_absolute():
-                everywhere.add(path)  # brought by the machine: a kernel from the hub, say
+                from_machine.add(path)  # a kernel from the hub, for example
             else:
-                strangers.append(f"{path} (in {_name(run)})")
-    if other:
-        yield Finding(False, f"what ran is not the {TARGET.file} of its commit: {some(other)}")
-    if strangers:
-        yield Finding(False, f"imported, and not in the commit: {some(strangers)}")
-    if everywhere:
+                not_committed.append(f"{path} (in {_name(run)})")
+    if other_script:
+        yield Finding(
+            False, f"what ran is not the {TARGET.file} of its commit: {some(other_script)}"
+        )
+    if not_committed:
+        yield Finding(False, f"imported, and not in the commit: {some(not_committed)}")
+    if from_machine:
         words = "imported from the first run on, and in no commit: "
-        yield Finding(True, words + some(sorted(everywhere)))
+        yield Finding(True, words + some(sorted(from_machine)))
 
 
 def _branch(report: NightReport) -> Iterator[Finding]:
     """Every kept commit is on the branch, nothing else is, and none touches another file."""
     root = report.root
-    changed = set(git("diff", "--name-only", "HEAD", at=root).splitlines()) - BY_HAND
+    changed = set(git("diff", "--name-only", "HEAD", at=root).splitlines()) - MAY_DIFFER
     if changed:
         yield Finding(False, f"changed and not committed: {some(sorted(changed))}")
     kept = [row for row in report.rows if row.status == "keep"]
@@ -402,12 +353,11 @@ def _branch(report: NightReport) -> Iterator[Finding]:
     if best and tip in [r["commit"] for r in report.records if r["status"] == "keep"]:
         tip = best["commit"]  # only the agent's own commands move the branch, so it may lag behind
     history = set((git("rev-list", tip, at=root, check=False) or "").split()) if tip else set()
-    # A best that a better change in conflict with it displaced left the branch and lost nothing else.
+    # A best leaves the branch where a better change that conflicts with it displaces it.
     displaced = set()
     for record in report.records:
-        if record.get("displaced") and record["status"] == "keep":
-            words = [record["displaced"], f"^{record['commit']}"]
-            displaced |= set((git("rev-list", *words, at=root, check=False) or "").split())
+        if record["status"] == "keep":
+            displaced |= {kept["commit"] for kept in displaced_by(record, report.records)}
     found = [row for row in kept if full[row.n]]
     missing = [row.commit for row in found if full[row.n] not in history | displaced]
     if missing:
@@ -419,14 +369,14 @@ def _branch(report: NightReport) -> Iterator[Finding]:
     extra = [commit[:7] for commit in since if commit not in full.values()]
     if extra:
         yield Finding(False, f"on the branch, but in no row as kept: {some(extra)}")
-    beyond = []
+    other_files = []
     for commit in dict.fromkeys([*since, *(full[row.n] for row in found)]):
         words = ["diff", "--name-only", f"{commit}~1", commit]
         files = set((git(*words, at=root, check=False) or "").splitlines()) - {TARGET.file}
         if files and commit != start:
-            beyond.append(f"{commit[:7]} ({some(sorted(files), 3)})")
-    if beyond:
-        yield Finding(False, f"commits that touch more than {TARGET.file}: {some(beyond)}")
-    if not (unknown or missing or extra or beyond):
+            other_files.append(f"{commit[:7]} ({some(sorted(files), 3)})")
+    if other_files:
+        yield Finding(False, f"commits that touch more than {TARGET.file}: {some(other_files)}")
+    if not (unknown or missing or extra or other_files):
         words = f"every kept commit is on the branch and touches only {TARGET.file}"
         yield Finding(True, words if len(kept) > 1 else "the branch stands at the baseline")

@@ -163,6 +163,18 @@ class Confirmation:
         return bool(before and after) and max(before) < min(after)
 
 
+def confirmation_lines(records: list[dict], confirmed: list[dict], ledger: list[dict]) -> list[str]:
+    """What is known so far, for a look back: the table, or why there is none."""
+    if not records:
+        return ["night.py confirm compares what a night of its own has kept; this log has none"]
+    confirmation = Confirmation.of(records, confirmed)
+    if confirmation is None:
+        return ["nothing to confirm: nothing was kept but the baseline"]
+    if not confirmation.seeds:
+        return ["the best is not confirmed yet: uv run night.py confirm"]
+    return confirmation.lines(ledger)
+
+
 def _cell(run: dict | None) -> str:
     if run is None:
         return "-"
@@ -219,13 +231,12 @@ def queue_confirmation(night: Night, seeds: int | None) -> tuple[Confirmation, s
             f"the night is running: {some(others)} wait or run: `uv run night.py wait` until they "
             "have ended, or `uv run night.py drop N`, then confirm"
         )
-    best = best_of(night.records())
-    if best is None:
+    if best_of(night.records()) is None:
         raise Fail(
             "nothing to confirm: no experiment was kept. `uv run night.py` says what is next"
         )
     queued = {(e.asked["commit"], e.asked["seed"]): e.n for e in experiments}
-    asked = [seed - FIRST_SEED + 1 for commit, seed in queued if commit == best["commit"]]
+    asked = [seed - FIRST_SEED + 1 for _, seed in queued]
     least = max([seeds or SEEDS, *asked])
     confirmation = Confirmation.of(night.records(), night.confirmed(), least)
     if confirmation is None:

@@ -57,8 +57,8 @@ def write_row(path: Path, record: dict, records: list[dict]):
     row = row_of(record)
     if path.is_file():
         lines = path.read_bytes().decode("utf-8-sig", "replace").splitlines()
-        written = lines.count(row)  # two crashes of a baseline have the same row
-        if not written or written < [row_of(other) for other in records].count(row):
+        # Two crashes of a baseline have the same row, and each must be there.
+        if lines.count(row) < [row_of(other) for other in records].count(row):
             lines.append(row)
     else:
         lines = ["\t".join(COLUMNS), *map(row_of, records)]
