@@ -1,7 +1,4 @@
-"""The notebook, run top to bottom in one kernel on a dozen logs: what it says, and what its picture shows.
-
-Each log is a folder with its own copy of night.py and prepare.py, as a user has it.
-"""
+"""The notebook, run top to bottom in one kernel on many logs: what it says, and what its picture shows."""
 
 import dataclasses
 import json
@@ -17,6 +14,7 @@ import nbformat
 import pytest
 from miniature import ROOT
 from nbclient import NotebookClient
+from repository import make_repository
 
 NOTEBOOK = nbformat.read(ROOT / "analysis.ipynb", as_version=4)
 HEADER = "commit\tval_bpb\tmemory_gb\tstatus\tdescription\n"
@@ -29,10 +27,10 @@ eeeeeee\t0.988000\t44.0\tkeep\tsmaller gain
 """
 ENTER = """
 import os, sys
+from pathlib import Path
+sys.path.insert(0, {root!r})
 os.chdir({folder!r})
-sys.path[:] = [{folder!r}, *[path for path in sys.path if "mornings" not in path]]
 os.environ["AUTORESEARCH_CACHE"] = {folder!r} + "/cache"
-sys.modules.pop("night", None), sys.modules.pop("prepare", None)
 """
 PROBE = """
 import json
@@ -50,14 +48,15 @@ for text in axes.texts:  # as they lie when the page is turned by their slant
     end, (width, height) = level.transform((box.x1, (box.y0 + box.y1) / 2)), box.size
     boxes.append(box.from_bounds(end[0] - width, end[1] - height / 2, width, height))
 marks = {c.get_label().split(" (")[0]: c.get_offsets() for c in axes.collections if "(" in c.get_label()}
-points = axes.transData.transform([(row.n, row.score) for row in scored]) if scored else []
-points = [level.transform(point) for point in points]
+points = table.dropna(subset=["score"])[["n", "score"]].to_numpy()
+points = [level.transform(axes.transData.transform(point)) for point in points]
 print("PROBE", json.dumps({
     "labels": len(boxes),
     "outside": len(boxes) - sum(map(bool, inside)),
     "overlaps": sum(bool(a.overlaps(b)) for i, a in enumerate(boxes) for b in boxes[:i]),
     "covered": sum(bool(box.contains(*point)) for box in boxes for point in points),
     "marks": {label: len(offsets) for label, offsets in marks.items()},
+    "ticks": {n: axes.xaxis.get_major_formatter()(n, None) for n in range(1, 4)},
 }))
 """
 
@@ -89,30 +88,49 @@ def long_night(count: int, kept: int) -> str:
 class Log:
     text: str | None  # of results.tsv
     says: list[str]
-    marks: dict[str, int] = dataclasses.field(
-        default_factory=dict
-    )  # how many of each in the picture
+    marks: dict = dataclasses.field(default_factory=dict)  # how many of each in the picture
     ledger: Path | None = None
+    records: list | None = None  # of the night's journal
+
+
+def row(*cells) -> str:
+    return HEADER + "\t".join(map(str, cells)) + "\n"
+
+
+def record(n: int, score: float, **more) -> dict:
+    said = {
+        "n": n,
+        "commit": "a" * 40,
+        "score": score,
+        "status": "keep",
+        "kind": "try",
+        "run": f"{n}",
+    }
+    said |= {"message": "wider", "simpler": False, "expect": None, "got": None, "seed": 42}
+    return {**said, "base": "a" * 40, "ended": f"2026-03-05T01:0{n}:00Z", **more}
 
 
 SIX = [
     "6 experiments: 3 kept, 2 discarded, 1 crashed",
     "noise floor: 0.000400",
-    "30.0 times the noise floor",
+    "change: -0.012000 (-1.20%, 30.0 times the noise floor)",
 ]
+JOURNAL = [record(1, 1.0), record(2, 0.99, commit="b" * 40, expect=-0.02, got=-0.01)]
 LOGS = {
     "no file": Log(None, ["0 experiments: 0 kept", "nothing kept yet", "this log has none"]),
-    "header": Log(HEADER, ["0 experiments: 0 kept", "nothing was predicted"]),
+    "header": Log(HEADER, ["0 experiments: 0 kept", "No row was read, so nothing was checked."]),
     "good": Log(HEADER + GOOD, SIX, {"kept": 3, "discarded": 2, "crashed": 1}),
     "crlf": Log((HEADER + GOOD).replace("\n", "\r\n"), SIX),
-    "crash first": Log(HEADER + "exp\t0\t0\tcrash\tx\n" + GOOD, ["7 experiments: 3 kept"]),
-    "only crashes": Log(HEADER + "exp\t0\t0\tcrash\tx\n" * 5, ["nothing kept yet"], {"crashed": 5}),
-    "only discarded": Log(
-        HEADER + "exp\t0.9\t1\tdiscard\tx\n", ["1 experiments: 0 kept"], {"discarded": 1}
-    ),
+    "crash first": Log(row("exp", 0, 0, "crash", "x") + GOOD, ["7 experiments: 3 kept"]),
+    "only crashes": Log(row("e", 0, 0, "crash", "x") * 5, ["nothing kept yet"], {"crashed": 5}),
+    "only discarded": Log(row("e", 0.9, 1, "discard", "x"), ["1 experiments: 0 kept"]),
     "one": Log(
         HEADER + GOOD.split("\n")[0],
-        ["1 experiments: 1 kept", "nothing of the night's hours"],
+        [
+            "change: +0.000000 (+0.00%)",
+            "0 changes were kept",
+            "nothing is known of the night's hours",
+        ],
         {"kept": 1},
     ),
     "duplicates": Log(HEADER + GOOD + GOOD, ["12 experiments: 6 kept"], {"kept": 6}),
@@ -122,42 +140,55 @@ LOGS = {
     "other columns": Log(
         "id\tval_rmse\tstatus\n1\t3\tkeep\n", ["! all 1 rows were skipped: no column is"]
     ),
-    "126": Log(
-        long_night(126, 23), ["126 experiments: 23 kept", "0.997900  baseline", "... and 7 more"]
-    ),
+    "126": Log(long_night(126, 23), ["126 experiments: 23 kept", "22 changes were kept"]),
     "1000": Log(long_night(1000, 60), ["1000 experiments: "]),
     "example": Log(
         (ROOT / "bench/night/results.tsv").read_text(),
-        ["20 of 20 scores match the ledger", "0.5 hours of 2 slots: 31% training, 42% compiling"],
+        ["20 of 20 scores match the ledger", "0.3 hours, 2 slots, a run in them 77% of the time."],
         {"kept": 6, "discarded": 14, "crashed": 2},
         ROOT / "bench/night/autoresearch.jsonl",
     ),
+    "night": Log(
+        HEADER + "aaaaaaa\t1.0\t1\tkeep\tbaseline\nbbbbbbb\t0.99\t1\tkeep\twider\n",
+        [
+            "1 predictions (night.py try --expect): 1 right in direction, 1 in size",
+            "the best is not confirmed yet: uv run night.py confirm",
+            "kept, but git knows no such commit: aaaaaaa, bbbbbbb",
+        ],
+        records=JOURNAL,
+    ),
 }
+
+
+def make(folder: Path, log: Log):
+    (folder / "cache").mkdir(parents=True)
+    if log.text is not None:
+        (folder / "results.tsv").write_bytes(log.text.encode())
+    if log.ledger:
+        shutil.copy(log.ledger, folder / "cache/autoresearch.jsonl")
+    if log.records:  # of the tag in this repository's program.md
+        make_repository(folder)
+        tag = re.search(r"^- tag: (\S+)", (ROOT / "program.md").read_text(), re.M)[1]
+        (folder / f".night/{tag}/queue").mkdir(parents=True)
+        lines = "".join(json.dumps(record) + "\n" for record in log.records)
+        (folder / f".night/{tag}/journal.jsonl").write_text(lines)
 
 
 @pytest.fixture(scope="module")
 def mornings(tmp_path_factory) -> dict[str, str]:
     """What the notebook prints in each folder, errors included; all in one kernel."""
     base = tmp_path_factory.mktemp("mornings")
+    sources = [cell.source for cell in NOTEBOOK.cells if cell.cell_type == "code"]
     cells, names = [], []
     for name, log in LOGS.items():
         folder = base / name.replace(" ", "-")
-        folder.mkdir()
-        for script in ("night.py", "prepare.py"):
-            shutil.copy(ROOT / script, folder)
-        if log.text is not None:
-            (folder / "results.tsv").write_bytes(log.text.encode())
-        (folder / "cache").mkdir()
-        if log.ledger:
-            shutil.copy(log.ledger, folder / "cache/autoresearch.jsonl")
-        code = [cell.source for cell in NOTEBOOK.cells if cell.cell_type == "code"]
-        code = [source.replace("plt.show()", "plt.close()") for source in code]
-        code = [source.replace("dpi=150", "dpi=50") for source in code]  # quicker to draw
-        code = [
-            source.replace('draw("progress.png")', 'draw("progress.png")' + PROBE)
-            for source in code
-        ]
-        for source in [ENTER.format(folder=str(folder)), *code]:
+        make(folder, log)
+        for source in [ENTER.format(root=str(ROOT), folder=str(folder)), *sources]:
+            source = source.replace(
+                "NightReport.here()", f"NightReport.here(Path({str(folder)!r}))"
+            )
+            source = source.replace("plt.show()", "plt.close()").replace("dpi=150", "dpi=50")
+            source = source.replace('draw("progress.png")', 'draw("progress.png")' + PROBE)
             cells.append(nbformat.v4.new_code_cell(source))
             names.append(name)
     notebook = nbformat.v4.new_notebook(cells=cells, metadata=NOTEBOOK.metadata)
@@ -170,10 +201,13 @@ def mornings(tmp_path_factory) -> dict[str, str]:
                 said[name] += "ERROR " + "\n".join(output.traceback)
             said[name] += output.get("text", "") + output.get("data", {}).get("text/html", "")
     for name in LOGS:
-        for picture in ("progress.png", "hours.png"):
-            content = (base / name.replace(" ", "-") / picture).read_bytes()
-            assert content.startswith(b"\x89PNG"), said[name]
+        picture = base / name.replace(" ", "-") / "progress.png"
+        assert picture.read_bytes().startswith(b"\x89PNG"), said[name]
     return said
+
+
+def shown(said: str) -> dict:
+    return json.loads(re.findall(r"^PROBE (.*)", said, re.M)[0])
 
 
 @pytest.mark.parametrize("name", LOGS)
@@ -182,31 +216,32 @@ def test_runs_top_to_bottom_and_says_what_the_log_says(mornings, name):
     assert "ERROR" not in said, said[-3000:]
     for sentence in log.says:
         assert sentence in said, said[:3000]
-    assert "this is no git repository" in said and re.search(r"^\d things to look at$", said, re.M)
-    shown = json.loads(re.findall(r"^PROBE (.*)", said, re.M)[0])
-    assert shown["overlaps"] == shown["covered"] == shown["outside"] == 0
+    picture = shown(said)
+    assert picture["overlaps"] == picture["covered"] == picture["outside"] == 0
     for kind, count in log.marks.items():
-        assert shown["marks"][kind] == count
-    rows = (
-        sum(log.text.lower().count(f"\t{status}") for status in ("keep", "discard", "crash"))
-        if log.text
-        else 0
-    )
-    if name not in ("broken", "other columns"):
-        assert sum(shown["marks"].values()) == rows  # the picture hides no experiment
+        assert picture["marks"][kind] == count
+    if name not in ("broken", "other columns"):  # the picture hides no experiment
+        rows = sum(
+            (log.text or "").count(f"\t{status}\t") for status in ("keep", "discard", "crash")
+        )
+        assert sum(picture["marks"].values()) == rows
 
 
 def test_the_largest_gain_comes_first_and_text_is_no_markup(mornings):
     said = mornings["good"]
-    table = said[said.index("<table") : said.index("</table>")]
-    assert table.index("+0.010000") < table.index("+0.002000") and "+0.000000" not in table
-    assert "larger &lt;b&gt;gain&lt;/b&gt; $x$" in table
+    table = said[said.index("2 changes were kept") :]
+    assert 0 < table.index("0.010000") < table.index("0.002000")
+    assert "larger &lt;b&gt;gain&lt;/b&gt; $x$" in table and "tex2jax_ignore" in table
 
 
-def test_a_long_night_is_labelled_and_fits_a_screen(mornings):
+def test_a_long_night_is_labelled_and_its_tables_fit_a_screen(mornings):
     for name in ("126", "1000"):
-        shown = json.loads(re.findall(r"^PROBE (.*)", mornings[name], re.M)[0])
-        assert shown["labels"] >= 8 and mornings[name].count("<tr") <= 17
+        assert shown(mornings[name])["labels"] >= 8 and mornings[name].count("<tr") <= 24
+
+
+def test_the_picture_says_when_an_experiment_of_the_night_ended(mornings):
+    assert re.fullmatch(r"2\n\d\d:02", shown(mornings["night"])["ticks"]["2"])
+    assert shown(mornings["good"])["ticks"]["2"] == "2"
 
 
 def test_git_keeps_the_notebook_without_outputs():
@@ -215,8 +250,8 @@ def test_git_keeps_the_notebook_without_outputs():
 
 def test_headless_by_one_command(tmp_path: Path):
     """As the README shows it."""
-    for name in ("analysis.ipynb", "night.py", "prepare.py"):
-        shutil.copy(ROOT / name, tmp_path)
+    shutil.copy(ROOT / "analysis.ipynb", tmp_path)
+    shutil.copytree(ROOT / "autoresearch", tmp_path / "autoresearch")
     (tmp_path / "results.tsv").write_text(HEADER + GOOD)
     command = [sys.executable, "-m", "jupyter", "execute", "--output=morning", "analysis.ipynb"]
     environment = {**os.environ, "AUTORESEARCH_CACHE": str(tmp_path / "cache")}

@@ -1,0 +1,382 @@
+"""
+The audit: what the table claims, against the ledger, the night's journal and git.
+
+It reports what would change a verdict, one sentence a finding. A line that begins with `!` is
+something to look at before believing the numbers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from autoresearch.common import git, git_bytes, one_line, printable, some
+from autoresearch.night.report import NightReport
+from autoresearch.night.results import Row
+from autoresearch.night.rules import best_of, decide, displaced_by, gain, noise_floor
+from autoresearch.night.settings import BASELINE_SEEDS, TARGET
+from autoresearch.referee.ledger import joined
+
+MAY_DIFFER = {TARGET.file, "program.md", "analysis.ipynb", "README.md"}  # from the commit
+
+
+@dataclass(frozen=True)
+class Finding:
+    fine: bool  # False where it speaks against the results
+    words: str
+
+    def __str__(self) -> str:
+        return f"{' ' if self.fine else '!'} {printable(self.words)}"
+
+
+def say_audit():
+    """Prints the audit of the night in this folder."""
+    print(*audit_lines(NightReport.here()), sep="\n")
+
+
+def audit_lines(report: NightReport) -> list[str]:
+    """The findings, and the verdict as the last line."""
+    findings = list(audit(report))
+    doubts = sum(not finding.fine for finding in findings)
+    verdict = "Nothing found that speaks against these numbers."
+    if not report.rows:
+        verdict = "No row was read, so nothing was checked."
+    elif doubts:
+        verdict = f"{doubts} thing{'s' if doubts > 1 else ''} to look at"
+    return [*map(str, findings), verdict]
+
+
+def audit(report: NightReport) -> Iterator[Finding]:
+    """Everything that was compared, and what came of it."""
+    for words in report.skipped:
+        yield Finding(False, words)
+    in_git = git("rev-parse", "HEAD", at=report.root, check=False) is not None
+    if not in_git:
+        yield Finding(False, "this is no git repository: what ran and what was kept is not checked")
+    elif report.problem:
+        yield Finding(False, f"the night's own records were not read: {report.problem}")
+    elif report.rows and not report.records:
+        yield Finding(True, "no journal of this night: rows are compared with ledger and git alone")
+    claimed = {row.hash[:7] for row in report.rows if row.hash}
+    runs = joined(report.ledger)
+    own = [run for run in runs if _is_own(run, report, claimed)]
+    own_ids = {run["run"] for run in own}
+    val = [run for run in runs if run.get("split") == "val"]
+    val = [run for run in val if run["run"] in own_ids or _commit(run) in claimed]
+    test = [run for run in own if run.get("split") == "test"]
+    confirming = [run for run in test if run["run"] in report.started]
+    if val:
+        matched = _match(report.rows, val)
+        known = {run["run"] for run in matched.values()} | report.started.keys()
+        yield from _scores(report.rows, val, matched)
+        yield from _runs_left_out([r for r in val if r["run"] in own_ids - known])
+        yield from _sameness([*val, *confirming])
+    elif report.rows:
+        yield Finding(False, "the ledger holds no run of this night: no score can be checked")
+    if report.damaged:
+        yield Finding(False, f"{report.damaged} lines of the ledger are damaged")
+    yield from _test_split(test, confirming)
+    yield from _confirmation(report.confirmed, test, confirming)
+    yield from _journal(report)
+    yield from _earned(report.history())
+    if in_git:
+        yield from _code([*val, *confirming], report.root)
+        yield from _branch(report)
+
+
+# ------------------------------------------------------------------------------- rows and ledger
+
+
+def _commit(run: dict) -> str:
+    return (run.get("commit") or "")[:7]
+
+
+def _name(run: dict) -> str:
+    return f"{_commit(run) or '-'} at {run.get('time')}"
+
+
+def _is_own(run: dict, report: NightReport, claimed: set[str]) -> bool:
+    """Whether a run of the ledger belongs to this night, even if the night did not start it."""
+    if run["run"] in report.started:
+        return True
+    place = run.get("repo") or "/"
+    tag = report.branch.removeprefix("autoresearch/")
+    if place.startswith(f"{report.root}/.night/{tag}/"):
+        return True
+    here = Path(place).resolve() == report.root
+    return here and (run.get("branch") == report.branch or _commit(run) in claimed)
+
+
+def _match(rows: list[Row], runs: list[dict]) -> dict[int, dict]:
+    """{row's n: the run that measured it}, no run twice. A crash may have a run without a score."""
+    by_commit: dict[str, list[dict]] = {}
+    for run in runs:
+        by_commit.setdefault(_commit(run), []).append(run)
+    matched = {}
+    for row in rows:
+        candidates = by_commit.get(row.hash[:7], []) if row.hash else []
+        for run in candidates:
+            score = run.get("score")
+            if row.score is None or score is None:
+                same = row.score is score
+            else:
+                same = abs(score - row.score) < 1.5e-6  # a row has six decimals
+            if same:
+                matched[row.n] = run
+                candidates.remove(run)
+                break
+    return matched
+
+
+def _scores(rows: list[Row], runs: list[dict], matched: dict[int, dict]) -> Iterator[Finding]:
+    """Each claimed score against what the ledger has of its commit."""
+    mismatched = []
+    edited = []
+    other_seed = []
+    scored = [row for row in rows if row.score is not None]
+    for row in scored:
+        run = matched.get(row.n)
+        if run is None:
+            same = [other for other in runs if row.hash and _commit(other) == row.hash[:7]]
+            measured = [f"{other['score']:.6f}" for other in same if other.get("score") is not None]
+            measured = " and ".join(measured) or "nothing"
+            claim = f"{row.score:.6f} claimed, {measured} measured"
+            mismatched.append(f"{row.n} ({one_line(row.commit, 20)}: {claim})")
+        elif run.get("changed"):
+            edited.append(row.n)
+        elif row.status == "keep" and run.get("seed", BASELINE_SEEDS[0]) != BASELINE_SEEDS[0]:
+            other_seed.append(row.n)
+    if scored:
+        words = f"{len(scored) - len(mismatched)} of {len(scored)} scores match the ledger"
+        yield Finding(
+            not mismatched, words + (f"; not experiments {some(mismatched)}" if mismatched else "")
+        )
+    if edited:
+        words = f"{TARGET.file} had uncommitted changes when these were measured: experiments "
+        yield Finding(False, words + some(edited))
+    if other_seed:
+        words = f"kept with another seed than {BASELINE_SEEDS[0]}: experiments "
+        yield Finding(False, words + some(other_seed))
+
+
+def _runs_left_out(runs: list[dict]) -> Iterator[Finding]:
+    """Runs of this night that have no row and that the night did not start."""
+    scored = [f"{run['score']:.6f} ({_name(run)})" for run in runs if run.get("score") is not None]
+    others = [run for run in runs if run.get("score") is None]
+    if scored:
+        yield Finding(False, f"{len(scored)} measured scores have no row: {some(scored)}")
+    if others:
+        ends = [f"{_name(run)}: {one_line(run.get('failure') or 'no end', 60)}" for run in others]
+        yield Finding(True, f"{len(others)} runs gave no score and have no row: {some(ends)}")
+    if not runs:
+        yield Finding(True, "every run that started has its row")
+
+
+def _sameness(runs: list[dict]) -> Iterator[Finding]:
+    """Scores are comparable on one fingerprint, device, torch and driver."""
+    for key, several in (
+        ("fingerprint", "fingerprints"),
+        ("device", "devices"),
+        ("torch", "versions of torch"),
+        ("driver", "versions of the driver"),
+    ):
+        count = Counter(run[key] for run in runs if run.get(key)).most_common()
+        if len(count) == 1:
+            yield Finding(True, f"one {key} throughout: {count[0][0]}")
+        elif count:
+            (usual, times), *others = count
+            groups = []
+            for value, _ in others:
+                names = some([_name(run) for run in runs if run.get(key) == value], 3)
+                groups.append(f"{value} ({names})")
+            words = f"{len(count)} {several}, whose scores cannot be compared: "
+            yield Finding(False, f"{words}{usual} ({times} runs), {some(groups)}")
+
+
+# ------------------------------------------------------------------------------- the test split
+
+
+def _test_split(test: list[dict], confirming: list[dict]) -> Iterator[Finding]:
+    """It is for the end: baseline and winner, once by hand or by the night's confirmation."""
+    scored = [run for run in test if run.get("score") is not None]
+    by_hand = [run for run in scored if run not in confirming]
+    if scored:
+        few = len(by_hand) <= 2 and len({run.get("commit") for run in scored}) <= 2
+        words = f"the test split was scored {len(scored)} times"
+        yield Finding(few, words if few else words + "; more than once for baseline and winner")
+
+
+def _confirmation(
+    confirmed: list[dict], test: list[dict], confirming: list[dict]
+) -> Iterator[Finding]:
+    """The confirmation's records against the ledger: nothing edited, nothing left out."""
+    keys = ("commit", "seed", "score")
+    measured = {run["run"]: [run.get(key) for key in keys] for run in test}
+    scored = [record for record in confirmed if record["score"] is not None]
+    mismatched = [r["n"] for r in scored if measured.get(r["run"]) != [r[key] for key in keys]]
+    if scored:
+        words = f"{len(scored) - len(mismatched)} of {len(scored)} scores of the confirmation match"
+        words += " the ledger" + (f"; not runs {some(mismatched)}" if mismatched else "")
+        yield Finding(not mismatched, words)
+    recorded = {(record["commit"], record["seed"]) for record in scored}
+    missing = [run for run in confirming if (run.get("commit"), run.get("seed")) not in recorded]
+    missing = [_name(run) for run in missing if run.get("score") is not None]
+    if missing:
+        words = f"{len(missing)} scores on the test split are missing in the confirmation: "
+        yield Finding(False, words + some(missing))
+
+
+# --------------------------------------------------------------------------- journal and rules
+
+
+def _journal(report: NightReport) -> Iterator[Finding]:
+    """The rows against the night's own records."""
+    if not report.records:
+        return
+    rows = [(row.commit[:7], f"{row.score or 0:.6f}", row.status) for row in report.rows]
+    records = [(r["commit"][:7], f"{r['score'] or 0:.6f}", r["status"]) for r in report.records]
+    unknown = [row.n for row, key in zip(report.rows, rows) if key not in records]
+    lost = [record["n"] for record, key in zip(report.records, records) if key not in rows]
+    if unknown:
+        yield Finding(False, f"rows that the night did not write so: experiments {some(unknown)}")
+    if lost:
+        words = "measured by the night, without such a row: experiments "
+        yield Finding(False, words + some(lost))
+
+
+def _earned(history: list[dict]) -> Iterator[Finding]:
+    """Decides again what was kept, by the rule and by the noise floor known at that time."""
+    kept = []  # scores
+    unearned = []
+    for i, record in enumerate(history):
+        if record["status"] != "keep" or record["score"] is None:
+            continue
+        floor = noise_floor(history[:i])
+        if floor is None and not record["simpler"]:
+            floor = 0.0  # a log without a noise floor: any gain
+        if kept:
+            lowest = max(kept, key=lambda score: gain(score, 0.0))
+            status, _ = decide(record["score"], kept[-1], floor, record["simpler"], lowest)
+            if status != "keep":
+                unearned.append(record["n"])
+        kept.append(record["score"])
+    if unearned:
+        words = "kept without being better than the best by more than noise: experiments "
+        yield Finding(False, words + some(unearned))
+
+
+# ------------------------------------------------------------------------------------------- git
+
+
+def _objects(names: set[str], root: Path) -> dict[str, str]:
+    """{name: object id} of those that git has, by one process. name: `COMMIT^{commit}` or `COMMIT:PATH`."""
+    asked = sorted(name for name in names if name.isprintable())
+    given = "".join(f"{name}\n" for name in asked).encode()
+    answer = git_bytes("cat-file", "--batch-check=%(objectname)", at=root, give=given).decode()
+    return {name: found for name, found in zip(asked, answer.splitlines()) if " " not in found}
+
+
+def _sha256_in_git(names: set[str], root: Path) -> dict[str, str]:
+    """{`COMMIT:PATH`: sha256 of the file} of those that git has."""
+    objects = _objects(names, root)
+    given = "".join(f"{blob}\n" for blob in sorted(set(objects.values()))).encode()
+    answer = git_bytes("cat-file", "--batch=%(objectname) %(objectsize)", at=root, give=given)
+    digests = {}
+    place = 0
+    while place < len(answer):
+        end = answer.index(b"\n", place)
+        blob, size = answer[place:end].decode().split()
+        content = answer[end + 1 : end + 1 + int(size)]
+        digests[blob] = hashlib.sha256(content).hexdigest()
+        place = end + 1 + int(size) + 1
+    return {name: digests[blob] for name, blob in objects.items()}
+
+
+def _code(runs: list[dict], root: Path) -> Iterator[Finding]:
+    """What ran and what it imported, against what git holds under the run's commit."""
+    scored = [run for run in runs if run.get("score") is not None]
+    first_imported = next((run["imported"] for run in scored if "imported" in run), {})
+    # Uncommitted changes are a finding of their own; git may have collected what was discarded.
+    scored = [run for run in scored if run.get("commit") and not run.get("changed")]
+    known = _objects({f"{run['commit']}^{{commit}}" for run in scored}, root)
+    scored = [run for run in scored if f"{run['commit']}^{{commit}}" in known]
+    names = {
+        f"{run['commit']}:{path}"
+        for run in scored
+        for path in [TARGET.file, *run.get("imported", {})]
+    }
+    digests = _sha256_in_git(names, root)
+    other_script = []
+    not_committed = []
+    from_machine = set()
+    for run in scored:
+        ran = run.get("train_sha256")
+        if ran and ran != digests.get(f"{run['commit']}:{TARGET.file}"):
+            other_script.append(_name(run))
+        for path, start in run.get("imported", {}).items():
+            if digests.get(f"{run['commit']}:{path}", "").startswith(start):
+                continue
+            if first_imported.get(path) == start and Path(path).is_absolute():
+                from_machine.add(path)  # a kernel from the hub, for example
+            else:
+                not_committed.append(f"{path} (in {_name(run)})")
+    if other_script:
+        yield Finding(
+            False, f"what ran is not the {TARGET.file} of its commit: {some(other_script)}"
+        )
+    if not_committed:
+        yield Finding(False, f"imported, and not in the commit: {some(not_committed)}")
+    if from_machine:
+        words = "imported from the first run on, and in no commit: "
+        yield Finding(True, words + some(sorted(from_machine)))
+
+
+def _branch(report: NightReport) -> Iterator[Finding]:
+    """Every kept commit is on the branch, nothing else is, and none touches another file."""
+    root = report.root
+    changed = set(git("diff", "--name-only", "HEAD", at=root).splitlines()) - MAY_DIFFER
+    if changed:
+        yield Finding(False, f"changed and not committed: {some(sorted(changed))}")
+    kept = [row for row in report.rows if row.status == "keep"]
+    if not kept:
+        return
+    ids = _objects({f"{row.hash}^{{commit}}" for row in kept if row.hash}, root)
+    full = {row.n: ids.get(f"{row.hash}^{{commit}}") for row in kept}
+    unknown = [one_line(row.commit, 20) or "-" for row in kept if not full[row.n]]
+    if unknown:
+        yield Finding(False, f"kept, but git knows no such commit: {some(unknown)}")
+    tip = git("rev-parse", "-q", "--verify", report.branch, at=root, check=False)
+    best = best_of(report.records)
+    if best and tip in [r["commit"] for r in report.records if r["status"] == "keep"]:
+        tip = best["commit"]  # only the agent's own commands move the branch, so it may lag behind
+    history = set((git("rev-list", tip, at=root, check=False) or "").split()) if tip else set()
+    # A best leaves the branch where a better change that conflicts with it displaces it.
+    displaced = set()
+    for record in report.records:
+        if record["status"] == "keep":
+            displaced |= {kept["commit"] for kept in displaced_by(record, report.records)}
+    found = [row for row in kept if full[row.n]]
+    missing = [row.commit for row in found if full[row.n] not in history | displaced]
+    if missing:
+        yield Finding(False, f"kept, but not on the branch {report.branch}: {some(missing)}")
+    start = full[kept[0].n]
+    if start not in history:
+        return
+    since = git("rev-list", "--reverse", tip, f"^{start}", at=root).split()
+    extra = [commit[:7] for commit in since if commit not in full.values()]
+    if extra:
+        yield Finding(False, f"on the branch, but in no row as kept: {some(extra)}")
+    other_files = []
+    for commit in dict.fromkeys([*since, *(full[row.n] for row in found)]):
+        words = ["diff", "--name-only", f"{commit}~1", commit]
+        files = set((git(*words, at=root, check=False) or "").splitlines()) - {TARGET.file}
+        if files and commit != start:
+            other_files.append(f"{commit[:7]} ({some(sorted(files), 3)})")
+    if other_files:
+        yield Finding(False, f"commits that touch more than {TARGET.file}: {some(other_files)}")
+    if not (unknown or missing or extra or other_files):
+        words = f"every kept commit is on the branch and touches only {TARGET.file}"
+        yield Finding(True, words if len(kept) > 1 else "the branch stands at the baseline")

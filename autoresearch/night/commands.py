@@ -1,0 +1,388 @@
+"""
+The commands of `night.py`, as an agent or a person types them. Each says what to type next.
+
+The agent's branch and file move in here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from pathlib import Path
+
+from autoresearch.common import (
+    Fail,
+    cache_dir,
+    one_line,
+    printable,
+    read_json,
+    write_atomically,
+    write_json,
+)
+from autoresearch.night import rules
+from autoresearch.night.repo import merged
+from autoresearch.night.results import COLUMNS
+from autoresearch.night.settings import BASELINE_SEEDS, CLUSTER_TIMEOUT, TARGET, time_limit
+from autoresearch.night.status import (
+    WIDTH,
+    baseline_lasts,
+    best_losses,
+    end_of_log,
+    log_of,
+    loss_at,
+    losses,
+    name_of,
+    print_lines,
+    print_status,
+    standing,
+    verdict,
+    what_next,
+)
+from autoresearch.night.store import PAUSE, Night
+from autoresearch.night.supervisor import capacity, wake
+from autoresearch.referee.ledger import ledger_path, read_ledger
+from autoresearch.referee.manifest import fingerprint, manifest
+
+# --------------------------------------------------------------------------------- begin and stop
+
+
+def begin(night: Night):
+    """Branch, table and baseline. What is there already stays."""
+    prepared = manifest()  # raises Fail, with the command to type, where nothing is prepared
+    time_limit()
+    capacity(night)
+    git = night.repo.git
+    if git("rev-parse", "-q", "--verify", "HEAD", check=False) is None:
+        raise Fail("this repository has no commit yet: git add -A && git commit, then begin")
+    changed = git("status", "--porcelain", "--untracked-files=no").splitlines()
+    others = [line[2:].strip() for line in changed if line[2:].strip() != TARGET.file]
+    if others:
+        named = ", ".join(others[:5])
+        raise Fail(f"changed and not committed: {named}: commit it, or git checkout it, then begin")
+    check_results(night)
+    edits = (
+        f"{TARGET.file} has edits: git commit them as the baseline, "
+        f"or git checkout {TARGET.file}, then begin"
+    )
+    if git("symbolic-ref", "-q", "--short", "HEAD", check=False) != night.branch:
+        if changed:
+            raise Fail(edits)
+        exists = git("rev-parse", "-q", "--verify", f"refs/heads/{night.branch}", check=False)
+        git("switch", "-q", *([] if exists else ["-c"]), night.branch)
+    for folder in (night.queue, night.done):
+        folder.mkdir(parents=True, exist_ok=True)
+    if not night.results.is_file():
+        write_atomically(night.results, ("\t".join(COLUMNS) + "\n").encode())
+    scored = [r for r in night.records() if r["kind"] == "baseline" and r["score"] is not None]
+    there = [*scored, *(e.asked for e in night.open() if e.is_baseline)]
+    if changed and not there:
+        raise Fail(edits)
+    baseline = there[0]["commit"] if there else git("rev-parse", "HEAD")
+    for seed in BASELINE_SEEDS:
+        if seed not in [asked["seed"] for asked in there]:
+            night.enqueue("baseline", baseline, baseline, "baseline", seed)
+    night.sync_branch()
+    (night.folder / "stop").unlink(missing_ok=True)
+    wake(night)
+    named = ("corpus", "seq_len", "vocab_size", "time_budget")
+    fixed = ", ".join(f"{key} {prepared[key]}" for key in named if key in prepared)
+    print(f"prepared: {fixed}; fingerprint {fingerprint()}")
+    print_status(night)
+
+
+def check_results(night: Night):
+    """Raises Fail for a results.tsv that is not this night's: nothing is mixed or overwritten."""
+    if not night.results.is_file():
+        return
+    lines = night.results.read_bytes().decode("utf-8-sig", "replace").splitlines()
+    known = {record["commit"][:7] for record in night.records()}
+    wrong = None
+    if lines and lines[0].split("\t") != COLUMNS:
+        wrong = "has other columns than this night's"
+    elif any(line.split("\t")[0] not in known for line in lines[1:]):
+        wrong = "is of another night"
+    if wrong:
+        raise Fail(f"results.tsv {wrong}: mv results.tsv results-before.tsv, then begin")
+
+
+def stop(night: Night):
+    """Ends what runs, to run again after `begin`."""
+    (night.folder / "stop").touch()
+    wake(night)
+    print("stopped: nothing starts; what ran will run again: uv run night.py begin goes on")
+
+
+# --------------------------------------------------------------------------------- try, wait, drop
+
+
+def try_(night: Night, message: str, simpler: bool, expect: float | None):
+    """The edits of the target's file as one experiment."""
+    if not message.strip():
+        raise Fail('say what changes and what is expected: night.py try "..."')
+    content = night.edits()
+    if content is None:
+        night.sync_branch()
+        raise Fail(
+            f"{TARGET.file} has no edits: change it first, "
+            "or bring an experiment's change back: night.py bring N"
+        )
+    waiting = [e for e in night.open() if e.asked["kind"] == "try" and e.state() == "waiting"]
+    if len(waiting) >= capacity(night):
+        raise Fail(
+            f"{len(waiting)} experiments wait already, and more would be stale when they start: "
+            "night.py wait, then try again"
+        )
+    mistake = syntax_error(content)
+    if mistake:
+        raise Fail(f"{TARGET.file} is not Python ({mistake}): mend it, then try again")
+    base = night.tip()
+    if simpler and len(content) >= len(night.repo.file_at(base)):
+        raise Fail(
+            f"--simpler is for less code, and {TARGET.file} has not become shorter: "
+            "say it without --simpler"
+        )
+    message = one_line(message, 2000)
+    commit = night.repo.commit_file(content, base, message)
+    change = night.repo.change_id(base, commit)
+    check_new(night, change, base)
+    more = dict(simpler=simpler, expect=expect, change=change)
+    n = night.enqueue("try", commit, base, message, BASELINE_SEEDS[0], **more)
+    night.sync_branch()
+    wake(night)
+    best = rules.best_of(night.records())
+    place = f"the best, {best['commit'][:7]}" if best else f"the baseline, {night.tip()[:7]}"
+    print(
+        f"{n}: queued as {commit[:7]}; {TARGET.file} stands at {place} again, "
+        "free for the next idea"
+    )
+
+
+def check_new(night: Night, change: str, base: str):
+    """Raises Fail for a change that is queued, or that has its score on this very best."""
+    for experiment in night.open():
+        if experiment.asked["change"] == change:
+            raise Fail(
+                f"this is the change of experiment {experiment.n}, which has not ended: "
+                "try another idea"
+            )
+    for record in night.records():
+        same = record["change"] == change and record["base"] == base
+        if same and record["score"] is not None and not record["slow"]:
+            came = f"{record['status']}, {record['score']:.6f}"
+            raise Fail(
+                f"this is the change of experiment {record['n']} ({came}): try another idea; "
+                "on another best it may be tried again"
+            )
+
+
+def syntax_error(content: bytes) -> str | None:
+    """What a run would stumble over in its first second, or None."""
+    if not TARGET.file.endswith(".py"):
+        return None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            compile(content, TARGET.file, "exec", dont_inherit=True)
+        except SyntaxError as error:
+            return f"line {error.lineno}: {error.msg}"
+        except ValueError as error:  # a zero byte
+            return str(error)
+    return None
+
+
+def wait(night: Night, seconds: float):
+    """Until something has ended that was not told yet, or the time is over."""
+    log = night.home / "supervisor.log"
+    log_size = log.stat().st_size if log.is_file() else 0
+    told = read_json(night.folder / "told") or {"records": 0, "ended": []}
+    with night.command():
+        night.sync_branch()
+        if wake(night):
+            seconds = min(seconds, CLUSTER_TIMEOUT)  # said at once, but not in a tight loop
+    end = time.monotonic() + seconds
+    while True:
+        experiments = night.open()
+        ended = [f"{e.n}-{len(e.runs())}" for e in experiments if e.state() == "ended"]
+        news = len(night.records()) > told["records"]
+        if baseline_lasts(experiments):  # otherwise what ended is decided within a moment
+            news = news or set(ended) - set(told["ended"])
+        failed = log.is_file() and log.stat().st_size > log_size
+        if news or failed or time.monotonic() >= end or not night.can_work():
+            break
+        time.sleep(4 * PAUSE)
+    with night.command():
+        night.sync_branch()
+        wake(night)
+        lines = []
+        if failed:
+            lines.append(f"the supervisor ended and starts again: {end_of_log(log, 1)[-1]}")
+        records = night.records()
+        lines += news_lines(night, records[told["records"] :])
+        print_lines(lines + standing(night))
+        print("next:", what_next(night))
+        write_json(night.folder / "told", {"records": len(records), "ended": ended})
+
+
+def news_lines(night: Night, fresh: list[dict]) -> list[str]:
+    """What `wait` says of the experiments that have ended since the last one."""
+    lines = []
+    if len(fresh) > 4:
+        lines.append(f"{len(fresh) - 4} more have ended since: night.py shows the last rows")
+    for record in fresh[-4:]:
+        lines += verdict(record)
+        if record["status"] == "crash" and record["run"]:
+            lines += [f"   | {line}" for line in end_of_log(log_of(night, record), 6)]
+    if any(record["status"] == "keep" for record in fresh):
+        place = f"{TARGET.file} stands at the new best"
+        if night.edits() is not None:
+            place = (
+                f"{TARGET.file} has your edits, made on the best before: "
+                "try puts them on the new one"
+            )
+        lines.append(place)
+    return lines
+
+
+def drop(night: Night, n: int):
+    """Gives up an experiment that waits or runs."""
+    record, folder = find(night, n)
+    if "status" in record:
+        raise Fail(f"{n} has ended ({record['status']}): there is nothing to drop")
+    if record["kind"] == "baseline":
+        raise Fail(f"{n} is the baseline: all else is measured by it; to end all, night.py stop")
+    (folder / "drop").touch()
+    wake(night)
+    print(f"{n} is dropped; night.py wait")
+
+
+# ------------------------------------------------------------------------------- show, bring, runs
+
+
+def find(night: Night, n: int) -> tuple[dict, Path]:
+    """An experiment's record, or what was asked for where it has not ended; and its folder."""
+    folder = night.folder_of(n)
+    asked = read_json(folder / "experiment.json") if folder else None
+    if asked is None:
+        raise Fail(f"there is no experiment {n}: they go from 1 to {night.next_number() - 1}")
+    record = next((r for r in night.ended() if r["n"] == n), None)
+    return record or asked, folder
+
+
+def show(night: Night, n: int):
+    """Decision, diff, losses beside the best's, and the end of the log."""
+    record, folder = find(night, n)
+    lines = verdict(record) if "status" in record else [f"{n}: {name_of(record)}, not decided yet"]
+    if record["kind"] == "try":
+        commit = record["commit"]
+        words = ("diff-tree", "-p", f"{commit}^", commit, "--", TARGET.file)
+        diff = night.repo.git(*words, check=False) or ""
+        changed = [printable(line)[:WIDTH] for line in diff.splitlines()[4:]]
+        lines += changed[:18]
+        if len(changed) > 18:
+            lines.append(f"... {len(changed) - 18} more lines: git show {commit[:7]}")
+    lines += loss_lines(night, folder)
+    logs = sorted(folder.glob("run-*.log"), key=number_of)
+    if logs:
+        lines += ["end of the log:", *(f"   | {line}" for line in end_of_log(logs[-1], 10))]
+    print_lines(lines)
+
+
+def number_of(path: Path) -> int:
+    """K of run-K.log or progress-K.jsonl."""
+    return int(path.stem.rpartition("-")[2])
+
+
+def loss_lines(night: Night, folder: Path) -> list[str]:
+    """The last run's losses at each 10% of the budget, and the best's in brackets."""
+    paths = sorted(folder.glob("progress-*.jsonl"), key=number_of)
+    curve = losses(paths[-1]) if paths else []
+    if not curve:
+        return []
+    best_curve = best_losses(night, night.records())
+    cells = []
+    for percent in range(10, 101, 10):
+        loss, beside = loss_at(curve, percent), loss_at(best_curve, percent)
+        if loss is not None and percent <= curve[-1][0] + 10:
+            best = f" ({beside:.3f})" if beside is not None else ""
+            cells.append(f"{percent}% {loss:.3f}{best}")
+    return ["loss (the best's): " + " ".join(cells[:5]), "   " + " ".join(cells[5:])]
+
+
+def bring(night: Night, what: str):
+    """Into the file: N's change on top of the best, or the best itself. Edits are never lost."""
+    if what == "best":
+        return bring_best(night)
+    if not what.isdigit():
+        raise Fail(f"bring {one_line(what, 20)}: it takes an experiment's number, or best")
+    record, _ = find(night, int(what))
+    if record["kind"] == "baseline":
+        raise Fail(f"{what} is the baseline: it has no change; night.py bring best")
+    if record["kind"] == "confirm":
+        raise Fail(f"{what} is a confirmation's run: it has no change; night.py bring best")
+    night.sync_branch()
+    commit, tip, edits = record["commit"], night.tip(), night.edits()
+    there = night.repo.file_at(tip) if edits is None else edits
+    place = f"the best, {tip[:7]}" if edits is None else "your edits"
+    parent = night.repo.git("rev-parse", f"{commit}^")
+    content = merged(there, night.repo.file_at(parent), night.repo.file_at(commit))
+    if content is None:
+        by_hand = f"read it (night.py show {what}) and make it by hand"
+        raise Fail(f"{what}'s change does not apply to {place}: {by_hand}")
+    if content == there:
+        raise Fail(f"{what}'s change is in {place} already: try another idea")
+    night.write_edited(content)
+    print(
+        f"{what}'s change is in {TARGET.file}, on top of {place}: edit further, then night.py try"
+    )
+
+
+def bring_best(night: Night):
+    """The file as the best has it; edits go into a file beside the queue."""
+    content = night.edits()
+    if content is not None:
+        count = len(list(night.folder.glob("edits-*")))
+        aside = night.folder / f"edits-{count + 1}-{TARGET.file}"
+        write_atomically(aside, content)
+        night.write_edited(night.repo.file_at(night.tip()))
+        back = f"cp {aside.relative_to(night.root)} {TARGET.file}"
+        print(f"the edits were put aside: {back} brings them back")
+    night.sync_branch()
+    print(f"{TARGET.file} stands at the best, {night.tip()[:7]}")
+
+
+def list_runs(count: int):
+    """The ledger's last runs as a table; a start without an end was cut off, or is running."""
+    ledger = ledger_path()
+    size = ledger.stat().st_size if ledger.is_file() else 0
+    start = max(0, size - 4096 * count)  # all of it where the night is short
+    records, damaged = read_ledger(start)
+    if start:
+        damaged = max(0, damaged - 1)  # the line in which we began
+    last = {record.get("run"): record for record in records}  # the end replaces the start
+    table = "{:20}  {:8}  {:5}  {:>8}  {:>8}  {:>8}  {:>4}  {}"
+    print(table.format("time", "commit", "split", "score", "seconds", "M tokens", "seed", "status"))
+    for record in list(last.values())[-count:]:
+        print(printable(table.format(*map(str, run_cells(record))))[:160])
+    said = f"{len(last)} runs" if not start else "the last runs; night.py runs 100000 has all"
+    if damaged:
+        said += f", {damaged} damaged lines skipped"
+    print(f"{said}; * has uncommitted changes ({cache_dir()})")
+
+
+def run_cells(record: dict) -> list:
+    """One line of the table of runs."""
+    score, tokens = record.get("score"), record.get("tokens")
+    status = record.get("failure") or ("scored" if score is not None else "no end")
+    share = rules.slow_share(record, [])
+    if share and score is not None:
+        status += f", slow ({share:.0%} of its own best stretch)"
+    return [
+        record.get("time", "-"),
+        (record.get("commit") or "-")[:7] + ("*" if record.get("changed") else ""),
+        record.get("split", "-"),
+        "-" if score is None else f"{score:.6f}",
+        record.get("training_seconds", "-"),
+        "-" if tokens is None else f"{tokens / 1e6:.1f}",
+        record.get("seed", "-"),
+        status,
+    ]

@@ -1,0 +1,128 @@
+"""
+All that is known of a night, read once: for the audit, the notebook, and whatever else looks back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import accumulate
+from pathlib import Path
+
+from autoresearch.common import ROOT, Fail, git, seconds_of
+from autoresearch.night.results import Row, read_results
+from autoresearch.night.rules import BEST_MOVED, noise_floor
+from autoresearch.night.store import Night
+from autoresearch.referee.ledger import joined, read_ledger
+
+
+@dataclass
+class NightReport:
+    """All that is known of a night, read once."""
+
+    root: Path  # the repository
+    rows: list[Row]
+    skipped: list[str] = field(default_factory=list)  # why rows of results.tsv were skipped
+    records: list[dict] = field(default_factory=list)  # the journal's; none of another's log
+    confirmed: list[dict] = field(default_factory=list)  # the records of confirmation runs
+    started: dict[str, dict] = field(default_factory=dict)  # run id: what the night knows of it
+    ledger: list[dict] = field(default_factory=list)
+    damaged: int = 0  # lines of the ledger
+    branch: str = "HEAD"  # the night's
+    problem: str = ""  # why the night's own files could not be read
+
+    @classmethod
+    def here(cls, root: Path = ROOT) -> NightReport:
+        """Of program.md's tag. Where its night cannot be read, `problem` says why."""
+        rows, skipped = read_results(root / "results.tsv")
+        ledger, damaged = read_ledger()
+        branch = git("rev-parse", "--abbrev-ref", "HEAD", at=root, check=False) or "HEAD"
+        report = cls(root, rows, skipped, ledger=ledger, damaged=damaged, branch=branch)
+        try:
+            night = Night(root)
+        except Fail as error:  # not in its repository, or no tag
+            report.problem = str(error).removeprefix("FAIL: ")
+            return report
+        if git("rev-parse", "-q", "--verify", night.branch, at=root, check=False):
+            report.branch = night.branch
+        if night.begun():
+            report.records, report.confirmed = night.records(), night.confirmed()
+            # A run counts as the night's while its experiment is open or in the journal.
+            known = {record["n"] for record in night.ended()} | {e.n for e in night.open()}
+            runs = [run for run in night.timed_runs() if run["n"] in known]
+            report.started = {run["id"]: run for run in runs}
+        return report
+
+    def history(self) -> list[dict]:
+        """The night's records; of a log without them, what its rows say in their place."""
+        if self.records:
+            return self.records
+        found = []
+        for row in self.rows:
+            # Only the baseline's rows are known to be repeats of one commit.
+            commit = row.hash if row.what.startswith("baseline") else None
+            record = {"n": row.n, "score": row.score, "status": row.status}
+            record["commit"] = commit or f"row {row.n}"
+            record["simpler"] = row.what.startswith("simpler")
+            found.append(record)
+        return found
+
+    def noise_floor(self) -> float | None:
+        return noise_floor(self.history())
+
+
+# -------------------------------------------------------------------------- where the hours went
+
+
+def hours_line(report: NightReport) -> str:
+    """In one line: the share of the time with a run in a slot, and the seconds lost, by reason.
+
+    The time lasts from the first start to the last end; confirmation runs are left out. There are
+    as many slots as runs ever stood side by side.
+    """
+    runs = list(_timed(report))
+    first = min((began for began, *_ in runs), default=0.0)
+    last = max((ended for _, _, ended, _ in runs), default=0.0)
+    if last == first:
+        return "nothing is known of the night's hours"
+    # Two seconds of overlap are the rounding of the times, not a second slot.
+    long = [(began, ended) for began, _, ended, _ in runs if ended - began > 2]
+    changes = [(began, 1) for began, _ in long] + [(ended - 2, -1) for _, ended in long]
+    slots = max(accumulate(change for _, change in sorted(changes)), default=1)
+    total = slots * (last - first)
+    running = sum(ended - began for began, _, ended, _ in runs)
+    starting = sum(batch - began for began, batch, _, wasted in runs if not wasted)
+    repeated = sum(ended - began for began, _, ended, wasted in runs if wasted)
+    return (
+        f"{(last - first) / 3600:.1f} hours, {slots} slot{'s' if slots > 1 else ''}, a run in them "
+        f"{running / total:.0%} of the time. Lost: {starting:,.0f} s to starting and compiling, "
+        f"{repeated:,.0f} s to slow and repeated runs, {max(0, total - running):,.0f} s to waiting "
+        "for the agent"
+    )
+
+
+def _timed(report: NightReport) -> Iterator[tuple[float, float, float, bool]]:
+    """(began, first batch, ended, wasted) of each run, in seconds since 1970.
+
+    The night knows when the process began and ended, the ledger when the first batch was drawn. Of
+    a night without night.py the ledger tells all, for the runs that have a row.
+    """
+    measured = {run["run"]: run for run in joined(report.ledger) if run.get("split") == "val"}
+    claimed = {row.hash[:7] for row in report.rows if row.hash}
+    by_hand = [i for i, run in measured.items() if (run.get("commit") or "")[:7] in claimed]
+    slow = {record["run"] for record in report.records if record.get("slow")}
+    for i in dict.fromkeys([*report.started, *by_hand]):
+        run, line = report.started.get(i, {}), measured.get(i, {})
+        batch = seconds_of(line["began"]) if line.get("began") else None
+        if run.get("began"):
+            began = seconds_of(run["began"])
+        elif batch is not None:
+            began = batch - (line.get("startup_seconds") or 0)
+        else:
+            continue
+        ended = run.get("ended") or line.get("time")
+        ended = seconds_of(ended) if ended else began
+        again = run.get("again", BEST_MOVED)  # a second run on a new best was no waste
+        wasted = i in slow or not again.startswith(BEST_MOVED)
+        if run.get("kind") != "confirm":
+            yield began, ended if batch is None else min(batch, ended), ended, wasted

@@ -1,0 +1,173 @@
+"""
+results.tsv: one tab-separated line an experiment. Rows are written and read here and nowhere else.
+
+The night writes the columns below. Reading also takes the logs of other programs and hands: columns
+in any order, no header, any line ends, ids that are no commits.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+from autoresearch.common import one_line, some, write_atomically
+from autoresearch.night.rules import CONFLICT, gain
+from autoresearch.night.settings import BASELINE_SEEDS, TARGET
+
+COLUMNS = ["commit", TARGET.metric, "memory_gb", "status", "description"]
+STATUSES = ("keep", "discard", "crash")
+
+
+# ---------------------------------------------------------------------------------------- writing
+
+
+def row_of(record: dict) -> str:
+    """The record's line, without its end: 7-digit commit, 6 decimals, GB with one, text without tabs."""
+    score = record["score"]
+    memory = 0 if score is None else record["memory_gb"]
+    cells = [record["commit"][:7], f"{score or 0:.6f}", f"{memory:.1f}", record["status"]]
+    return "\t".join([*cells, _description(record)])
+
+
+def _description(record: dict) -> str:
+    text = record["message"]
+    if record["kind"] == "baseline":
+        first = record["seed"] == BASELINE_SEEDS[0]
+        text = "baseline" if first else f"baseline, seed {record['seed']}"
+    if record["simpler"]:
+        text = "simpler: " + text
+    if record["score"] is None or record["why"].startswith(CONFLICT):
+        text += f" [{record['why']}]"
+    if record.get("displaced"):
+        text += f" [displaces {record['displaced'][:7]}]"
+    lost = [why for why in record.get("again", []) if why.startswith("cut off: ")]
+    if lost:  # by a cluster, which says why
+        text += f" [ran again, {lost[-1]}]"
+    return one_line(text, 400).replace('"', "'")
+
+
+def write_row(path: Path, record: dict, records: list[dict]):
+    """Appends the record's row to the table at `path`, unless it is there already.
+
+    records: the night's, this one included; a table that is gone is made from them again.
+    """
+    row = row_of(record)
+    if path.is_file():
+        lines = path.read_bytes().decode("utf-8-sig", "replace").splitlines()
+        # Two crashes of a baseline have the same row, and each must be there.
+        if lines.count(row) < [row_of(other) for other in records].count(row):
+            lines.append(row)
+    else:
+        lines = ["\t".join(COLUMNS), *map(row_of, records)]
+    write_atomically(path, ("\n".join(lines) + "\n").encode())
+
+
+# ---------------------------------------------------------------------------------------- reading
+
+
+@dataclass(frozen=True)
+class Row:
+    n: int  # in the order of the file, from 1
+    commit: str  # any text: other logs call their experiments `baseline`, `001`, `none`
+    score: float | None  # None of a crash
+    memory_gb: float | None
+    status: str
+    what: str
+
+    @property
+    def hash(self) -> str | None:
+        """The commit, where the row names one that git may know."""
+        return self.commit.lower() if re.fullmatch("[0-9a-fA-F]{7,40}", self.commit) else None
+
+
+def read_results(path: Path) -> tuple[list[Row], list[str]]:
+    """(rows, one sentence for each reason why others were skipped) of any results.tsv.
+
+    Columns are found by name; without a header they are COLUMNS. Statuses count in any case,
+    scores where they are positive and finite.
+    """
+    text = path.read_text("utf-8-sig", "replace") if path.is_file() else ""  # any line ends
+    lines = [[cell.strip() for cell in line.split("\t")] for line in text.split("\n")]
+    numbered = [(place, cells) for place, cells in enumerate(lines, 1) if any(cells)]
+    names = COLUMNS
+    if numbered and _is_header(numbered[0][1]):
+        names = [cell.lower() for cell in numbered.pop(0)[1]]
+    missing = [name for name in ("status", TARGET.metric) if name not in names]
+    if missing and numbered:
+        columns = one_line(", ".join(names), 200)
+        return [], [
+            f"all {len(numbered)} rows were skipped: no column is called {missing[0]}, only "
+            f"{columns}; rename the right one, or change TARGET in autoresearch/night/settings.py"
+        ]
+    rows = []
+    bad_status = []
+    bad_score = []
+    for place, cells in numbered:
+        found = dict(reversed(list(zip(names, cells))))  # the first of two columns with one name
+        status = found.get("status", "").lower()
+        score = _number(found.get(TARGET.metric, ""))
+        if status not in STATUSES:
+            bad_status.append((place, found.get("status", "")))
+        elif status != "crash" and not (score is not None and 0 < score < math.inf):
+            bad_score.append((place, found.get(TARGET.metric, "")))
+        else:
+            memory = _number(found.get("memory_gb", ""))
+            row = Row(
+                n=len(rows) + 1,
+                commit=found.get("commit", ""),
+                score=None if status == "crash" else score,
+                memory_gb=memory if memory is not None and 0 <= memory < math.inf else None,
+                status=status,
+                what=found.get("description", ""),
+            )
+            rows.append(row)
+    skipped = []
+    if bad_status:
+        skipped.append(_skipped(bad_status, f"their status is none of {', '.join(STATUSES)}"))
+    if bad_score:
+        skipped.append(_skipped(bad_score, f"their {TARGET.metric} is no positive number"))
+    return rows, skipped
+
+
+def _is_header(cells: list[str]) -> bool:
+    """A first line without numbers; one cell alone where it is a header with other separators."""
+    named = len(cells) > 1 or TARGET.metric in cells[0].lower()
+    return named and all(_number(cell) is None for cell in cells)
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
+def _skipped(cells: list[tuple[int, str]], why: str) -> str:
+    """The sentence on rows that were skipped for one reason; cells: (line, the bad cell)."""
+    counted = Counter(one_line(text, 20) for _, text in cells).most_common()
+    examples = some(f"{text!r} ({count})" for text, count in counted)
+    return f"{len(cells)} rows were skipped, {why}: {examples}; the first is line {cells[0][0]}"
+
+
+# ----------------------------------------------------------------------------------- what was kept
+
+
+def gains(rows: list[Row]) -> list[tuple[Row, float, float]]:
+    """(row, its gain over the best before, the best from there on) of each kept row; the first gains 0."""
+    found = []
+    best = None
+    for row in rows:
+        if row.status == "keep":
+            better = 0.0 if best is None else gain(row.score, best)
+            if best is None or better > 0:
+                best = row.score
+            found.append((row, better, best))
+    return found
+
+
+def best_row(rows: list[Row]) -> Row:
+    """The kept row with the best score. Raises ValueError where nothing was kept."""
+    return max((row for row in rows if row.status == "keep"), key=lambda row: gain(row.score, 0.0))

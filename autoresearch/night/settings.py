@@ -1,0 +1,163 @@
+"""
+The night's settings: what it improves, and the human's lines in program.md.
+
+A line `- name: value` is a setting: tag, limit, slots, cluster. What this page does not say has
+a default.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+from dataclasses import dataclass
+
+from autoresearch.common import ROOT, Fail, one_line
+from autoresearch.night.rules import LOWER_IS_BETTER
+
+PAGE = ROOT / "program.md"
+CLUSTER_TIMEOUT = 3  # seconds in which something must listen at the cluster's address
+
+
+@dataclass(frozen=True)
+class Target:
+    """What is improved: the file that may change, the command that runs it, and its score."""
+
+    file: str
+    command: tuple[str, ...]
+    metric: str  # also the score's column in results.tsv
+    test_metric: str  # the same on the test split
+    lower_is_better: bool
+
+
+TARGET = Target(
+    file="train.py",
+    command=(sys.executable, "train.py"),
+    metric="val_bpb",
+    test_metric="test_bpb",
+    lower_is_better=LOWER_IS_BETTER,
+)
+BASELINE_SEEDS = (42, 43, 44)  # the first is the seed of every experiment
+
+
+def setting(name: str, default: str | None = None) -> str:
+    """The text behind `- name:` in program.md. Raises Fail where there is none and no default."""
+    text = PAGE.read_text(errors="replace") if PAGE.is_file() else ""
+    found = re.search(rf"^- {name}:[ \t]*(.*?)[ \t]*$", text, re.M)
+    if found and found[1]:
+        return found[1]
+    if default is None:
+        raise Fail(f"program.md has no line `- {name}: ...`: add it to the settings")
+    return default
+
+
+def number_setting(name: str, default: str) -> int:
+    """A setting that begins with a whole number of at least 1. Raises Fail on anything else."""
+    text = setting(name, default)
+    found = re.match(r"(\d+)(?!\w|[.,]\d|\s*(min|h))", text)  # not 1,200, not 20 minutes
+    if not found or int(found[1]) < 1:
+        raise Fail(
+            f"program.md, setting `{name}: {one_line(text, 40)}`: it must begin with a whole "
+            "number (seconds, or runs), at least 1"
+        )
+    return int(found[1])
+
+
+def time_limit() -> int:
+    """Seconds for one run from start to end."""
+    return number_setting("limit", "1200")
+
+
+# --------------------------------------------------------------------- where the runs go: slots
+
+
+def local_slots() -> list[dict]:
+    """The environment of each slot, a place for one run: one a visible GPU, or as `slots` says.
+
+    Raises Fail where `slots` asks for more than there are GPUs.
+    """
+    gpus = visible_gpus()
+    wanted = number_setting("slots", str(max(1, len(gpus))))
+    if gpus and wanted > len(gpus):
+        raise Fail(
+            f"program.md, setting `slots: {wanted}`: only {len(gpus)} GPUs are visible, and runs "
+            f"that share one get less of it, each another score. Set {len(gpus)} at most"
+        )
+    if gpus:
+        return [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in gpus[:wanted]]
+    if wanted == 1:
+        return [{}]
+    return [{"OMP_NUM_THREADS": str(max(1, cores() // wanted))}] * wanted
+
+
+@functools.cache  # nvidia-smi may take a second
+def visible_gpus() -> list[str]:
+    """Names, each of which as CUDA_VISIBLE_DEVICES shows a run that one GPU. Raises Fail."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return named_gpus(visible)
+    if not shutil.which("nvidia-smi"):
+        return []
+    try:
+        command = ["nvidia-smi", "-L"]
+        listed = subprocess.run(command, capture_output=True, text=True, timeout=60).stdout
+    except subprocess.TimeoutExpired:
+        raise Fail(
+            "nvidia-smi -L has not answered for 60 s: does the driver hang? "
+            "CUDA_VISIBLE_DEVICES=0,1 (for example) names the GPUs without asking it"
+        ) from None
+    return [str(i) for i in range(len(re.findall(r"^GPU \d+:", listed, re.M)))]
+
+
+def named_gpus(visible: str) -> list[str]:
+    """The entries of CUDA_VISIBLE_DEVICES. CUDA ignores what follows the first that names no GPU."""
+    names = []
+    for entry in visible.split(","):
+        name = entry.strip()
+        if not re.fullmatch(r"\d+|(GPU|MIG)-\S+", name):
+            break
+        if name in names:
+            raise Fail(f"CUDA_VISIBLE_DEVICES={visible} names {name} twice: name each GPU once")
+        names.append(name)
+    return names
+
+
+def cores() -> int:
+    """Those that this process may use; macOS counts all."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def cluster_address() -> str | None:
+    """Where the Ray cluster answers (HOST:PORT, or `auto`); None where runs stay on this machine."""
+    address = setting("cluster", os.environ.get("RAY_ADDRESS") or "none").split()[0]
+    if address == "none":
+        return None
+    said = f"the cluster {one_line(address, 60)} (RAY_ADDRESS, or program.md's setting `cluster`)"
+    if address != "auto" and not re.fullmatch(r"[^\s/]+:\d{1,5}", address):
+        raise Fail(f"{said}: it must be HOST:PORT as `ray start --head` prints it, auto, or none")
+    if importlib.util.find_spec("ray") is None:
+        install = "uv sync --group cluster (or: uv run --group cluster night.py)"
+        raise Fail(f"{said} needs Ray, which is not installed: {install}")
+    return address
+
+
+def cluster_is_silent(address: str | None) -> str | None:
+    """What to say where nothing listens there; whether it is Ray, the supervisor finds out."""
+    if address in (None, "auto"):
+        return None
+    host, port = address.rsplit(":", 1)
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CLUSTER_TIMEOUT).close()
+    except (OSError, OverflowError, UnicodeError):
+        return (
+            f"the cluster {address} does not answer. Nothing is lost: all goes on when it does "
+            "(`ray start --head` there, or another `cluster:` in program.md)"
+        )
+    return None

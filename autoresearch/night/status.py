@@ -1,0 +1,232 @@
+"""
+What the commands print: where the night stands, what a decision means, what runs and how far it is.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from autoresearch.common import one_line, seconds_of
+from autoresearch.night import rules
+from autoresearch.night.experiment import Experiment
+from autoresearch.night.results import row_of
+from autoresearch.night.settings import TARGET, cluster_address, cluster_is_silent
+from autoresearch.night.store import Night
+from autoresearch.night.supervisor import capacity
+from autoresearch.night.worker import log_text, read_progress
+
+SCREEN, WIDTH = 36, 110  # lines and columns of what a command prints before its last line
+FEW_STEPS = 50  # a score after fewer measures the machine more than the idea
+
+
+def print_lines(lines: list[str]):
+    """At most a screen of them."""
+    if len(lines) > SCREEN:
+        lines = [*lines[: SCREEN - 1], f"... {len(lines) - SCREEN + 1} more lines"]
+    for line in lines:
+        print(line[:200])
+
+
+# ------------------------------------------------------------------------------------ one experiment
+
+
+def name_of(experiment: dict) -> str:
+    """experiment: a record, or what experiment.json holds."""
+    if experiment["kind"] == "baseline":
+        return f"baseline, seed {experiment['seed']}"
+    return one_line(experiment["message"], 70)
+
+
+def verdict(record: dict) -> list[str]:
+    """What a record says to the agent, in a few lines."""
+    metric = TARGET.test_metric if record["kind"] == "confirm" else TARGET.metric
+    score = "" if record["score"] is None else f"  {metric} {record['score']:.6f}"
+    status = record["status"] if record["run"] else "not run"
+    lines = [f"{record['n']}: {status}{score}: {record['why']}  ({name_of(record)})"]
+    if record["expect"] is not None and record["got"] is not None:
+        lines.append(f"   expected {record['expect']:+.6f}, got {record['got']:+.6f}")
+    if record["slow"]:
+        lines.append(
+            f"   SLOW twice ({record['slow']:.0%} of its expected rate): the faster run counts"
+        )
+    lines += [f"   ran again: {why}" for why in record["again"]]
+    per_second = rules.rate(record)
+    if per_second:
+        best = f" (the best before: {record['base_rate']:,.0f})" if record["base_rate"] else ""
+        seconds = f"{record['wall_seconds']:.0f} s in all"
+        lines.append(
+            f"   {per_second:,.0f} tokens/s{best}, {record['steps'] or '?'} steps, {seconds}"
+        )
+    if record["kind"] == "baseline" and record["status"] == "keep":
+        if record["steps"] and record["steps"] < FEW_STEPS:
+            lines.append(
+                f"   under {FEW_STEPS} steps a score measures the machine more than the idea"
+            )
+    if record["why"].startswith(rules.CONFLICT):
+        lines.append(f"   its diff: night.py show {record['n']}; make it by hand if still worth it")
+    return lines
+
+
+def displaced_lines(record: dict, records: list[dict]) -> list[str]:
+    """Which kept changes a record took off the branch, and how to bring them back."""
+    return [
+        f"     it displaced {lost['n']}, {lost['commit'][:7]} ({name_of(lost)}): night.py show "
+        f"{lost['n']}, make that change again on top, and try"
+        for lost in rules.displaced_by(record, records)
+    ]
+
+
+def log_of(night: Night, record: dict, name: str = "run", ending: str = "log") -> Path:
+    """The log of the run that counts; or another of its files."""
+    folder = night.folder_of(record["n"]) or night.done
+    return folder / f"{name}-{record['k']}.{ending}"
+
+
+def end_of_log(path: Path, most: int) -> list[str]:
+    lines = [one_line(line, WIDTH) for line in log_text(path).splitlines() if line.strip()]
+    return lines[-most:]
+
+
+def losses(path: Path) -> list[tuple[float, float]]:
+    """(percent of the budget, training loss) from a progress file."""
+    lines = [line for line in read_progress(path) if line.get("loss") is not None]
+    return [(line["percent"], line["loss"]) for line in lines]
+
+
+def best_losses(night: Night, records: list[dict]) -> list[tuple[float, float]]:
+    best = rules.best_of(records)
+    return losses(log_of(night, best, "progress", "jsonl")) if best else []
+
+
+def loss_at(curve: list[tuple[float, float]], percent: float) -> float | None:
+    """The last loss up to `percent` of the budget."""
+    return next((loss for share, loss in reversed(curve) if share <= percent), None)
+
+
+def phase(experiment: Experiment, best_curve: list[tuple[float, float]]) -> str:
+    """`compiling, 20 s so far`, `training 40%, loss 2.41 (best at 40%: 2.2)`, or `scoring`."""
+    run = experiment.runs()[-1]
+    so_far = f"{time.time() - seconds_of(run['began']):.0f} s so far"
+    if "cluster" in run:
+        return f"on the cluster, {so_far}"  # its losses come home with its score
+    path = experiment.path("progress.jsonl")
+    lines = read_progress(path)
+    if lines and lines[-1]["phase"] == "scoring":
+        return "scoring"
+    curve = losses(path)
+    if not curve:
+        return (
+            f"training, {so_far}" if any("percent" in x for x in lines) else f"compiling, {so_far}"
+        )
+    percent, loss = curve[-1]
+    beside = loss_at(best_curve, percent)
+    best = f" (best at {percent:.0f}%: {beside:.4g})" if beside is not None else ""
+    return f"training {percent:.0f}%, loss {loss:.4g}{best}"
+
+
+# -------------------------------------------------------------------------------------- the night
+
+
+def baseline_lasts(experiments: list[Experiment]) -> bool:
+    """Whether what has ended stays undecided for a while."""
+    return any(e.is_baseline and e.state() != "ended" for e in experiments)
+
+
+def standing(night: Night) -> list[str]:
+    """Where the night stands, what runs, what waits."""
+    records = night.records()
+    ended = {record["n"] for record in night.ended()}
+    experiments = [e for e in night.open() if e.n not in ended]
+    silent = cluster_is_silent(cluster_address())
+    lines = [silent] if silent else list(night.engine_state()["words"])
+    lines += best_lines(records)
+    curve = best_losses(night, records)
+    return lines + [open_line(e, experiments, curve) for e in experiments]
+
+
+def best_lines(records: list[dict]) -> list[str]:
+    """The best, from where it came, and what there is to know beside it."""
+    best, floor = rules.best_of(records), rules.noise_floor(records)
+    lines = []
+    if best:
+        lines.append(
+            f"best {best['score']:.6f}: {best['n']}, {best['commit'][:7]}, {name_of(best)}"
+        )
+        kept = [record for record in records if record["status"] == "keep"]
+        scored = sum(record["score"] is not None for record in records)
+        noise = f"noise floor {floor:.6f}"
+        if floor is None:
+            noise = (
+                f"noise floor not measured yet ({rules.UNMEASURED_FLOOR:.1%} of the best counts)"
+            )
+        lines.append(
+            f"     from {kept[0]['score']:.6f}; {len(records)} ended, {scored} with a score, "
+            f"{len(kept)} kept; {noise}"
+        )
+        lines += displaced_lines(best, records)
+        better = rules.better_than_best(records)
+        if better:
+            lines.append(
+                f"     better, but not on the branch: {better['n']}, {better['score']:.6f} "
+                f"({name_of(better)}): bring {better['n']} and try it again"
+            )
+    said, direction, size = rules.calibration(records, floor)
+    if said:
+        lines.append(f"     predictions: {direction} of {said} right in direction, {size} in size")
+    return lines
+
+
+def open_line(
+    experiment: Experiment, experiments: list[Experiment], best_curve: list[tuple[float, float]]
+) -> str:
+    """Of one that waits, runs, or is not decided yet."""
+    words = experiment.state()
+    runs = experiment.runs()
+    if words == "running":
+        words = phase(experiment, best_curve)
+    elif words == "ended":
+        score = runs[-1].get("score")
+        words = "ended without a score" if score is None else f"ended, {score:.6f}"
+        if baseline_lasts(experiments):
+            words += "; decided when the baseline's runs have all ended"
+    before = [run["again"] for run in runs if "again" in run]
+    if before:
+        words += f"; once more, because of the run before: {before[-1]}"
+    return f"{experiment.n}: {words}  ({name_of(experiment.asked)})"
+
+
+def what_next(night: Night) -> str:
+    """What the agent should type next."""
+    records, experiments = night.records(), night.open()
+    if night.stopped():
+        return "the night was stopped (night.py stop); who stopped it goes on with night.py begin"
+    if rules.best_of(records) is None and not any(e.is_baseline for e in experiments):
+        return "the baseline gave no score (see above): tell the human, or mend it and say begin"
+    waiting = [e for e in experiments if e.asked["kind"] == "try" and e.state() == "waiting"]
+    edits = night.edits() is not None
+    if len(waiting) >= capacity(night):
+        kept = f"; {TARGET.file} keeps its edits until then" if edits else ""
+        return f"the queue is full: night.py wait{kept}"
+    if edits:
+        return (
+            f'{TARGET.file} has edits: finish them, then night.py try "..."; or night.py bring best'
+        )
+    or_wait = ", or night.py wait" if experiments else ""
+    return f'edit {TARGET.file} and night.py try "what changes; what is expected"{or_wait}'
+
+
+def print_status(night: Night):
+    """`night.py` alone."""
+    if not night.begun():
+        print(f"no night has begun; the next is {night.tag} (program.md's tag), on {night.branch}")
+        print("next: uv run night.py begin")
+        return
+    print(f"night {night.tag} on {night.branch}")
+    night.sync_branch()
+    lines = standing(night)
+    recent = [f"  {row_of(record)[:WIDTH]}" for record in night.records()[-5:]]
+    if recent:
+        lines += ["last rows of results.tsv:", *recent]
+    print_lines(lines)
+    print("next:", what_next(night))

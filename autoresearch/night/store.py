@@ -1,0 +1,323 @@
+"""
+What the night remembers: experiments, which are folders of files, and the journal of those that
+have ended. Every file is written once, by rename, and every step is idempotent: after a kill at any
+line, the next command resumes.
+
+    .night/TAG/queue/N/       an experiment that waits, runs, or is not decided yet
+    .night/TAG/done/N/        one that has its line in the journal
+    .night/TAG/journal.jsonl  one record an experiment; from that line on it has ended
+    results.tsv               the same as a table
+
+Beside the files, `refs/autoresearch/TAG/N` keeps the commit of every experiment.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from autoresearch.common import (
+    ROOT,
+    Fail,
+    append_line,
+    one_line,
+    read_json,
+    utc,
+    write_atomically,
+    write_json,
+)
+from autoresearch.night import results, rules
+from autoresearch.night.experiment import Experiment
+from autoresearch.night.repo import Repository
+from autoresearch.night.settings import TARGET, setting
+
+PAUSE = 0.05  # seconds between two looks at files that others write
+COMMAND_PATIENCE = 10  # seconds a command waits for another one
+RESERVED_TAGS = ("command", "compiled", "supervisor")  # our own names in .night
+
+
+class Night:
+    """Where one tag's night keeps its files, and what they say. Raises Fail outside a repository."""
+
+    def __init__(self, root: Path = ROOT):
+        self.root = root
+        self.repo = Repository(root, TARGET.file)
+        top = self.repo.git("rev-parse", "--show-toplevel", check=False)
+        if not top:
+            make = "git init, git add -A, git commit, then begin"
+            raise Fail(f"{root} is no git repository with files: {make}")
+        if Path(top).resolve() != root:
+            raise Fail(f"night.py must stand at the top of its repository, which is {top}")
+        self.tag = setting("tag")
+        self.branch = f"autoresearch/{self.tag}"
+        said = f"program.md, setting `tag: {one_line(self.tag, 40)}`"
+        if self.repo.git("check-ref-format", f"refs/heads/{self.branch}", check=False) is None:
+            raise Fail(f"{said}: it cannot be a part of a branch's name; take a word like nov25")
+        if self.tag in RESERVED_TAGS:
+            raise Fail(f"{said}: night.py has files of that name; take another")
+        self.home = root / ".night"
+        self.folder = self.home / self.tag
+        self.queue, self.done = self.folder / "queue", self.folder / "done"
+        self.journal = self.folder / "journal.jsonl"
+        self.results = root / "results.tsv"
+        self.edited = root / TARGET.file
+        self._experiments: dict[str, Experiment] = {}  # of the queue, as the last look found them
+        self._records: list[dict] = []  # of the journal: what was read so far,
+        self._confirmed: list[dict] = []
+        self._read_bytes = 0  # and up to which byte
+
+    # what has ended
+
+    def records(self) -> list[dict]:
+        """The experiments that have ended, in order, without a confirmation's runs.
+
+        A line that a power cut tore is ignored.
+        """
+        with contextlib.suppress(FileNotFoundError), open(self.journal, "rb") as file:
+            file.seek(self._read_bytes)
+            for line in file:
+                if not line.endswith(b"\n"):
+                    break  # being written, or torn: then the next line ends it
+                self._read_bytes += len(line)
+                with contextlib.suppress(ValueError):
+                    record = json.loads(line)
+                    kind = self._confirmed if record["kind"] == "confirm" else self._records
+                    kind.append(record)
+        return [*self._records]
+
+    def confirmed(self) -> list[dict]:
+        """A confirmation's runs that have ended: no rows, never kept, no part of the noise floor."""
+        self.records()
+        return [*self._confirmed]
+
+    def ended(self) -> list[dict]:
+        """All records of the journal, those of a confirmation last."""
+        return [*self.records(), *self.confirmed()]
+
+    def rates(self) -> dict[str, list[float]]:
+        """Tokens a second of every run so far, by commit."""
+        open_runs = [run for experiment in self.open() for run in experiment.runs()]
+        found: dict[str, list[float]] = {}
+        for run in [*self.ended(), *open_runs]:
+            speed = rules.rate(run)
+            if speed:
+                found.setdefault(run["commit"], []).append(speed)
+        return found
+
+    def baseline_conditions(self) -> dict:
+        """Those of the baseline's run that fell back the least; empty before one has a score."""
+        runs = [record for record in self.records() if record["kind"] == "baseline"]
+        for experiment in self.open():
+            if experiment.is_baseline:
+                runs += experiment.runs()[-1:]
+        conditions = [run["conditions"] for run in runs if run.get("score") is not None]
+        return min(conditions, key=lambda known: len(known.get(rules.FELL_BACK, [])), default={})
+
+    def history(self) -> rules.History:
+        return rules.History(self.records(), self.rates(), self.baseline_conditions())
+
+    # what has not
+
+    def begun(self) -> bool:
+        return self.queue.is_dir()
+
+    def stopped(self) -> bool:
+        """By `stop`, until `begin`."""
+        return (self.folder / "stop").exists()
+
+    def open(self) -> list[Experiment]:
+        """What waits, runs, or is not decided yet, by number."""
+        names = [name for name in os.listdir(self.queue) if name.isdigit()]
+        found = {}
+        for name in sorted(names, key=int):
+            experiment = self._experiments.get(name) or Experiment.at(self.queue / name)
+            if experiment:
+                found[name] = experiment
+        self._experiments = found
+        return [*found.values()]
+
+    def folder_of(self, n: int) -> Path | None:
+        for place in (self.queue, self.done):
+            if (place / str(n)).is_dir():
+                return place / str(n)
+        return None
+
+    def timed_runs(self) -> list[dict]:
+        """All runs of all experiments: Experiment.timed_runs."""
+        folders = [*self.queue.glob("[0-9]*"), *self.done.glob("[0-9]*")]
+        experiments = filter(None, map(Experiment.at, folders))
+        return [run for experiment in experiments for run in experiment.timed_runs()]
+
+    def can_work(self) -> bool:
+        """Whether a supervisor would find something to do."""
+        experiments = self.open()
+        if self.stopped():
+            return any(e.state() in ("running", "cut off") or e.dropped() for e in experiments)
+        if any(e.state() != "waiting" or e.is_baseline or e.dropped() for e in experiments):
+            return True
+        return bool(experiments) and rules.best_of(self.records()) is not None
+
+    # writing
+
+    def next_number(self) -> int:
+        numbers = [record["n"] for record in self.ended()] + [e.n for e in self.open()]
+        return 1 + max(numbers, default=0)
+
+    def enqueue(self, kind: str, commit: str, base: str, message: str, seed: int, **more) -> int:
+        """Queues an experiment. Returns its number. more: simpler, expect, change."""
+        n = self.next_number()
+        self.keep_ref(str(n), commit)
+        asked = {"n": n, "kind": kind, "commit": commit, "base": base, "message": message}
+        asked |= {"seed": seed, "simpler": False, "expect": None, "change": None, **more}
+        unfinished = self.queue / f"{n}.new"
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir()
+        write_json(unfinished / "experiment.json", {**asked, "asked": utc()})
+        os.replace(unfinished, self.queue / str(n))
+        return n
+
+    def keep_ref(self, name: str, commit: str):
+        """Nothing that was tried is lost: git never collects what a ref names."""
+        self.repo.git("update-ref", f"refs/autoresearch/{self.tag}/{name}", commit)
+
+    def record(self, experiment: Experiment, step: rules.Record):
+        """Writes the experiment's one line: from here on it has ended, whatever is cut off after."""
+        asked, run = experiment.asked, step.run or {}
+        runs = experiment.runs()
+        score = run.get("score") if step.status != "crash" else None
+        base = {} if experiment.is_confirm else rules.kept_as(run.get("base", ""), self.records())
+        named = ("n", "kind", "seed", "message", "simpler", "expect", "change")
+        measured = ("tokens", "training_seconds", "wall_seconds", "steps", "began", "host")
+        record = {
+            **{key: asked[key] for key in named},
+            "commit": run.get("commit", asked["commit"]),
+            "base": run.get("base", asked["base"]),
+            "status": step.status,
+            "why": one_line(step.why, 300),
+            "score": score,
+            "got": score - base["score"] if score is not None and base else None,
+            "base_rate": rules.rate(base),
+            "slow": step.slow,
+            "not_comparable": step.not_comparable,
+            "conditions": run.get("conditions", {}),
+            "again": [earlier["again"] for earlier in runs[:-1] if "again" in earlier],
+            "run": run.get("id"),
+            "k": next((k for k, r in enumerate(runs, 1) if r["id"] == run.get("id")), len(runs)),
+            **{key: run.get(key) for key in measured},
+            "memory_gb": run.get("memory_gb") or 0.0,
+            "ended": utc(),
+        }
+        record["again"] += run.get("retried", [])  # by Ray, within the run
+        if step.displaced:
+            record["displaced"] = step.displaced
+        append_line(self.journal, json.dumps(record).encode())
+        self.archive(experiment)
+
+    def archive(self, experiment: Experiment):
+        """The row, and the folder out of the queue. Said again after a kill, it does what is missing."""
+        if not experiment.is_confirm:
+            records = self.records()
+            own = next(r for r in reversed(records) if r["n"] == experiment.n)
+            results.write_row(self.results, own, records)
+        self.clear(experiment)
+        os.replace(experiment.folder, self.done / str(experiment.n))
+
+    def recover(self):
+        """Archives what a supervisor before us had recorded when it was killed."""
+        recorded = {record["n"] for record in self.ended()}
+        for experiment in self.open():
+            if experiment.n in recorded:
+                self.archive(experiment)
+
+    def clear(self, experiment: Experiment):
+        """Removes what a run leaves beside its log."""
+        for name in ("tree", "home", "tmp"):
+            shutil.rmtree(experiment.folder / name, ignore_errors=True)
+        tree = str(experiment.folder / "tree")
+        self.repo.git("worktree", "remove", "--force", "--force", tree, check=False)  # git's part
+
+    # what the supervisor's engine last said, for the commands, which do not ask it
+
+    def keep_engine_state(self, slots: int, words: list[str]):
+        """slots: how many runs at once. words: lines for the status."""
+        state = {"slots": slots, "words": words}
+        if self.engine_state() != state:
+            write_json(self.home / "engine.json", state)
+
+    def engine_state(self) -> dict:
+        return read_json(self.home / "engine.json") or {"slots": 1, "words": []}
+
+    @contextlib.contextmanager
+    def lock(self, name: str, seconds: float) -> Iterator[bool]:
+        """A lock of the night; False where another process has held it all the time."""
+        self.home.mkdir(exist_ok=True)
+        end = time.monotonic() + seconds
+        with open(self.home / name, "w") as file:
+            while True:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    if time.monotonic() >= end:
+                        file.close()
+                        break
+                    time.sleep(PAUSE)
+            yield not file.closed
+
+    @contextlib.contextmanager
+    def command(self):
+        """One command at a time touches the agent's tree."""
+        with self.lock("command", COMMAND_PATIENCE) as ours:
+            if not ours:
+                raise Fail("another night.py command has been at work for 10 s: say it again")
+            yield
+
+    # the agent's tree: moved by the agent's own commands alone
+
+    def tip(self) -> str:
+        """The branch's commit. Raises Fail where another branch is checked out."""
+        head = self.repo.git("symbolic-ref", "-q", "--short", "HEAD", check=False)
+        if head != self.branch:
+            raise Fail(
+                f"the night is on {self.branch}, this is {head or 'a detached head'}: "
+                "uv run night.py begin"
+            )
+        return self.repo.git("rev-parse", "HEAD")
+
+    def edits(self) -> bytes | None:
+        """The agent's file, where it is neither the branch's, the best's nor a queued one; else None."""
+        tip = self.tip()
+        if not self.edited.is_file():
+            return None  # deleted: the best is put in its place
+        content = self.edited.read_bytes()
+        best = rules.best_of(self.records())
+        known = {tip, best["commit"] if best else tip, *(e.asked["commit"] for e in self.open())}
+        return None if self.repo.is_file_of(content, known) else content
+
+    def write_edited(self, content: bytes):
+        mode = self.edited.stat().st_mode if self.edited.is_file() else 0o644
+        write_atomically(self.edited, content, mode)
+
+    def sync_branch(self):
+        """Moves branch and file to the best, unless an edit is in progress."""
+        best = rules.best_of(self.records())
+        tip = self.tip()
+        if self.edits() is None:
+            commit = best["commit"] if best else tip
+            content = self.repo.file_at(commit)
+            if not self.edited.is_file() or self.edited.read_bytes() != content:
+                self.write_edited(content)
+            if commit != tip:
+                if all(tip not in (record["commit"], record["base"]) for record in self.records()):
+                    self.keep_ref(f"not-of-the-night-{tip[:7]}", tip)  # somebody's own commit
+                ref = f"refs/heads/{self.branch}"
+                self.repo.git("update-ref", "-m", "night: kept", ref, commit, tip)
+        staged = ("diff-index", "--cached", "--quiet", "HEAD", "--", TARGET.file)
+        if self.repo.git(*staged, check=False) is None:
+            self.repo.git("reset", "-q", "--", TARGET.file, check=False)

@@ -1,0 +1,245 @@
+"""
+The detached process that works through the queue: queue -> engine -> rules.next_step -> store.
+
+One a repository, by the lock `.night/supervisor`. All it knows is in the night's files: killed at any
+line, the next one goes on. The engine that starts the runs is handed in.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable
+
+from autoresearch.common import ROOT, Fail, utc
+from autoresearch.night import rules
+from autoresearch.night.experiment import Experiment
+from autoresearch.night.repo import merged
+from autoresearch.night.settings import (
+    cluster_address,
+    cluster_is_silent,
+    local_slots,
+    number_setting,
+    setting,
+    time_limit,
+)
+from autoresearch.night.store import PAUSE, Night
+
+
+class Supervisor:
+    """Starts what waits where a slot is free, and records what has ended."""
+
+    def __init__(self, night: Night, engine):
+        self.night = night
+        self.engine = engine
+        self.limit = time_limit()
+
+    def work(self):
+        """Until nothing runs and nothing can start. It looks rarely while nothing moves."""
+        self.night.recover()
+        pause = 0.0
+        while True:
+            if self.turn():
+                pause = 0.0
+            elif not self.may_continue():
+                return
+            pause = min(pause + PAUSE / 10, 5 * PAUSE)
+            time.sleep(pause)
+
+    def may_continue(self) -> bool:
+        """Whether something runs, or waits for a slot that the engine may still get."""
+        if any(experiment.state() == "running" for experiment in self.night.open()):
+            return True
+        return not self.engine.slots() and self.night.can_work()
+
+    def turn(self) -> bool:
+        """One look at the queue. Returns whether anything moved."""
+        self.night.keep_engine_state(len(self.engine.slots()), self.engine.words())
+        moved = False
+        for experiment in self.night.open():
+            state = experiment.state()
+            if state == "waiting" and experiment.dropped():
+                self.carry_out(experiment, self.next_step(experiment))
+                moved = True
+            elif state in ("running", "cut off"):
+                found, why = self.engine.poll(experiment)
+                if found == "lost":
+                    self.carry_out(experiment, self.next_step(experiment, lost=why))
+                moved = moved or found != "running"
+        moved = self.process_finished() or moved
+        return self.fill_slot() or moved
+
+    # deciding
+
+    def next_step(
+        self, experiment: Experiment, conflict: str | None = None, lost: str | None = None
+    ) -> rules.Record | rules.Again:
+        asked = {**experiment.asked, "dropped": experiment.dropped()}
+        runs = experiment.runs()
+        if lost:
+            runs[-1]["lost"] = lost
+        return rules.next_step(asked, runs, self.night.history(), conflict)
+
+    def carry_out(self, experiment: Experiment, step: rules.Record | rules.Again):
+        if isinstance(step, rules.Again):
+            experiment.again(step.why)
+        else:
+            self.night.record(experiment, step)
+
+    def process_finished(self) -> bool:
+        """Decides what has ended; the baseline first and as a whole, for all is measured by it."""
+        experiments = self.night.open()
+        ended = [e for e in experiments if e.state() == "ended"]
+        baseline = [e for e in experiments if e.is_baseline]
+        if any(experiment not in ended for experiment in baseline):
+            return False
+        if baseline:
+            ended = baseline
+            # One that is doubted runs again before the noise floor is fixed for the whole night.
+            steps = [(experiment, self.next_step(experiment)) for experiment in baseline]
+            again = [pair for pair in steps if isinstance(pair[1], rules.Again)]
+            if again:
+                for experiment, step in again:
+                    self.carry_out(experiment, step)
+                return True
+        else:
+            ended.sort(key=self.gained, reverse=True)
+        for experiment in ended:
+            self.carry_out(experiment, self.next_step(experiment))
+        return bool(ended)
+
+    def gained(self, experiment: Experiment) -> float:
+        return rules.gained(experiment.runs(), self.night.records())
+
+    # starting
+
+    def fill_slot(self) -> bool:
+        """Starts one run, the first that waits; what ends meanwhile may move the best."""
+        if self.night.stopped():
+            return False
+        experiments = self.night.open()
+        free = self.engine.slots()
+        states = {e.n: e.state() for e in experiments}
+        # What has ended keeps its slot until it is decided, for it may move the best. While the
+        # baseline lasts, nothing is decided.
+        lasts = any(e.is_baseline for e in experiments)
+        occupying = ("running",) if lasts else ("running", "ended")
+        for experiment in experiments:
+            if states[experiment.n] in occupying and free:
+                slot = experiment.runs()[-1]["slot"]
+                free.remove(slot if slot in free else free[0])  # the setting may have changed
+        waiting = [e for e in experiments if states[e.n] == "waiting"]
+        if not lasts and not rules.best_of(self.night.records()):
+            waiting = []  # the baseline has no score: nothing can be compared
+        # Then what runs again, the larger gain first: it moves the best, the others follow.
+        waiting.sort(key=lambda e: (not e.is_baseline, not e.runs(), -self.gained(e), e.n))
+        if not (waiting and free):
+            return False
+        self.start(waiting[0], free[0])
+        return True
+
+    def start(self, experiment: Experiment, slot: dict):
+        """Puts the change on top of the best where that has moved, and starts the run."""
+        best = rules.best_of(self.night.records())
+        base = experiment.asked["base"]
+        if best and experiment.asked["kind"] == "try":
+            base = best["commit"]
+        commit, conflict = self.rebase(experiment, base)
+        if commit is None:
+            self.carry_out(experiment, self.next_step(experiment, conflict))
+            return
+        run = {"id": uuid.uuid4().hex[:12], "commit": commit, "base": base, "slot": slot}
+        k = len(experiment.runs()) + 1
+        self.engine.start(experiment, k, {**run, "began": utc()}, self.limit)
+
+    def rebase(self, experiment: Experiment, base: str) -> tuple[str | None, str]:
+        """The experiment's commit, or the same change as a commit on `base`; or None and why not."""
+        asked, repo = experiment.asked, self.night.repo
+        if asked["base"] == base:
+            return asked["commit"], ""
+        name = f"{experiment.n}-on-{base[:7]}"
+        ref = f"refs/autoresearch/{self.night.tag}/{name}"
+        known = repo.git("rev-parse", "-q", "--verify", ref, check=False)
+        if known:
+            return known, ""
+        files = [repo.file_at(commit) for commit in (base, asked["base"], asked["commit"])]
+        content = merged(*files)
+        if content is None:
+            return None, f"it conflicts with the best, {base[:7]}"
+        if content == files[0]:  # a run would measure the best again, and luck could keep it
+            return None, f"its change is in the best, {base[:7]}, already"
+        commit = repo.commit_file(content, base, asked["message"])
+        self.night.keep_ref(name, commit)
+        return commit, ""
+
+
+# -------------------------------------------------------------------------------------- the process
+
+
+def capacity(night: Night) -> int:
+    """How many experiments may wait: as many as there are slots. More would be stale at their start.
+
+    Raises Fail where the settings `slots` or `cluster` cannot be used.
+    """
+    if cluster_address():
+        number_setting("slots", "1")
+        slots = night.engine_state()["slots"]
+    else:
+        slots = len(local_slots())
+    return max(2, slots)
+
+
+def supervise(make_engine: Callable[[Night], object]):
+    """Holds the lock, works, and looks once more after letting go of it."""
+    night = Night()
+    while True:
+        with night.lock("supervisor", 1) as ours:  # a command that looks holds it for a moment
+            if not ours:
+                return
+            try:
+                engine = make_engine(night)
+            except Fail as problem:
+                night.keep_engine_state(1, [str(problem).removeprefix("FAIL: ")])
+                raise
+            try:
+                Supervisor(night, engine).work()
+            finally:
+                engine.close()
+        if not night.can_work():
+            return
+
+
+def wake(night: Night) -> str | None:
+    """Starts a supervisor where there is work and none; it outlives command, terminal and agent.
+
+    Returns what keeps it from that, where its cluster does not answer. Raises Fail on a setting that
+    cannot be used: here it is said to somebody who reads it.
+    """
+    time_limit()
+    capacity(night)
+    address = cluster_address()
+    if not address and not setting("cluster", "") and (night.folder / "cluster.json").exists():
+        raise Fail(
+            "this night runs on a Ray cluster, and RAY_ADDRESS is not set: set it again, or put "
+            "`- cluster: ADDRESS` (none: go on without) into program.md"
+        )
+    if not night.can_work():
+        return None
+    with night.lock("supervisor", 0) as free:
+        if not free:
+            return None
+    silent = cluster_is_silent(address)
+    if silent:
+        return silent
+    with open(night.home / "supervisor.log", "ab") as log:
+        subprocess.Popen(
+            [sys.executable, str(ROOT / "night.py"), "supervise"],
+            cwd=night.root,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+    return None

@@ -1,0 +1,357 @@
+"""
+One run: a worktree, a process of its own that watches it, a time limit, and isolation.
+
+LocalEngine starts runs on this machine. What runs and ends one (run_environment, run_to_its_end,
+outcome) is also what a node of a cluster calls.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import fcntl
+import getpass
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from autoresearch.common import cache_dir, read_json, seconds_of, utc, write_json
+from autoresearch.night import rules
+from autoresearch.night.experiment import Experiment, split_of
+from autoresearch.night.settings import TARGET, local_slots
+from autoresearch.night.store import Night
+from autoresearch.referee.ledger import ledger_path, read_ledger
+
+LOOK = 0.25  # seconds between two looks at a run
+COMPILER_WRITES = 10  # seconds; a compiler writes one file within them, on a busy machine
+
+# ------------------------------------------------------------------------------ ending processes
+
+
+def become_subreaper():
+    """Linux: orphans among our descendants become our children, so that none outlives its run."""
+    if sys.platform.startswith("linux"):
+        ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER
+
+
+def die_with_parent():
+    """Linux: SIGKILL for this process as soon as its parent has ended."""
+    if sys.platform.startswith("linux"):
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
+def end_group(group: int):
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(group, signal.SIGKILL)
+
+
+def end_children():
+    """Kills what is left below this process, also what left its session (Linux, as a subreaper)."""
+    while True:
+        children = []
+        for path in Path("/proc/self/task").glob("*/children"):
+            children += path.read_text().split()
+        for child in children:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(int(child), signal.SIGKILL)
+        try:
+            os.waitpid(-1, 0)
+        except ChildProcessError:
+            return
+
+
+def end_leftovers(run_id: str):
+    """Kills what a run has left whose watcher died: all that carries its id (Linux)."""
+    mark = f"AUTORESEARCH_RUN={run_id}".encode()
+    found, end = True, time.monotonic() + 10
+    while found and time.monotonic() < end:  # again, for what was forked meanwhile
+        found = False
+        for path in Path("/proc").glob("[0-9]*/environ"):
+            with contextlib.suppress(OSError):
+                if mark in path.read_bytes().split(b"\0"):
+                    os.kill(int(path.parent.name), signal.SIGKILL)
+                    found = True
+
+
+# ------------------------------------------------------------------------- isolation, environment
+
+MOUNTS = """
+mount --bind "$1" "$1" && mount -o remount,ro,bind "$1" || exit 125
+mount --bind "$2" "$2" && mount -o remount,rw,bind "$2" || exit 125
+shift 2
+exec "$@"
+"""
+
+
+@dataclass(frozen=True)
+class Isolation:
+    """What this machine can keep a run away from."""
+
+    prefix: list[str]  # of the run's command
+    words: str  # what is missing, in one sentence for the status; empty where nothing is
+
+    @classmethod
+    def here(cls) -> Isolation:
+        """No network and a read-only cache by Linux's namespaces, where this user may make them."""
+        inside = ["sh", "-c", MOUNTS, "sh", str(cache_dir()), str(ledger_path())]
+        for options in (["--net", "--mount"], ["-r", "--net", "--mount"]):
+            prefix = ["unshare", *options, *inside]
+            with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+                tried = subprocess.run([*prefix, "true"], capture_output=True, timeout=10)
+                if tried.returncode == 0:
+                    return cls(prefix, "")
+        return cls(
+            [],
+            "runs here are not cut off from the network, and can write the cache "
+            "(Linux's unshare is needed, and not permitted or not there)",
+        )
+
+
+def run_environment(
+    folder: Path, compiled: Path, asked: dict, run: dict, progress_path: Path
+) -> dict:
+    """The user's variables, with a home and temporary files of the run's own in `folder`.
+
+    compiled: where the compilers' caches are, which all runs share. asked, run: what
+    experiment.json and run-K.json hold.
+    """
+    home, temporary = folder / "home", folder / "tmp"
+    for path in (home, temporary, compiled):
+        path.mkdir(parents=True, exist_ok=True)
+    environment = {
+        **os.environ,
+        **run["slot"],
+        "HOME": str(home),
+        "TMPDIR": str(temporary),
+        "AUTORESEARCH_CACHE": str(cache_dir()),
+        "AUTORESEARCH_RUN": run["id"],
+        "AUTORESEARCH_SEED": str(asked["seed"]),
+        "AUTORESEARCH_SPLIT": split_of(asked),
+        "AUTORESEARCH_PROGRESS": str(progress_path),
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }
+    environment.setdefault("TORCHINDUCTOR_CACHE_DIR", str(compiled / "inductor"))
+    with contextlib.suppress(OSError, KeyError):  # there already; or a user without a name
+        # torch looks for its precompiled headers among the temporary files: compiled once for all
+        os.symlink(compiled, temporary / f"torchinductor_{getpass.getuser()}")
+    environment.setdefault("HF_HOME", os.path.expanduser("~/.cache/huggingface"))
+    return environment
+
+
+def delete_half_compiled(compiled: Path, since: float):
+    """Deletes what a compiler may have been writing when it was killed, at some time after `since`.
+
+    A C++ compiler writes in place. A kernel that was cut short is later taken for a whole one and
+    ends every run that needs it by SIGBUS. What is deleted is compiled again.
+    """
+    for path in compiled.rglob("*.*"):
+        if path.suffix in (".so", ".o", ".gch"):
+            with contextlib.suppress(FileNotFoundError):
+                if path.stat().st_mtime >= since:
+                    path.unlink()
+
+
+# ------------------------------------------------------------------------------- a run, to its end
+
+
+def log_text(path: Path, most: int = 1 << 16) -> str:
+    """The last `most` bytes of a log; empty while there is none."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(max(0, path.stat().st_size - most))
+            return file.read().decode(errors="replace").replace("\r", "\n")
+    except FileNotFoundError:
+        return ""
+
+
+def read_progress(path: Path) -> list[dict]:
+    """The lines of a progress file (see referee/clock.py), oldest first; none while there is none."""
+    lines = []
+    with contextlib.suppress(FileNotFoundError):
+        for line in path.read_bytes().splitlines():
+            with contextlib.suppress(ValueError):  # one being written
+                lines.append(json.loads(line))
+    return [line for line in lines if isinstance(line, dict) and "phase" in line]
+
+
+def run_to_its_end(
+    tree: Path,
+    environment: dict,
+    compiled: Path,
+    log_path: Path,
+    isolation: Isolation,
+    limit: int,
+    given_up: Callable[[], bool],
+) -> dict:
+    """Runs the target's command in `tree`; ends it, with its children, at the limit or when given up.
+
+    Returns its exit code, why it was stopped (or None), and its seconds. The calling process must
+    have no other children.
+    """
+    began = time.monotonic()
+    stopped = None
+    with open(log_path, "wb") as log:
+        process = subprocess.Popen(
+            [*isolation.prefix, *TARGET.command],
+            cwd=tree,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+            preexec_fn=die_with_parent,
+        )
+        while True:
+            try:
+                code = process.wait(timeout=LOOK)
+                break
+            except subprocess.TimeoutExpired:
+                if given_up():
+                    stopped = "dropped"
+                elif time.monotonic() - began > limit:
+                    stopped = f"still running after {limit} s, the limit in program.md"
+                if stopped:
+                    end_group(process.pid)
+        end_group(process.pid)
+        end_children()
+    phases = [line["phase"] for line in read_progress(Path(environment["AUTORESEARCH_PROGRESS"]))]
+    if code < 0 and "training" not in phases:  # killed while it compiled
+        delete_half_compiled(compiled, time.time() - COMPILER_WRITES)
+    seconds = round(time.monotonic() - began, 2)
+    return {"code": code, "stopped": stopped, "wall_seconds": seconds}
+
+
+def outcome(ended: dict, records: list[dict], log: str, split: str) -> dict:
+    """What end-K.json holds: how a run ended, and what the ledger's records of it say.
+
+    A score counts where the run exited with 0 and was scored on the split that was asked for.
+    """
+    said = {key: value for record in records for key, value in record.items()}
+    code = ended["code"]
+    score = said.get("score") if code == 0 and said.get("split") == split else None
+    if not isinstance(score, (int, float)) or not math.isfinite(score):
+        score = None
+    return {
+        "code": code,
+        "ended": utc(),
+        "wall_seconds": ended["wall_seconds"],
+        "score": score,
+        "failure": why_it_failed(code, ended["stopped"], said, log) if score is None else None,
+        "memory_gb": (said.get("peak_memory_mb") or 0) / 1024,
+        "conditions": {k: said[k] for k in (*rules.CONDITIONS, rules.FELL_BACK) if k in said},
+        **{key: said.get(key) for key in ("steps", "tokens", "training_seconds", "pace")},
+    }
+
+
+def why_it_failed(code: int, stopped: str | None, ledger: dict, log: str) -> str:
+    """One line for a run without a score."""
+    if stopped:
+        return stopped
+    if ledger.get("failure"):
+        return str(ledger["failure"])
+    if code == 0:
+        return "it ended without a score in the ledger"
+    lines = log.strip().splitlines()
+    said = [line for line in lines if "FAIL: " in line]
+    if said:
+        return said[-1].split("FAIL: ")[-1]
+    if any(line.startswith("Timeout (") for line in lines):
+        return "timeout: it hung (the log shows where)"
+    if code < 0:
+        return f"killed by signal {-code}"
+    last = lines[-1] if lines else "its log is empty"
+    return f"exit {code}: {last[-250:]}"
+
+
+# ------------------------------------------------------------------------------------- the engine
+
+
+class LocalEngine:
+    """Runs on this machine, each watched by a process that outlives the supervisor.
+
+    An engine has slots, start, poll, words and close; ray_engine.py holds the other one.
+    """
+
+    def __init__(self, night: Night):
+        self.night = night
+        self._slots = local_slots()
+        ledger_path().touch()
+        self._isolation = Isolation.here()
+
+    def slots(self) -> list[dict]:
+        """The environment of each place where a run may stand."""
+        return list(self._slots)
+
+    def words(self) -> list[str]:
+        """Lines for the status."""
+        return [self._isolation.words] if self._isolation.words else []
+
+    def start(self, experiment: Experiment, k: int, run: dict, limit: int):
+        """Adds a worktree, writes run-K.json, and leaves the run to a process that holds the lock."""
+        tree = experiment.folder / "tree"
+        if k > 1 or tree.exists():
+            self.night.clear(experiment)
+        add = ("worktree", "add", "-q", "--force", "--force", "--detach")
+        self.night.repo.git(*add, str(tree), run["commit"])
+        lock = open(experiment.folder / "lock", "w")
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        write_json(experiment.folder / f"run-{k}.json", run)
+        if os.fork() == 0:
+            try:
+                os.setsid()
+                os.closerange(3, lock.fileno())
+                os.closerange(lock.fileno() + 1, 1 << 12)  # the supervisor's own lock among them
+                become_subreaper()
+                self.watch(experiment, k, limit)
+            except BaseException:
+                traceback.print_exc()  # into supervisor.log
+                sys.stderr.flush()
+            finally:
+                os._exit(0)
+        lock.close()  # the child holds it until it ends, whatever becomes of us
+
+    def watch(self, experiment: Experiment, k: int, limit: int):
+        """Runs the K-th run to its end and writes end-K.json. In a process of its own."""
+        folder, compiled = experiment.folder, self.night.home / "compiled"
+        run = read_json(folder / f"run-{k}.json")
+        ledger_start = ledger_path().stat().st_size
+        progress_path = folder / f"progress-{k}.jsonl"
+        environment = run_environment(folder, compiled, experiment.asked, run, progress_path)
+        log_path = folder / f"run-{k}.log"
+
+        def given_up() -> bool:
+            return experiment.dropped() or self.night.stopped()
+
+        ended = run_to_its_end(
+            folder / "tree", environment, compiled, log_path, self._isolation, limit, given_up
+        )
+        if ended["stopped"] == "dropped" and not experiment.dropped():
+            experiment.again(rules.STOPPED)
+            return
+        mine = [r for r in read_ledger(ledger_start)[0] if r.get("run") == run["id"]]
+        end = outcome(ended, mine, log_text(log_path), experiment.split)
+        write_json(folder / f"end-{k}.json", end)
+
+    def poll(self, experiment: Experiment) -> tuple[str, str]:
+        """(running, ended or lost; why it is lost) of the last run."""
+        with contextlib.suppress(ChildProcessError):
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
+        state = experiment.state()
+        if state != "cut off":
+            return ("running" if state == "running" else "ended"), ""
+        run = experiment.runs()[-1]  # its watcher died, by a kill or a power cut
+        end_leftovers(run["id"])
+        delete_half_compiled(self.night.home / "compiled", seconds_of(run["began"]))
+        return "lost", rules.CUT_OFF
+
+    def close(self):
+        """Nothing to let go of: the watchers hold what runs."""

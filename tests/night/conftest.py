@@ -1,0 +1,30 @@
+"""Labs for the tests of the night: made once, copied by each test."""
+
+import shutil
+
+import pytest
+from lab import Lab
+
+
+@pytest.fixture(scope="session")
+def fresh(tmp_path_factory) -> Lab:
+    """A lab in which no night has begun. To be copied."""
+    if not shutil.which("git"):
+        pytest.skip("needs git")
+    return Lab.made(tmp_path_factory.mktemp("fresh") / "it")
+
+
+@pytest.fixture(scope="session")
+def begun(fresh, tmp_path_factory) -> Lab:
+    """A lab whose baseline has ended: 1.0000 to 1.0002. To be copied."""
+    lab = fresh.copy(tmp_path_factory.mktemp("begun") / "it")
+    lab.say("begin")
+    lab.until_ended(3)
+    lab.until_idle()
+    assert "keep  val_bpb 1.000000" in lab.say("wait", 0)
+    return lab
+
+
+@pytest.fixture
+def lab(begun, tmp_path) -> Lab:
+    return begun.copy(tmp_path / "it")

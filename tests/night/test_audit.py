@@ -1,0 +1,470 @@
+"""The audit on honest nights and on falsified ones: each falsification is one edit in a real repository."""
+
+import copy
+import dataclasses
+import hashlib
+import shutil
+from pathlib import Path
+
+import pytest
+from repository import git, make_repository
+
+from autoresearch.night.audit import audit_lines
+from autoresearch.night.report import NightReport
+from autoresearch.night.results import Row
+
+LOCKED = b"easy = False\n"  # what prepare.py and autoresearch/common.py hold here
+FINE = "Nothing found that speaks against these numbers."
+
+
+def short_sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+@dataclasses.dataclass
+class Lab:
+    """A repository after a night, and all that the audit is given of it."""
+
+    folder: Path
+    by_hand: bool  # a night without night.py: no records, runs in the repository itself
+    rows: list = dataclasses.field(default_factory=list)
+    records: list = dataclasses.field(default_factory=list)
+    started: dict = dataclasses.field(default_factory=dict)
+    ledger: list = dataclasses.field(default_factory=list)
+    confirmed: list = dataclasses.field(default_factory=list)
+    more: dict = dataclasses.field(default_factory=dict)  # for the NightReport
+
+    def git(self, *words) -> str:
+        return git(self.folder, *words)
+
+    @property
+    def tip(self) -> str:
+        return self.git("rev-parse", "HEAD")
+
+    def commit(self, source: str, *more: str) -> str:
+        (self.folder / "train.py").write_text(source)
+        self.git("add", "train.py", *more)
+        self.git("commit", "-qm", source)
+        return self.tip
+
+    def measure(self, commit: str, score: float | None, source=b"", by_night=True, **more) -> dict:
+        """A run's two lines in the ledger. Returns the second, to be edited."""
+        run = f"{len(self.ledger):012x}"
+        by_night = by_night and not self.by_hand
+        start = {
+            "run": run,
+            "event": "start",
+            "time": "2026-03-05T01:00:00Z",
+            "repo": str(self.folder / ".night/test/queue/1/tree" if by_night else self.folder),
+            "branch": "HEAD" if by_night else "autoresearch/test",
+            "commit": commit,
+            "changed": False,
+            "fingerprint": "f" * 12,
+            "seed": 42,
+            "device": "H200",
+            "split": "val",
+        }
+        if source:
+            start["train_sha256"] = hashlib.sha256(source).hexdigest()
+        names = ("prepare.py", "autoresearch/common.py")
+        imported = {"imported": {name: short_sha256(LOCKED) for name in names}}
+        result = {"score": score + 3e-7} if score else {"failure": "loss diverged"}
+        end = {**start, "event": "end", **imported, **result, **more}
+        self.ledger += [{**start, **{key: more[key] for key in more if key in start}}, end]
+        if by_night:
+            self.started[run] = {"id": run}
+        return end
+
+    def experiment(self, commit, score, status, what, **more) -> dict:
+        source = (self.git("show", f"{commit}:train.py") + "\n").encode()
+        end = self.measure(commit, score, source, **more)
+        n = len(self.rows) + 1
+        self.rows.append(Row(n, commit[:7], score, 1.0, status, what))
+        if not self.by_hand:
+            record = {"n": n, "commit": commit, "base": self.git("rev-parse", f"{commit}~1")}
+            record |= {"score": score, "status": status, "run": end["run"], "kind": "try"}
+            self.records.append({**record, "simpler": what.startswith("simpler"), "slow": None})
+        return end
+
+    def claim(self, n: int, **changes):
+        self.rows[n - 1] = dataclasses.replace(self.rows[n - 1], **changes)
+
+    def keep(self, score: float, files=(), what="six", **more) -> dict:
+        """One more experiment on top of the branch."""
+        return self.experiment(self.commit(f"{what}\n", *files), score, "keep", what, **more)
+
+    def confirm(self):
+        """Baseline and best on the test split; one run was slow and ran again."""
+        for n, record in enumerate([self.records[0], self.records[-1]] * 3, 8):
+            seed = 45 + (n - 8) // 2
+            score = record["score"] + 0.01 + n / 1e5
+            for _ in range(2 if n == 9 else 1):
+                end = self.measure(record["commit"], score, split="test", seed=seed)
+            confirmed = {"n": n, "commit": record["commit"], "seed": seed}
+            self.confirmed.append({**confirmed, "score": end["score"], "run": end["run"]})
+
+    def audit(self) -> list[str]:
+        names = ("rows", "records", "started", "ledger", "confirmed")
+        known = {name: getattr(self, name) for name in names}
+        return audit_lines(
+            NightReport(self.folder, branch="autoresearch/test", **known, **self.more)
+        )
+
+
+def honest(folder: Path, by_hand: bool) -> Lab:
+    """Baseline with another seed, 3 kept, 1 discarded, 1 crash; and what a night does by itself."""
+    lab = Lab(folder, by_hand)
+    (folder / "autoresearch").mkdir(parents=True)
+    for name in ("prepare.py", "autoresearch/common.py"):
+        (folder / name).write_bytes(LOCKED)
+    make_repository(folder, "autoresearch/test")
+    base = lab.commit("the lab\n")
+    lab.experiment(base, 1.0, "keep", "baseline")
+    lab.experiment(base, 1.0004, "discard", "baseline, seed 43", seed=43)
+    lab.experiment(lab.commit("one\n"), 0.99, "keep", "one")
+    lab.experiment(lab.commit("two\n"), 0.995, "discard", "two")
+    lab.git("reset", "-q", "--hard", "HEAD~1")
+    lab.experiment(lab.commit("three\n"), None, "crash", "three [loss diverged]")
+    lab.git("reset", "-q", "--hard", "HEAD~1")
+    lab.experiment(lab.commit("four\n"), 0.98, "keep", "four")
+    if not by_hand:  # a slow run that was repeated
+        lab.measure(lab.tip, 0.981)
+    lab.experiment(lab.commit("five\n"), 0.97, "keep", "five")
+    return lab
+
+
+@pytest.fixture(scope="module")
+def labs(tmp_path_factory):
+    base = tmp_path_factory.mktemp("labs")
+    return {by_hand: honest(base / f"by-hand-{by_hand}", by_hand) for by_hand in (False, True)}
+
+
+def copied(lab: Lab, folder: Path) -> Lab:
+    shutil.copytree(lab.folder, folder)
+    other = copy.deepcopy(lab)
+    for line in other.ledger:
+        line["repo"] = line["repo"].replace(str(lab.folder), str(folder))
+    other.folder = folder
+    return other
+
+
+@pytest.fixture
+def lab(labs, tmp_path):
+    return copied(labs[False], tmp_path / "night")
+
+
+@pytest.fixture
+def lab_by_hand(labs, tmp_path):
+    return copied(labs[True], tmp_path / "night")
+
+
+SAME = [
+    "  6 of 6 scores match the ledger",
+    "  every run that started has its row",
+    "  one fingerprint throughout: ffffffffffff",
+    "  one device throughout: H200",
+    "  every kept commit is on the branch and touches only train.py",
+    FINE,
+]
+
+
+def test_nothing_speaks_against_an_honest_night(lab):
+    assert lab.audit() == SAME
+
+
+def test_nothing_speaks_against_an_honest_night_without_night_py(lab_by_hand):
+    first = "  no journal of this night: rows are compared with ledger and git alone"
+    assert lab_by_hand.audit() == [first, *SAME]
+
+
+def check(lab, falsify):
+    sentences = falsify(lab)
+    said = lab.audit()
+    doubts = [line for line in said if line.startswith("! ")]
+    for sentence in sentences:
+        assert any(sentence in line for line in doubts), said
+    assert said[-1] == f"{len(doubts)} thing{'s' if len(doubts) > 1 else ''} to look at"
+
+
+# ---- Each case: what is done to an honest night, and what the audit must then say.
+
+
+class Falsify:
+    def claim_a_score(lab):
+        lab.claim(7, score=0.969998)
+        return [
+            "5 of 6 scores match the ledger; not experiments 7 (",
+            "0.969998 claimed, 0.970000 measured",
+        ]
+
+    def invent_a_row(lab):
+        lab.rows.append(Row(8, "abcdef0", 0.95, 1.0, "discard", "never run"))
+        return [
+            "not experiments 8 (abcdef0: 0.950000 claimed, nothing measured)",
+            "did not write so: experiments 8",
+        ]
+
+    def use_one_run_for_two_rows(lab):
+        lab.rows.append(dataclasses.replace(lab.rows[6], n=8))
+        return ["not experiments 8 ("]
+
+    def keep_what_was_discarded(lab):
+        lab.claim(4, status="keep")
+        return [
+            "did not write so: experiments 4",
+            "kept, but not on the branch autoresearch/test: ",
+        ]
+
+    def lose_a_row(lab):
+        del lab.rows[3]
+        return ["measured by the night, without such a row: experiments 4"]
+
+    def lose_an_experiment_from_row_and_journal(lab):
+        run = lab.records[3]["run"]
+        del lab.rows[3], lab.records[3], lab.started[run]  # as NightReport.here finds it then
+        return ["1 measured scores have no row: 0.995000 ("]
+
+    def touch_a_locked_file(lab):
+        (lab.folder / "prepare.py").write_text("easy = True\n")
+        lab.keep(0.9, files=["prepare.py"], imported={})
+        return ["commits that touch more than train.py: ", "(prepare.py)"]
+
+    def touch_a_locked_file_uncommitted(lab):
+        (lab.folder / "prepare.py").write_text("easy = True\n")
+        return ["changed and not committed: prepare.py"]
+
+    def measure_on_another_machine(lab):
+        for score in (0.92, 0.91):
+            lab.keep(score, torch="2.15.0", driver="580.1", what=str(score))
+        other = {"fingerprint": "e" * 12, "device": "A100", "torch": "2.11.0", "driver": "590.2"}
+        lab.keep(0.90, **other)
+        return [
+            "2 fingerprints, whose scores cannot be compared: ffffffffffff (10 runs), eeeeeeeeeeee (",
+            "2 devices, whose scores cannot be compared: H200 (10 runs), A100 (",
+            "2 versions of torch, whose scores cannot be compared: 2.15.0 (2 runs), 2.11.0 (",
+            "2 versions of the driver, whose scores cannot be compared: 580.1 (2 runs), 590.2 (",
+        ]
+
+    def commit_without_a_row(lab):
+        lab.commit("nobody knows\n")
+        return ["on the branch, but in no row as kept: "]
+
+    def train_beside_the_night(lab):
+        lab.measure(lab.tip, 0.96, by_night=False)
+        return ["1 measured scores have no row: 0.960000 ("]
+
+    def uncommitted_train(lab):
+        lab.ledger[-1]["changed"] = True
+        return ["train.py had uncommitted changes when these were measured: experiments 7"]
+
+    def lucky_seed(lab):
+        lab.keep(0.9, seed=7)
+        return ["kept with another seed than 42: experiments 8"]
+
+    def look_at_the_test_split(lab):
+        for _ in range(3):
+            lab.measure(lab.tip, 0.98, by_night=False, split="test")
+        return ["the test split was scored 3 times"]
+
+    def look_at_three_commits_on_the_test_split(lab):
+        for record in (lab.records[0], lab.records[2], lab.records[5]):
+            lab.measure(record["commit"], 0.98, split="test")
+        return ["the test split was scored 3 times; more than once for baseline and winner"]
+
+    def damage_the_ledger(lab):
+        lab.more["damaged"] = 1
+        return ["1 lines of the ledger are damaged"]
+
+    def lose_the_ledger(lab):
+        lab.ledger = []
+        return ["the ledger holds no run of this night: no score can be checked"]
+
+    def lose_the_journal(lab):
+        lab.more["problem"] = "program.md has no tag"
+        return ["the night's own records were not read: program.md has no tag"]
+
+    def rows_that_cannot_be_read(lab):
+        lab.more["skipped"] = ["2 rows were skipped, because"]
+        return ["2 rows were skipped, because"]
+
+    def keep_for_nothing(lab):
+        lab.keep(0.9697)
+        return ["kept without being better than the best by more than noise: experiments 8"]
+
+    def let_simplifications_add_up_to_a_loss(lab):
+        for score in (0.9703, 0.9706):
+            lab.keep(score, what=f"simpler: {score}")
+        return ["kept without being better than the best by more than noise: experiments 9"]
+
+    def import_a_helper(lab):
+        lab.ledger[-1]["imported"]["\x1b[2Jhelper.py"] = "0" * 16
+        return ["imported, and not in the commit:  [2Jhelper.py (in "]
+
+    def import_a_helper_from_elsewhere_later(lab):
+        lab.ledger[-1]["imported"]["/tmp/helper.py"] = "0" * 16
+        return ["imported, and not in the commit: /tmp/helper.py (in "]
+
+    def import_another_package_file(lab):
+        lab.ledger[-1]["imported"]["autoresearch/common.py"] = "0" * 16
+        return ["imported, and not in the commit: autoresearch/common.py (in "]
+
+    def run_another_script(lab):
+        lab.ledger[-1]["train_sha256"] = "0" * 64
+        return ["what ran is not the train.py of its commit: "]
+
+    def keep_a_commit_that_git_lost(lab):
+        lab.claim(7, commit="1234567")
+        return ["kept, but git knows no such commit: 1234567"]
+
+    def edit_the_confirmation(lab):
+        lab.confirm()
+        lab.confirmed[3]["score"] -= 0.001
+        return ["5 of 6 scores of the confirmation match the ledger; not runs 11"]
+
+    def swap_the_confirmations_seeds(lab):
+        lab.confirm()
+        lab.confirmed[1].update(run=lab.confirmed[3]["run"], score=lab.confirmed[3]["score"])
+        return ["5 of 6 scores of the confirmation match the ledger; not runs 9"]
+
+    def leave_a_bad_score_out_of_the_confirmation(lab):
+        lab.confirm()
+        lab.confirmed[5]["score"] = None
+        return ["1 scores on the test split are missing in the confirmation: "]
+
+    def confirm_on_another_device(lab):
+        lab.confirm()
+        for run in lab.ledger[-4:]:
+            run["device"] = "A100"
+        return ["2 devices, whose scores cannot be compared: H200 (13 runs), A100 ("]
+
+
+def cases_of(group: type) -> list:
+    return [case for name, case in vars(group).items() if not name.startswith("_")]
+
+
+@pytest.mark.parametrize("falsify", cases_of(Falsify), ids=lambda case: case.__name__)
+def test_the_audit_finds(lab, falsify):
+    check(lab, falsify)
+
+
+class FalsifyByHand:
+    claim_a_score = Falsify.claim_a_score
+
+    def lose_a_kept_row(lab):
+        del lab.rows[5]
+        return [
+            "1 measured scores have no row: 0.980000 (",
+            "on the branch, but in no row as kept: ",
+        ]
+
+    def leave_the_branch(lab):
+        lab.git("reset", "-q", "--hard", "HEAD~1")
+        return ["kept, but not on the branch autoresearch/test: "]
+
+    def pick_the_luckier_run(lab):
+        lab.measure(lab.tip, 0.975)
+        return ["1 measured scores have no row: 0.975000 ("]
+
+
+@pytest.mark.parametrize("falsify", cases_of(FalsifyByHand), ids=lambda case: case.__name__)
+def test_the_audit_finds_without_night_py(lab_by_hand, falsify):
+    check(lab_by_hand, falsify)
+
+
+# ---- What an honest night may hold, too.
+
+
+def displace(lab, score: float) -> dict:
+    """A change on the first kept one takes the branch from the two that were kept since."""
+    lab.git("reset", "-q", "--hard", lab.records[2]["commit"])
+    lab.keep(score)
+    lab.records[-1]["displaced"] = lab.records[-2]["commit"]
+    return lab.records[-1]
+
+
+def test_a_run_killed_by_hand_is_told_and_no_doubt(lab_by_hand):
+    lab_by_hand.measure(lab_by_hand.tip, None)
+    said = lab_by_hand.audit()
+    assert any("  1 runs gave no score and have no row: " in line for line in said)
+    assert said[-1] == FINE
+
+
+class Honest:
+    def kept_for_simplicity(lab):
+        lab.keep(0.9703, what="simpler: six")
+
+    def a_displaced_best(lab):
+        displace(lab, 0.9)
+
+    def a_displaced_best_and_a_branch_that_has_not_moved_yet(lab):
+        before = lab.tip
+        displace(lab, 0.9)
+        lab.git("reset", "-q", "--hard", before)
+
+    def a_branch_that_has_not_moved_yet(lab):
+        lab.git("reset", "-q", "--hard", "HEAD~1")
+
+    def a_human_back_on_main(lab):
+        lab.git("checkout", "-qb", "main", "HEAD~3")
+
+    def a_night_before_and_another_clone(lab):
+        elsewhere = {"branch": "autoresearch/before"}, {"repo": "/clone"}
+        for number, more in zip("12", elsewhere):
+            lab.measure(number * 40, 0.5, by_night=False, **more)
+
+    def edits_of_the_agent_and_the_human(lab):
+        (lab.folder / "train.py").write_text("the next idea\n")
+
+    def baseline_and_winner_on_the_test_split_by_hand(lab):
+        for commit in ("HEAD", "HEAD~3"):
+            lab.measure(lab.git("rev-parse", commit), 0.98, by_night=False, split="test")
+
+    def a_kernel_that_every_run_imports(lab):
+        for run in lab.ledger[1::2]:
+            run["imported"]["/hub/kernel.py"] = "0" * 16
+
+    def a_noise_floor_that_was_widened_later(lab):
+        lab.experiment(lab.records[-1]["commit"], 0.99, "discard", "again")
+
+    def a_confirmation_with_a_slow_run(lab):
+        lab.confirm()
+
+    def a_commit_that_git_collected(lab):
+        lab.experiment(lab.records[3]["commit"], 0.995, "discard", "collected")
+        for line in lab.ledger[-2:]:
+            line["commit"] = lab.records[-1]["commit"] = "9" * 40
+        lab.claim(8, commit="9" * 7)
+
+
+@pytest.mark.parametrize("happens", cases_of(Honest), ids=lambda case: case.__name__)
+def test_the_audit_does_not_cry_wolf(lab, happens):
+    happens(lab)
+    assert lab.audit()[-1] == FINE, lab.audit()
+
+
+def test_a_displaced_best_must_have_been_beaten_and_named(lab):
+    displace(lab, 0.9697)
+    words = "! kept without being better than the best by more than noise: experiments 8"
+    assert words in lab.audit()
+    del lab.records[-1]["displaced"]
+    assert any("kept, but not on the branch" in line for line in lab.audit())
+
+
+def test_older_ledgers_lack_fields_and_are_no_doubt(lab_by_hand):
+    kept = ("run", "event", "time", "repo", "branch", "commit", "changed", "score", "split", "seed")
+    for i, run in enumerate(lab_by_hand.ledger):
+        lab_by_hand.ledger[i] = {key: run[key] for key in kept if key in run}
+    assert lab_by_hand.audit()[-1] == FINE, lab_by_hand.audit()
+
+
+def test_without_git_the_audit_says_so(tmp_path):
+    rows = [Row(1, "baseline", 0.9979, None, "keep", "baseline")]
+    said = audit_lines(NightReport(tmp_path, rows))
+    assert "! the ledger holds no run of this night: no score can be checked" in said
+    assert "! this is no git repository: what ran and what was kept is not checked" in said
+    assert said[-1] == "2 things to look at"
+
+
+def test_an_audit_of_nothing_does_not_say_that_all_is_well(lab):
+    lab.rows, lab.records, lab.started, lab.ledger = [], [], {}, []
+    assert lab.audit() == ["No row was read, so nothing was checked."]

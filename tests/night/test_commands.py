@@ -1,0 +1,351 @@
+"""The commands as an agent types them: what they say, what they refuse, what they leave alone."""
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+from lab import STAND_IN
+
+from autoresearch.night import commands, results
+
+
+def test_wait_tells_the_phase_and_returns_when_something_ended(lab):
+    message = "wider\tin\nevery\x1b[31m way " + "x" * 10_000
+    n = lab.attempt(message, "--expect", "-0.01", HOLD="a", WIDTH=1)
+    lab.until_held(n)
+    said = lab.say("wait", 0)
+    assert f"{n}: training 40%, loss 2.6 (best at 40%: 2.6)  (wider in every" in said
+    waiting = lab.start("wait", 50)
+    (lab.cache / "go-a").touch()
+    progress = lab.home / f"nov21/queue/{n}/progress-1.jsonl"
+    lab.until(lambda: "scoring" in progress.read_text())
+    assert f"{n}: scoring" in lab.say("wait", 0)
+    (lab.cache / "score-a").touch()
+    said, err = waiting.communicate(timeout=20)  # long before its 50 s are over
+    assert f"{n}: keep  val_bpb 0.990000: better by 0.010000" in said and not err
+    assert "expected -0.010000, got -0.010000" in said
+    assert lab.say("wait", 0).count("keep") == 0  # told once
+    assert len(lab.rows()[-1]) == 5 and lab.rows()[-1][4].startswith("wider in every")
+    # a crash shows the end of its traceback; several ended at once fit on a screen
+    for i in range(2):
+        lab.until_ended(lab.attempt(f"crash {i}", EVENT=None, NOTE=i))
+    said = lab.say("wait", 0)
+    assert said.count("   | ") == 10 and "NameError: name 'nonsense' is not defined" in said
+    assert said.count("\n") <= 40 and max(map(len, said.splitlines())) <= 200
+    lab.until_idle()
+    assert lab.say("wait", 30).count("\n") < 10  # nothing runs: nothing to wait for
+    lab.check()
+
+
+def test_a_best_that_moves_while_others_wait_and_run(lab):
+    lab.set("- slots: 2")
+    old = lab.attempt("runs on the old best", HOLD="old", WIDTH=1)
+    worse = lab.attempt("runs too", HOLD="new", DEPTH=1, WIDTH=-3)
+    clean = lab.attempt("waits, and touches another line", COMMENT=1, DEPTH=1)
+    clash = lab.attempt("waits, and touches the same line", WIDTH=4)
+    lab.until_held(worse), lab.until_held(old)
+    lab.edit(NOTE=7)  # an edit in progress
+    mine = (lab.root / "train.py").read_text()
+    # 1. the first one is kept; those that waited start on top of it
+    assert lab.until_ended(old, go="old")["status"] == "keep"
+    record = lab.until_ended(clean)
+    assert (record["status"], record["base"]) == ("keep", lab.record(old)["commit"])
+    assert record["score"] == pytest.approx(0.98)
+    record = lab.until_ended(clash)
+    assert record["status"] == "crash" and record["run"] is None
+    assert record["why"].startswith("rejected (conflict): it conflicts with the best")
+    # 2. the agent's edit was not touched, nor the branch under it; its `try` lands on top
+    lab.say("wait", 0)
+    assert (lab.root / "train.py").read_text() == mine
+    assert lab.git("rev-parse", "HEAD") == lab.record(1)["commit"]
+    record = lab.until_ended(lab.attempt("a late note", "--simpler"))
+    assert (record["status"], record["base"]) == ("keep", lab.record(clean)["commit"])
+    lab.say()
+    assert "does not apply to the best" in lab.refused("bring", clash)
+    # 3. what ran on the baseline and lost to it is decided against it
+    record = lab.until_ended(worse, go="new")
+    assert (record["status"], record["again"]) == ("discard", [])
+    assert "the best moved" in record["why"]
+    lab.say()
+    lab.check()
+
+
+def test_a_win_that_conflicts_with_a_worse_best_displaces_it_and_the_status_says_so(lab):
+    lab.set("- slots: 2")
+    wide = lab.attempt("width and a hold", HOLD="one", WIDTH=6)
+    deep = lab.attempt("depth and a hold", HOLD="two", DEPTH=9)
+    rejected = lab.attempt("waits", HOLD="three", DEPTH=1)
+    lab.until_held(wide), lab.until_held(deep)
+    assert lab.until_ended(wide, go="one")["status"] == "keep"
+    assert lab.until_ended(rejected)["status"] == "crash"  # all change HOLD
+    lab.say()
+    record = lab.until_ended(deep, go="two")
+    assert (record["status"], record["score"], record["k"]) == ("keep", pytest.approx(0.91), 1)
+    assert record["displaced"] == lab.record(wide)["commit"]
+    told = lab.say("wait", 0)
+    assert f"{deep}: keep  val_bpb 0.910000: better by 0.030000" in told
+    assert f"it displaced {wide}, {record['displaced'][:7]} (width and a hold)" in told
+    assert f"night.py show {wide}, make that change again on top" in told
+    assert "[displaces" in lab.rows()[-1][4]
+    assert lab.git("rev-parse", "HEAD") == record["commit"]
+    assert lab.git("rev-parse", "HEAD^") == lab.record(1)["commit"]
+    lab.check()
+    # the change that was displaced is brought back by hand, and decided against the new best
+    assert lab.until_ended(lab.attempt("the width again", WIDTH=6))["status"] == "keep"
+    said = lab.say()
+    assert "displaced" not in said.split("last rows")[0]
+    lab.until_idle()
+    lab.check()
+
+
+def test_the_queue_is_bounded_and_edits_beside_a_full_one_are_kept(lab):
+    first = lab.attempt("one runs", WIDTH=1, HOLD="a")
+    lab.until_held(first)
+    two = [lab.attempt(f"two wait, {number}", DEPTH=number) for number in (1, 2)]
+    lab.edit(COMMENT=1)
+    said = lab.say()
+    next_words = "next: the queue is full: night.py wait; train.py keeps its edits until then\n"
+    assert said.endswith(next_words)
+    assert "2 experiments wait already" in lab.refused("try", "a fourth")
+    lab.say("drop", two[0])
+    assert lab.until_ended(two[0])["why"] == "dropped while it waited"
+    lab.say("drop", first)
+    assert lab.until_ended(first)["why"] == "dropped"
+    lab.go("a")
+    lab.until_ended(two[1])
+    aside = re.search(r"put aside: (cp \S+ train\.py) brings", lab.say("bring", "best"))[1]
+    assert b"COMMENT = 100" in (lab.root / "train.py").read_bytes()
+    subprocess.run(aside.split(), cwd=lab.root, check=True)
+    assert b"COMMENT = 1\n" in (lab.root / "train.py").read_bytes()
+    # a change of before, on top of these edits
+    assert f"{two[0]}'s change is in train.py, on top of your edits" in lab.say("bring", two[0])
+    assert b"DEPTH = 1\n" in (lab.root / "train.py").read_bytes()
+    assert b"COMMENT = 1\n" in (lab.root / "train.py").read_bytes()
+    assert "is in your edits already" in lab.refused("bring", two[0])
+    lab.say("bring", "best")
+    lab.check()
+
+
+def test_many_commands_at_once_queue_nothing_twice_and_lose_nothing(lab):
+    lab.edit(WIDTH=1)
+    agents = [lab.start("try", f"agent {i}") for i in range(3)]
+    agents += [lab.start(*words) for words in (["wait", 20], [], ["supervise"], ["supervise"])]
+    answers = [agent.communicate(timeout=60) for agent in agents]
+    assert sum(agent.returncode == 0 for agent in agents[:3]) == 1
+    for agent, (_, err) in zip(agents, answers):
+        no_edits = re.fullmatch(r"FAIL: train.py has no edits[^\n]*\n", err)
+        assert agent.returncode == 0 or no_edits, err
+    lab.until_ended(4)
+    assert [record["n"] for record in lab.records()] == [1, 2, 3, 4]
+    told = [lab.say("wait", 0) for _ in range(2)]
+    assert "4: keep" not in told[1]  # told once
+    lab.until_idle()
+    lab.check()
+
+
+def test_what_is_no_python_is_not_queued(lab):
+    (lab.root / "train.py").write_text(STAND_IN.replace("WIDTH = 0", "WIDTH = = 0"))
+    line = STAND_IN[: STAND_IN.index("WIDTH = 0")].count("\n") + 1
+    said = lab.refused("try", "a slip of the finger")
+    assert f"train.py is not Python (line {line}: invalid syntax): mend it" in said
+    assert lab.queue() == [] and "= = 0" in (lab.root / "train.py").read_text()
+    assert commands.syntax_error(b"a = 1\0") and commands.syntax_error(b"\xff = 1")
+    assert commands.syntax_error(b"assert (1, 'a warning')\n") is None
+
+
+def test_an_experiment_without_a_git_identity_is_committed_under_the_nights_own(lab):
+    for name in ("user.name", "user.email"):
+        lab.git("config", "--unset", name)
+    lab.git("config", "user.useConfigOnly", "true")
+    commit = lab.until_ended(lab.attempt("quotes \" and ' and `$(x)`", WIDTH=1))["commit"]
+    said = lab.git("log", "-1", "--format=%an %ae|%s", commit)
+    assert said == "night night@localhost|quotes \" and ' and `$(x)`"
+    neighbour = [lab.git("show", f"{name}:train.py.txt") for name in (commit, "main")]
+    assert neighbour[0] == neighbour[1]
+
+
+def test_a_commit_that_somebody_made_on_the_branch_is_not_lost(lab):
+    lab.edit(NOTE=5)
+    lab.git("commit", "-qam", "by hand")
+    theirs = lab.git("rev-parse", "HEAD")
+    lab.say()
+    assert lab.git("rev-parse", "HEAD") == lab.record(1)["commit"]
+    assert lab.git("rev-parse", f"refs/autoresearch/nov21/not-of-the-night-{theirs[:7]}") == theirs
+    lab.check()
+
+
+def test_commands_load_neither_torch_nor_numpy_nor_ray_and_need_no_installed_package(fresh):
+    code = (
+        "import sys, night; night.main([]);"
+        "assert not {'torch', 'numpy', 'ray', 'prepare'} & set(sys.modules);"
+        "assert 'autoresearch.kit' not in sys.modules and 'autoresearch.corpus' not in sys.modules"
+    )
+    command = [sys.executable, "-S", "-c", code]  # -S: without site-packages
+    done = subprocess.run(command, cwd=fresh.root, env=fresh.env, capture_output=True, text=True)
+    assert done.returncode == 0 and "next: uv run night.py begin" in done.stdout, done.stderr
+
+
+def test_each_command_is_quick_with_ten_thousand_experiments(lab):
+    records = lab.records()
+    with open(lab.home / "nov21/journal.jsonl", "a") as journal:
+        for n in range(4, 10_004):
+            more = dict(n=n, kind="try", status="discard", message=f"idea {n}", change=f"c{n}")
+            journal.write(json.dumps({**records[2], **more}) + "\n")
+    spent = []
+    lab.edit(WIDTH=1)
+    for words in ([], ["try", "one more"], ["wait", "0"], ["show", "1"], ["bring", "best"]):
+        before = os.times()
+        lab.say(*words)
+        after = os.times()
+        spent.append(after.children_user - before.children_user)
+    assert max(spent) < 0.5, spent  # of a core's time: a busy machine's wall time says nothing
+    assert lab.until_ended(10_004)["status"] == "keep"
+    assert len(lab.rows()) == 1 + 4  # the table was not made anew
+    lab.until_idle()
+    (lab.root / "results.tsv").unlink()
+    lab.until_ended(lab.attempt("another", WIDTH=2))
+    assert len(lab.rows()) == 1 + 10_005  # but where it is gone
+    assert lab.rows()[0] == results.COLUMNS
+
+
+def test_a_full_disk_is_said_and_costs_nothing_once_there_is_room(begun, tmp_path):
+    (tmp_path / "disk").mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(tmp_path / "disk")]
+    if subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("only root may mount the small disk that this test fills")
+    try:
+        lab = begun.copy(tmp_path / "it")
+        shutil.copytree(lab.home, tmp_path / "disk/night", symlinks=True)
+        shutil.rmtree(lab.home)
+        lab.home.symlink_to(tmp_path / "disk/night")
+        n = lab.attempt("wider", HOLD="a", WIDTH=1)
+        lab.until_held(n)
+        full = tmp_path / "disk/full"
+        with contextlib.suppress(OSError), open(full, "wb", buffering=0) as file:
+            while file.write(b"x" * 4096):
+                pass
+        lab.go("a")
+        lab.until(lambda: any("score" in line for line in lab.ledger()[6:]))
+        assert "No space left on device; nothing is lost" in lab.refused("wait", 1)
+        lab.edit(NOTE=1)
+        mine = (lab.root / "train.py").read_text()
+        assert "No space left on device" in lab.refused("try", "another")
+        assert (lab.root / "train.py").read_text() == mine
+        full.unlink()
+        lab.until_idle()
+        lab.say("bring", "best")  # any command starts the supervisor again
+        assert lab.until_ended(n)["status"] == "keep"
+        lab.say()
+        assert len(lab.records()) == 4 and lab.queue() == []
+        assert lab.rows()[-1][3:] == ["keep", "wider"]
+        lab.until_idle()
+    finally:
+        subprocess.run(["umount", "-l", str(tmp_path / "disk")])
+
+
+# ------------------------------------------------------------------------- what cannot be done
+
+
+def no_repository(lab):
+    shutil.rmtree(lab.root / ".git")
+
+
+def switched(*words):
+    return lambda lab: lab.git(*words)
+
+
+def page(line, name="tag"):
+    def change(lab):
+        text = (lab.root / "program.md").read_text()
+        (lab.root / "program.md").write_text(re.sub(rf"^- {name}: .*\n", line, text, flags=re.M))
+
+    return change
+
+
+def put(name, text):
+    return lambda lab: (lab.root / name).write_text(text)
+
+
+def constants(**values):
+    return lambda lab: lab.edit(**values)
+
+
+def unprepared(lab):
+    (lab.cache / "manifest.json").unlink()
+
+
+def same_as_before(lab):
+    lab.until_ended(lab.attempt("a tie", NOTE=1))
+    lab.say()
+    lab.edit(NOTE=1)
+
+
+ROW = "0123456\t1.000000\t0.0\tkeep\tbaseline\n"
+HEADER = "commit\tval_bpb\tmemory_gb\tstatus\tdescription\n"
+DETACH, MAIN = switched("checkout", "-q", "--detach"), switched("switch", "-q", "main")
+
+
+# fmt: off
+@pytest.mark.parametrize(
+    "template, before, words, says",
+    [
+        ("fresh", no_repository, ["begin"], "is no git repository.*: git init"),
+        ("fresh", unprepared, ["begin"], "nothing is prepared in .*: run `uv run prepare.py`"),
+        ("fresh", put("prepare.py", "#"), ["begin"], "not committed: prepare.py: commit it"),
+        ("fresh", constants(WIDTH=1), ["begin"], "train.py has edits: git commit them as the baseline"),
+        ("fresh", put("results.tsv", "experiment,loss\n1,2\n"), ["begin"], "other columns.*: mv results.tsv"),
+        ("fresh", put("results.tsv", HEADER + ROW), ["begin"], "of another night: mv results.tsv"),
+        ("begun", put("results.tsv", HEADER + ROW), ["begin"], "of another night: mv results.tsv"),
+        ("fresh", page("- tag: a b\n"), [], "setting `tag: a b`"),
+        ("fresh", page("- tag: ../../x\n"), [], "setting `tag: ../../x`"),
+        ("fresh", page("- tag: compiled\n"), [], "setting `tag: compiled`: night.py has files of that name"),
+        ("fresh", page(""), [], "program.md has no line `- tag: ...`: add it"),
+        ("fresh", page("- limit: 1,200 seconds\n", "limit"), ["begin"], "setting `limit: 1,200 seconds`: it"),
+        ("fresh", page("- limit: 20 minutes\n", "limit"), ["begin"], "setting `limit: 20 minutes`: it must"),
+        ("begun", page("- limit: soon\n", "limit"), ["wait"], "setting `limit: soon`: it must begin"),
+        ("begun", page("- limit: 5\n- slots: none\n", "limit"), [], "setting `slots: none`: it must begin"),
+        ("begun", page("- tag: nov21\n- cluster: ray://x\n"), [], "must be HOST:PORT as `ray start --head`"),
+        ("fresh", None, ["try", "x"], "no night has begun: uv run night.py begin"),
+        ("fresh", None, ["wait"], "no night has begun: uv run night.py begin"),
+        ("begun", DETACH, [], "on autoresearch/nov21, this is a detached head: uv run night.py begin"),
+        ("begun", MAIN, ["try", "x"], "on autoresearch/nov21, this is main: uv run night.py begin"),
+        ("begun", None, ["try", "x"], "train.py has no edits: change it first"),
+        ("begun", same_as_before, ["try", "x"], r"the change of experiment 4 \(discard, 1.000000\)"),
+        ("begun", constants(NOTE=1), ["try", " \t\n"], "say what changes"),
+        ("begun", constants(NOTE=1), ["try"], "the following arguments are required: message"),
+        ("begun", constants(NOTE=200), ["try", "x", "--simpler"], "train.py has not become shorter"),
+        ("begun", constants(NOTE=1), ["try", "x", "--expect", "nan"], "argument --expect: invalid"),
+        ("begun", None, ["bring", "9"], "no experiment 9: they go from 1 to 3"),
+        ("begun", None, ["bring", "what"], "it takes an experiment's number, or best"),
+        ("begun", None, ["bring", "2"], "2 is the baseline"),
+        ("begun", None, ["show", "9"], "no experiment 9: they go from 1 to 3"),
+        ("begun", None, ["show", "x"], "argument n: invalid int value: 'x'"),
+        ("begun", None, ["drop", "3"], r"3 has ended \(discard\)"),
+        ("begun", None, ["wait", "nan"], "argument seconds: invalid"),
+        ("begun", None, ["sleep"], "invalid choice: 'sleep'"),
+    ],
+)
+# fmt: on
+def test_what_cannot_be_done_is_one_line_and_changes_nothing(
+    request, tmp_path, template, before, words, says
+):
+    lab = request.getfixturevalue(template).copy(tmp_path / "it")
+    if before:
+        before(lab)
+
+    def state():
+        names = ["train.py", "results.tsv", "program.md", ".night/nov21/journal.jsonl"]
+        files = [(lab.root / name).read_bytes() for name in names if (lab.root / name).is_file()]
+        refs = subprocess.run(["git", "show-ref", "--head"], cwd=lab.root, capture_output=True)
+        return files, refs.stdout
+
+    was = state()
+    assert re.search(says, lab.refused(*words))
+    assert state() == was
+    if (lab.home / "nov21/queue").is_dir():
+        assert lab.queue() == []

@@ -1,0 +1,357 @@
+"""Is the gain real? The interval against scipy's numbers, the verdict on simulated nights, the queue."""
+
+import math
+import random
+import shutil
+
+import pytest
+from repository import make_repository
+
+from autoresearch.common import Fail
+from autoresearch.night import confirm, rules, settings
+from autoresearch.night.confirm import (
+    Confirmation,
+    is_it_real,
+    queue_confirmation,
+    t_quantile,
+    welch,
+)
+from autoresearch.night.store import Night
+
+
+# scipy 1.17.1: stats.t.ppf(0.975, df)
+@pytest.mark.parametrize(
+    "df, t",
+    # fmt: off
+    [
+        (1, 12.706204736174694),
+        (1.2, 8.648826510748867),
+        (2, 4.302652729749462),
+        (2.5, 3.5746548420036817),
+        (4, 2.7764451051977934),
+        (7.3, 2.345066736547703),
+        (30, 2.0422724563012378),
+        (1e6, 1.959966356814107),
+    ],
+    # fmt: on
+)
+def test_the_t_quantile_is_scipys(df, t):
+    assert t_quantile(df) == pytest.approx(t, rel=1e-7)
+
+
+# scipy 1.17.1: stats.ttest_ind(others, scores, equal_var=False).confidence_interval(0.95)
+WELCH = [
+    ([1.0, 0.9, 1.1], [2.0, 2.3, 1.9], 0.6318370098584343, 1.5014963234748986),
+    ([0.9712, 0.9725, 0.9719], [0.9931, 0.9928, 0.9941], 0.019956039419443287, 0.02297729291388998),
+    ([1.0, 2.0], [1.5, 1.6], -6.046442080750739, 6.146442080750739),
+    ([0.5, 0.52, 0.47, 0.51, 0.49], [0.505, 0.9, 0.2], -0.8326277009395244, 0.9066277009395245),
+]
+
+
+@pytest.mark.parametrize("scores, others, low, high", WELCH)
+def test_the_interval_is_scipys_in_both_directions(monkeypatch, scores, others, low, high):
+    gain = sum(others) / len(others) - sum(scores) / len(scores)
+    assert welch(scores, others) == pytest.approx((gain, low, high), rel=1e-6)
+    monkeypatch.setattr(rules, "LOWER_IS_BETTER", False)
+    assert welch(scores, others) == pytest.approx((-gain, -high, -low), rel=1e-6)
+
+
+def test_scores_that_do_not_scatter_at_all_have_an_interval_of_one_point():
+    assert welch([1.0, 1.0], [1.5, 1.5]) == (0.5, 0.5, 0.5)
+
+
+@pytest.mark.parametrize(
+    "interval, sentence",
+    [
+        ((0.02147, 0.01996, 0.02298), "0.0215 better, 0.0200 to 0.0230: real"),
+        ((0.0002, 0.0001, 0.0003), "0.000200 better, 0.000100 to 0.000300: real"),
+        ((0.01, -0.002, 0.022), "0.0100 better, from -0.0020 to +0.0220: within chance"),
+        ((-0.01, -0.022, 0.002), "0.0100 worse, from -0.0220 to +0.0020: within chance"),
+        ((-0.01, -0.012, -0.008), "0.0100 worse, 0.0080 to 0.0120: the baseline is better"),
+    ],
+)
+def test_the_verdict_in_one_sentence(interval, sentence):
+    assert is_it_real(*interval) == sentence
+
+
+# ---- what it is for: nights of 100 experiments, of which the luckiest are kept
+
+
+def simulated(draw: random.Random, ideas: list[float]) -> tuple[float, bool | None]:
+    """(what the best is truly better by, whether a confirmation calls it real).
+
+    Noise has a standard deviation of 1. ideas: the true gains. None where nothing was kept.
+    """
+    baseline = [{"commit": "baseline", "score": draw.gauss(0, 1)} for _ in range(3)]
+    floor, best, truth, kept = rules.noise_floor(baseline), baseline[0]["score"], 0.0, 0
+    for idea in ideas:
+        score = draw.gauss(-truth - idea, 1)
+        if rules.decide(score, best, floor, simpler=False)[0] == "keep":
+            best, truth, kept = score, truth + idea, kept + 1
+    if not kept:
+        return truth, None
+    scores = [draw.gauss(-truth, 1) for _ in range(3)]
+    others = [draw.gauss(0, 1) for _ in range(3)]
+    return truth, is_it_real(*welch(scores, others)).endswith(": real")
+
+
+def test_where_no_idea_helps_it_says_real_in_at_most_one_night_in_twenty():
+    draw = random.Random(1)
+    verdicts = [real for _, real in (simulated(draw, [0.0] * 100) for _ in range(1000))]
+    verdicts = [real for real in verdicts if real is not None]
+    assert len(verdicts) > 500 and sum(verdicts) <= 0.05 * len(verdicts)
+
+
+def test_a_gain_of_three_noise_floors_is_called_real_in_at_least_nineteen_of_twenty():
+    draw = random.Random(2)
+    verdicts = []
+    for _ in range(1000):
+        ideas = [0.0] * 100
+        ideas[draw.randrange(100)] = 3 * 3 / math.sqrt(math.pi)  # the mean range of three draws
+        truth, real = simulated(draw, ideas)
+        if truth > 0:  # else the night has missed it
+            verdicts.append(real)
+    assert len(verdicts) > 750 and sum(verdicts) >= 0.95 * len(verdicts)
+
+
+# ---- the table
+
+
+def kept(n: int, commit: str) -> dict:
+    return {"n": n, "commit": commit, "status": "keep", "kind": "try", "message": f"idea {n}"}
+
+
+def run(n: int, commit: str, seed: int, score: float | None, **more) -> dict:
+    said = {"n": n, "commit": commit, "seed": seed, "score": score, "why": "no room"}
+    return {**said, "kind": "confirm", "slow": None, "again": [], **more}
+
+
+def test_the_table_shows_each_score_and_what_is_missing():
+    records = [kept(1, "base"), {**kept(2, "x"), "status": "discard"}, kept(3, "best")]
+    confirmed = [
+        run(4, "base", 45, 1.0),
+        run(5, "best", 45, 0.9),
+        run(6, "best", 46, 0.91, slow=0.4),
+        run(7, "base", 46, 1.02, again=["cut off"]),
+        run(8, "base", 47, None),
+        run(9, "other", 45, 0.1),  # of another best, at another time
+    ]
+    ledger = [
+        {"event": "start", "split": split, "commit": commit, "seed": seed}
+        for split, commit, seed in [
+            ("test", "base", 45), ("test", "best", 45), ("val", "best", 42),  # the night's own
+            ("test", "best", 42), ("test", "other", 45),  # looks
+        ]
+    ]  # fmt: skip
+    assert Confirmation.of(records, confirmed, least=3).lines(ledger) == [
+        "test_bpb     baseline       best",
+        "seed 45      1.000000   0.900000",
+        "seed 46      1.020000   0.910000",
+        "seed 47         crash          -",
+        "mean         1.010000   0.905000",
+        "range        0.020000   0.010000",
+        "baseline: base, best: best, idea 3",
+        "baseline, seed 46 ran again: cut off",
+        "best, seed 46 was slow twice (40% of its rate): the faster run counts",
+        "baseline, seed 47 gave no score: no room; night.py show 8 has its log, confirm runs it again",
+        "other runs on the test split: 2",
+        "0.1050 better, 0.0358 to 0.1742: real",  # scipy, too
+    ]
+
+
+def test_there_is_no_confirmation_of_a_baseline_and_no_verdict_on_too_little():
+    assert Confirmation.of([], []) is None
+    assert Confirmation.of([kept(1, "base")], []) is None
+    records = [kept(1, "base"), kept(2, "best")]
+    nothing = Confirmation.of(records, [])
+    assert nothing.seeds == [] and nothing.interval() is None
+    one = Confirmation.of(records, [run(3, "base", 45, 1.0), run(4, "best", 45, 0.9)])
+    assert one.seeds == [45] and one.lines([])[-1] == "too few scores for a verdict"
+    # more seeds were asked for before: fewer are not enough now
+    more = [run(n, "best", 40 + n, 0.9) for n in range(5, 10)]
+    assert Confirmation.of(records, more, least=3).seeds == [45, 46, 47, 48, 49]
+
+
+def test_the_order_of_running_is_alike_for_both_when_the_machine_gets_slower():
+    records = [kept(1, "base"), kept(2, "best")]
+    turns = list(Confirmation.of(records, [], least=4).in_turn())
+    assert [name for name, _, _ in turns] == ["baseline", "best", "best", "baseline"] * 2
+    assert [seed for _, _, seed in turns] == [45, 45, 46, 46, 47, 47, 48, 48]
+    places = {name: [i for i, turn in enumerate(turns) if turn[0] == name] for name, *_ in turns}
+    assert sum(places["best"]) == sum(places["baseline"])
+
+
+def test_a_baseline_that_was_measured_before_is_said_to_be_older():
+    records = [kept(1, "base"), kept(2, "best")]
+    runs = [run(n, commit, seed, 1.0) for n, (commit, seed) in enumerate(
+        [("base", 45), ("base", 46), ("best", 45), ("best", 46)], 3)]  # fmt: skip
+    words = "the baseline's runs are those of an earlier confirmation"
+    assert words in Confirmation.of(records, runs).lines([])
+    runs[1]["n"] = 5.5  # measured in turn
+    assert words not in Confirmation.of(records, runs).lines([])
+
+
+# ---- the queue, in a repository without a supervisor
+
+
+@pytest.fixture
+def night(tmp_path, monkeypatch):
+    """A night with a baseline and nothing queued; wake() is counted in night.woken."""
+    page = tmp_path / "program.md"
+    page.write_text("- tag: test\n")
+    monkeypatch.setattr(settings, "PAGE", page)
+    monkeypatch.setenv("AUTORESEARCH_CACHE", str(tmp_path))
+    (tmp_path / "train.py").write_text("print()\n")
+    make_repository(tmp_path)
+    night = Night(tmp_path)
+    for folder in (night.queue, night.done):
+        folder.mkdir(parents=True)
+    night.woken = []
+    monkeypatch.setattr(confirm, "wake", night.woken.append)
+    commit = night.repo.git("rev-parse", "HEAD")
+    night.enqueue("baseline", commit, commit, "baseline", 42)
+    end(night, 1, 1.0, "keep")
+    return night
+
+
+def end(night, n: int, score: float | None, status: str = "scored"):
+    """Records an open experiment as ended."""
+    [experiment] = [e for e in night.open() if e.n == n]
+    known = {
+        "id": f"{n:012x}",
+        "commit": experiment.asked["commit"],
+        "base": experiment.asked["base"],
+    }
+    status = "crash" if score is None else status
+    night.record(experiment, rules.Record(status, "no room", {**known, "score": score}))
+
+
+def keep(night, score: float) -> str:
+    tip = night.repo.git("rev-parse", "HEAD")
+    commit = night.repo.commit_file(f"# {score}\n".encode(), tip, "wider")
+    n = night.enqueue("try", commit, tip, "wider", 42)
+    end(night, n, score, "keep")
+    return commit
+
+
+def waiting(night) -> list[tuple]:
+    return [(e.n, e.asked["commit"], e.asked["seed"]) for e in night.open()]
+
+
+def test_baseline_and_best_are_queued_in_turn_and_never_twice(night):
+    best, base = keep(night, 0.9), night.records()[0]["commit"]
+    confirmation, numbers = queue_confirmation(night, None)
+    turns = [(base, 45), (best, 45), (best, 46), (base, 46), (base, 47), (best, 47)]
+    assert [entry[1:] for entry in waiting(night)] == turns
+    assert all(e.is_confirm and e.split == "test" for e in night.open())
+    end(night, 3, 1.0)
+    end(night, 4, None)  # a crash runs again, what waits or has its score does not
+    assert queue_confirmation(night, 2)[1] == {5, 6, 7, 8, 9}
+    assert waiting(night) == [
+        (5, best, 46),
+        (6, base, 46),
+        (7, base, 47),
+        (8, best, 47),
+        (9, best, 45),
+    ]
+    assert queue_confirmation(night, 4)[1] == {5, 6, 7, 8, 9, 10, 11}
+
+
+def test_an_experiment_that_is_recorded_and_not_archived_yet_does_not_run(night):
+    keep(night, 0.9)
+    shutil.copytree(night.done / "2", night.queue / "2")
+    assert len(queue_confirmation(night, None)[1]) == 6
+
+
+def test_what_cannot_be_confirmed_is_one_line(night):
+    with pytest.raises(Fail, match="an interval needs at least 2 seeds"):
+        confirm.confirm(night, 1)
+    with pytest.raises(Fail, match="nothing to confirm: the best is the baseline"):
+        queue_confirmation(night, None)
+    commit = night.records()[0]["commit"]
+    night.enqueue("try", commit, commit, "wider", 42)
+    with pytest.raises(Fail, match="the night is running: 2 wait or run"):
+        queue_confirmation(night, None)
+    end(night, 2, None)
+    night.journal.write_text("")
+    with pytest.raises(Fail, match="nothing to confirm: no experiment was kept"):
+        queue_confirmation(Night(night.root), None)
+
+
+def test_it_waits_for_its_runs_and_then_says_what_they_mean(night, monkeypatch, capsys):
+    best = keep(night, 0.9)
+
+    def one_run_ends(_):
+        for n, commit, seed in waiting(night)[:1]:
+            end(night, n, seed / 1000 + (0.9 if commit == best else 1.0))
+
+    monkeypatch.setattr(confirm.time, "sleep", one_run_ends)
+    confirm.confirm(night, 2)
+    said = capsys.readouterr().out.splitlines()
+    assert night.woken == [night]
+    assert said[:2] == [
+        "other runs on the test split: none",
+        "4 runs on the test split to wait for, 0 are measured already",
+    ]
+    assert [line[:9] for line in said[3:7]] == ["3: scored", "4: scored", "5: scored", "6: scored"]
+    assert said[-1] == "0.1000 better, 0.0970 to 0.1030: real"
+    confirm.confirm(night, 2)  # said again, nothing runs again
+    again = capsys.readouterr().out.splitlines()
+    assert again[1].startswith("0 runs on the test split to wait for, 4 are")
+    assert again[-1] == said[-1]
+
+
+def test_within_chance_it_names_the_command_for_more_seeds(night, capsys):
+    keep(night, 0.9)
+    queue_confirmation(night, 2)
+    for n, *_ in waiting(night):
+        end(night, n, 1.0 + n / 100)
+    confirm.confirm(night, 2)
+    said = capsys.readouterr().out.splitlines()
+    assert said[-2].endswith("within chance")
+    assert said[-1].endswith("uv run night.py confirm --seeds 4")
+
+
+def test_while_it_waits_a_killed_supervisor_is_started_again(night, monkeypatch):
+    keep(night, 0.9)
+    moments = iter(range(0, 100, 3))
+    monkeypatch.setattr(confirm.time, "monotonic", lambda: next(moments))
+    monkeypatch.setattr(
+        confirm.time, "sleep", lambda _: [end(night, n, 1.0) for n, *_ in waiting(night)[:1]]
+    )
+    confirm.confirm(night, 2)
+    assert len(night.woken) > 3
+
+
+def test_a_supervisor_that_failed_ends_the_waiting_with_its_words(night, monkeypatch):
+    keep(night, 0.9)
+    log = night.home / "supervisor.log"
+    log.write_text("of another day\n")
+    monkeypatch.setattr(
+        confirm.time, "sleep", lambda _: log.write_text("of another day\ndisk full\n")
+    )
+    words = "the supervisor ended: disk full; `uv run night.py confirm` continues"
+    with pytest.raises(Fail, match=words):
+        confirm.confirm(night, None)
+
+
+def test_a_real_night_that_displaced_a_best_is_confirmed_and_stands_the_audit(lab):
+    lab.set("- slots: 2")
+    small = lab.attempt("a little wider", WIDTH=1, HOLD="small")
+    large = lab.attempt("much wider", WIDTH=5, HOLD="large")
+    lab.until(lambda: len(lab.running()) == 2)
+    for n, name in ((small, "small"), (large, "large")):
+        lab.go(name)
+        lab.until_ended(n)
+    lab.until_idle()
+    said = lab.say("confirm", "--seeds", 2).splitlines()
+    assert said[-1] == "0.050000 better, 0.049696 to 0.050304: real"
+    assert lab.say("confirm", "--seeds", 2).splitlines()[-1] == said[-1]
+    assert lab.say("audit").splitlines() == [
+        "  5 of 5 scores match the ledger",
+        "  every run that started has its row",
+        "  the test split was scored 4 times",
+        "  4 of 4 scores of the confirmation match the ledger",
+        "  every kept commit is on the branch and touches only train.py",
+        "Nothing found that speaks against these numbers.",
+    ]

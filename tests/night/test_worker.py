@@ -1,0 +1,318 @@
+"""Real runs: how they end, what they are kept away from, and what is counted of them."""
+
+import contextlib
+import itertools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from lab import MANIFEST, Lab, needs_proc
+from test_rules import FLASH, FLEX
+
+from autoresearch.common import Fail, signed
+from autoresearch.night import settings, status, worker
+
+
+@needs_proc
+def test_a_night_with_all_that_a_run_can_do(lab):
+    # message, options, edits, status, what its reason says
+    # fmt: off
+    events = [
+        ("wider", ["--expect", "-0.02"], dict(WIDTH=1), "keep", "better by 0.010000"),
+        ("worse", ["--expect", "-0.003"], dict(WIDTH=-3), "discard", "worse by 0.04"),
+        ("a tie", [], dict(COMMENT=1), "discard", "equal to the best"),
+        ("without a comment", ["--simpler"], dict(COMMENT=2), "keep", "simpler"),
+        ("a mistake", [], dict(EVENT=None), "crash", "NameError"),
+        ("an import", [], dict(EVENT="import"), "crash", "No module named 'no_such_module'"),
+        ("diverges", [], dict(EVENT="nan"), "crash", "loss diverged at step 4"),
+        ("too large", [], dict(EVENT="memory"), "crash", "CUDA out of memory"),
+        ("claims", [], dict(EVENT="claim"), "crash", "without a score in the ledger"),
+        ("a megabyte", [], dict(EVENT="noise"), "crash", "one long line of bytes"),
+        ("children", [], dict(EVENT="orphans", DEPTH=1), "keep", "better by 0.01"),
+        ("hangs", [], dict(EVENT="hang"), "crash", "still running after 1 s"),
+    ]
+    # fmt: on
+    for n, (message, options, edits, outcome, says) in zip(itertools.count(4), events):
+        if message == "hangs":
+            lab.until_idle()  # a supervisor reads the settings when it starts
+            lab.set("- limit: 1")
+        assert lab.attempt(message, *options, **edits) == n
+        record = lab.until_ended(n)
+        assert (record["status"], says in record["why"]) == (outcome, True), record
+        told = lab.say("wait", 0)
+        assert f"{n}: {outcome}" in told and says in told
+        assert max(map(len, told.splitlines())) <= 200 and told.count("\n") <= 40
+        assert all(c.isprintable() for c in told.replace("\n", ""))
+        if "--expect" in options:
+            assert f"expected {float(options[1]):+.6f}, got {record['got']:+.6f}" in told
+        if message == "children":
+            assert lab.running() == []
+    assert "predictions: 1 of 2 right in direction, 1 in size" in lab.say()
+    lab.check()
+    assert lab.best()["score"] == pytest.approx(0.98)
+    assert (lab.best()["memory_gb"], lab.best()["steps"]) == (2.0, 100)  # the ledger's
+    noise, hangs = lab.say("show", 13), lab.say("show", 15)
+    assert "one long line of bytes" in noise and noise.replace("\n", "").isprintable()
+    assert "+EVENT = 'hang'" in hangs and "40% 2.600 (2.600)" in hangs
+    assert lab.say("runs").count(" scored") == 8  # three seeds, five experiments with a score
+
+
+def test_steps_memory_phases_and_losses_are_those_of_the_locked_clock(tmp_path):
+    train = """
+import torch
+from autoresearch.referee.clock import clock
+
+device = torch.device("cpu")
+clock.expect(device)
+clock.describe(attention="sdpa", fell_back=[])
+for step in range(21):
+    clock.hand_out(100)
+    clock.note_loss(3 - step / 10)
+    while clock.elapsed < (step + 1) / 50:
+        pass
+clock.ask_score(device)
+clock.end(score=0.5)
+"""
+    lab = Lab.made(tmp_path / "it", train=train)
+    (lab.cache / "manifest.json").write_bytes(signed({**MANIFEST, "time_budget": 0.4}))
+    lab.say("begin")
+    lab.until(lambda: (lab.home / "nov21/queue/1/end-1.json").is_file(), 60)
+    lab.say("stop")
+    end = json.loads((lab.home / "nov21/queue/1/end-1.json").read_text())
+    assert (end["score"], end["failure"], end["steps"], end["tokens"]) == (0.5, None, 21, 2100)
+    assert 0.05 < end["memory_gb"] < 5 and end["conditions"]["attention"] == "sdpa"
+    lines = worker.read_progress(lab.home / "nov21/queue/1/progress-1.jsonl")
+    phases = [phase for phase, _ in itertools.groupby(lines, lambda line: line["phase"])]
+    assert phases == ["compiling", "training", "scoring"]
+    curve = status.losses(lab.home / "nov21/queue/1/progress-1.jsonl")
+    assert len(curve) >= 15 and curve[0][1] > curve[-1][1] > 0.9
+    assert status.loss_at(curve, 50) == pytest.approx(2, abs=0.3)
+    lab.until_idle()
+
+
+# ---------------------------------------------------------------------- why a run failed, in a line
+
+
+@pytest.mark.parametrize(
+    "code, stopped, ledger, log, why",
+    [
+        (1, None, {"failure": "loss diverged"}, "FAIL: other", "loss diverged"),
+        (0, None, {}, "", "it ended without a score in the ledger"),
+        (1, None, {}, "a\nFAIL: out of memory: lower X\n", "out of memory: lower X"),
+        (1, None, {}, "Timeout (0:05:00)!\nThread 0x\n", "timeout: it hung (the log shows where)"),
+        (-9, None, {}, "compiled", "killed by signal 9"),
+        (1, None, {}, "Traceback\nKeyError: 'x'\n", "exit 1: KeyError: 'x'"),
+        (1, None, {}, "", "exit 1: its log is empty"),
+        (-9, "dropped", {"failure": "x"}, "FAIL: x", "dropped"),
+    ],
+)
+def test_why_a_run_failed(code, stopped, ledger, log, why):
+    assert worker.why_it_failed(code, stopped, ledger, log) == why
+
+
+@pytest.mark.parametrize(
+    "code, said, score",
+    [
+        (0, dict(score=0.9, split="val"), 0.9),
+        (0, dict(score=0.9, split="test"), None),  # a confirmation's split, not asked for
+        (1, dict(score=0.9, split="val"), None),  # it failed after its score
+        (0, dict(score=float("nan"), split="val"), None),
+        (0, dict(score="0.1", split="val"), None),
+        (0, dict(split="val"), None),
+    ],
+)
+def test_a_score_counts_where_the_run_ended_well_on_the_split_that_was_asked_for(code, said, score):
+    ended = dict(code=code, stopped=None, wall_seconds=1.0)
+    end = worker.outcome(ended, [dict(event="start"), said], "log", "val")
+    assert end["score"] == score and (end["failure"] is None) == (score is not None)
+
+
+# ------------------------------------------------------------------------------------ kept apart
+
+
+def test_a_run_has_a_home_of_its_own_and_no_file_that_is_not_committed(lab):
+    (lab.root / "helper.py").write_text("weights = 1\n")
+    n = lab.attempt("leaves files behind", HOLD="a", EVENT="leaves")
+    lab.until_held(n)
+    folder = lab.home / f"nov21/queue/{n}"
+    tracked = {"left.bin", ".git", "train.py", "train.py.txt", "night.py", "prepare.py"}
+    tracked |= {"program.md", ".gitignore", "autoresearch"}
+    assert {path.name for path in (folder / "tree").iterdir()} == tracked
+    assert [path.name for path in (folder / "home").iterdir()] == ["left"]
+    links = [path for path in (folder / "tmp").iterdir() if path.name != "left"]
+    assert [link.resolve() for link in links] == [lab.home / "compiled"]  # torch's headers
+    lab.kill_watcher()
+    lab.until_held(n, k=2)  # cut off, and started again: `left` did not exist
+    assert lab.until_ended(n, go="a")["status"] == "discard"
+    (lab.root / "helper.py").unlink()
+    lab.say()
+    lab.check()
+
+
+def test_a_run_has_no_network_and_cannot_write_the_cache_but_the_ledger(fresh, monkeypatch):
+    monkeypatch.setenv("AUTORESEARCH_CACHE", str(fresh.cache))
+    isolation = worker.Isolation.here()
+    if not isolation.prefix:
+        pytest.skip(isolation.words)
+    code = (
+        "import os, socket, sys\ncache = sys.argv[1]\n"
+        "try:\n    socket.create_connection(('192.0.2.1', 9), timeout=5)\n"
+        "except OSError as error:\n    print('network:', error.errno)\n"
+        "try:\n    open(cache + '/x', 'w')\nexcept OSError as error:\n    print('cache:', error.errno)\n"
+        "print('ledger:', open(cache + '/autoresearch.jsonl', 'a').write(''))\n"
+    )
+    command = [*isolation.prefix, sys.executable, "-c", code, str(fresh.cache)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.stdout.split("\n")[:3] == ["network: 101", "cache: 30", "ledger: 0"], done.stderr
+
+
+def test_a_machine_without_namespaces_says_so_in_the_status(fresh, tmp_path):
+    lab = fresh.copy(tmp_path / "it")
+    (tmp_path / "unshare").write_text("#!/bin/sh\nexit 1\n")
+    (tmp_path / "unshare").chmod(0o755)
+    lab.env["PATH"] = f"{tmp_path}:{lab.env['PATH']}"
+    lab.say("begin")
+    lab.until_ended(3)
+    assert "runs here are not cut off from the network" in lab.say()
+
+
+def test_what_a_killed_compiler_had_in_hand_is_no_kernel_for_the_next_run(lab):
+    compiled = lab.home / "compiled/inductor"
+    n = lab.attempt("compiles", EVENT="compiles")
+    lab.until(lambda: (compiled / "half.main.so").exists())
+    (compiled / "whole.main.so").touch()
+    os.utime(compiled / "whole.main.so", (0, 0))
+    lab.say("drop", n)
+    assert lab.until_ended(n)["why"] == "dropped"
+    assert [path.name for path in compiled.iterdir()] == ["whole.main.so"]
+    # a run that is killed while it trains has no compiler at work
+    n = lab.attempt("trains", EVENT="", HOLD="a")
+    lab.until_held(n)
+    (compiled / "fresh.main.so").touch()
+    lab.say("drop", n)
+    lab.until_ended(n)
+    assert (compiled / "fresh.main.so").exists()
+    # where the watcher died nobody knows
+    n = lab.attempt("is cut off", HOLD="b")
+    lab.until_held(n)
+    (compiled / "other.main.so").touch()
+    lab.kill_watcher()
+    lab.until_ended(n, go="b")
+    assert not (compiled / "other.main.so").exists() and (compiled / "whole.main.so").exists()
+
+
+# -------------------------------------------------------------------------- what the machine did
+
+
+def test_a_slow_run_is_repeated_once_and_the_faster_one_counts(fresh, tmp_path):
+    lab = fresh.copy(tmp_path / "it")
+    # the second seed is slow by the others, and repeated before the noise floor is fixed
+    lab.plan(r1=dict(rate=10_000, score=0.2))
+    lab.say("begin")
+    lab.until_ended(3)
+    again = [record["again"] for record in lab.records()]
+    assert again == [[], ["slow (50% of its expected rate)"], []]
+    assert [record["score"] for record in lab.records()] == pytest.approx([1.0, 1.0001, 1.0002])
+    assert "noise floor 0.000200" in lab.say()
+    # slow by its own best stretch, in the first run only: the second counts
+    slow = [[i / 4, 5000 * min(i, 10) + 100 * i] for i in range(1, 21)]  # 20,400 tokens/s at first
+    lab.plan(r4=dict(rate=4_000, pace=slow, score=0.5), r5=dict(rate=20_000))
+    record = lab.until_ended(lab.attempt("wider", WIDTH=1))
+    assert (record["status"], record["again"]) == ("keep", ["slow (20% of its expected rate)"])
+    assert (record["k"], record["slow"], record["tokens"]) == (2, None, 100_000)
+    told = lab.say("wait", 0)
+    assert "ran again: slow (20%" in told and "20,000 tokens/s" in told and "100 steps" in told
+    assert "scored, slow (20% of its own best stretch)" in lab.say("runs")
+    # slow both times: the faster one counts, it is said so, and there is no third
+    lab.plan(r6=dict(rate=6_000, pace=slow), r7=dict(rate=4_000, pace=slow, score=-0.5))
+    record = lab.until_ended(lab.attempt("deeper", DEPTH=1))
+    assert (record["k"], record["slow"]) == (1, pytest.approx(6_000 / 20_400))
+    assert (record["status"], record["score"]) == ("keep", pytest.approx(0.98))
+    assert "SLOW twice (29% of its expected rate)" in lab.say("wait", 0)
+    lab.until_idle()
+    lab.check()
+
+
+def test_a_run_on_other_attention_is_repeated_and_not_counted(fresh, tmp_path):
+    lab = fresh.copy(tmp_path / "it")
+    flash, flex = dict(conditions=FLASH), dict(conditions=FLEX)
+    # the baseline's first seed fell back: it is repeated before anything is measured by it
+    lab.plan(r0=flex, r1=flash, r2=flash, r3=flash)
+    lab.say("begin")
+    lab.until_ended(3)
+    because = "attention flex, not flash3 as the baseline; FlashAttention 3 is not usable"
+    assert [r["again"] for r in lab.records()] == [[f"not comparable: {because}"], [], []]
+    assert [r["not_comparable"] for r in lab.records()] == [None] * 3
+    # twice: it ends, is not kept however good, and is no part of the noise floor
+    lab.plan(r4={**flex, "score": -0.5}, r5={**flex, "score": -0.4})
+    record = lab.until_ended(lab.attempt("wider still", WIDTH=2))
+    assert (record["status"], record["why"]) == ("discard", f"twice not comparable: {because}")
+    assert "noise floor 0.000200" in lab.say() and "better, but not" not in lab.say()
+    lab.until_idle()
+    lab.check()
+
+
+# ------------------------------------------------------------------------------------------ slots
+
+
+def test_the_gpus_are_named_as_cuda_takes_their_names(monkeypatch):
+    assert settings.named_gpus("0, 3") == ["0", "3"]
+    assert settings.named_gpus("GPU-5c89,GPU-77aa") == ["GPU-5c89", "GPU-77aa"]
+    assert settings.named_gpus("1,-1,0") == ["1"]  # what follows a wrong name CUDA does not see
+    for none in ("", "-1", "NoDevFiles", "none"):
+        assert settings.named_gpus(none) == []
+    with pytest.raises(Fail, match="GPU-5c89 twice"):
+        settings.named_gpus("GPU-5c89,GPU-5c89")
+
+
+TWO_GPUS = "GPU 0: NVIDIA H200 (UUID: GPU-5c89)\nGPU 1: NVIDIA H200 (UUID: GPU-77aa)\n"
+HALF_THE_CORES = [str(max(1, settings.cores() // 2))] * 2
+
+
+@needs_proc
+@pytest.mark.parametrize(
+    "visible, listed, slots, name, seen",
+    [
+        (None, TWO_GPUS, None, "CUDA_VISIBLE_DEVICES", ["0", "1"]),
+        ("GPU-77aa,GPU-5c89", None, None, "CUDA_VISIBLE_DEVICES", ["GPU-5c89", "GPU-77aa"]),
+        ("", TWO_GPUS, 2, "OMP_NUM_THREADS", HALF_THE_CORES),
+    ],
+    ids=["listed by nvidia-smi", "named by the user", "two slots on the cores"],
+)
+def test_two_runs_at_once_see_a_gpu_each_or_share_the_cores(
+    lab, tmp_path, visible, listed, slots, name, seen
+):
+    del lab.env["CUDA_VISIBLE_DEVICES"]
+    if visible is not None:
+        lab.env["CUDA_VISIBLE_DEVICES"] = visible
+    if listed is not None:
+        (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\nprintf '{listed}'\n")
+        (tmp_path / "nvidia-smi").chmod(0o755)
+        lab.env["PATH"] = f"{tmp_path}:{lab.env['PATH']}"
+    if slots:
+        lab.set(f"- slots: {slots}")
+    numbers = [lab.attempt(f"idea {i}", HOLD="x", COMMENT=i) for i in range(3)]
+    for n in numbers[:2]:
+        lab.until_held(n)  # both at once
+    found = []
+    for pid in lab.running():
+        with contextlib.suppress(OSError):
+            variables = Path(f"/proc/{pid}/environ").read_text().split("\0")
+            found += [line for line in variables if line.startswith(f"{name}=")]
+    assert sorted(found) == sorted(f"{name}={value}" for value in seen)
+    lab.until_ended(numbers[0], go="x")
+    for n in numbers[1:]:
+        lab.until_ended(n)
+
+
+def test_more_slots_than_gpus_are_refused_and_so_is_one_gpu_twice(lab):
+    lab.set("- slots: 3")
+    lab.env["CUDA_VISIBLE_DEVICES"] = "0,1"
+    lab.edit(NOTE=1)
+    assert "`slots: 3`: only 2 GPUs are visible, and runs that share" in lab.refused("try", "x")
+    lab.env["CUDA_VISIBLE_DEVICES"] = "0,1,1"
+    assert "names 1 twice" in lab.refused("try", "x")
+    assert lab.queue() == []
