@@ -14,6 +14,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import prepare
+from autoresearch.common import Fail
 from autoresearch.referee import leakcheck
 
 V, WIDTH = 300, 32
@@ -257,12 +258,12 @@ def text(B, T, skewed=True, vocab_size=V):
 def exactly(model, T, B=4, skewed=True):
     """ExactCheck, until it has its least number of probes; the line of the refusal, or None."""
     inputs, exact = text(B, T, skewed), leakcheck.ExactCheck(T)
-    examined = prepare.EvalModel(model, V)
+    examined = leakcheck.EvalModel(model, V)
     try:
         logits = examined(inputs).clone()
         for _ in range(0, leakcheck.MIN_EXACT_PROBES, B):
             exact(examined, inputs, logits)
-    except prepare.Fail as stop:
+    except Fail as stop:
         return str(stop)
 
 
@@ -335,9 +336,9 @@ TOKEN_BYTES = np.array([3] * (V - 4) + [0] * 4)
 def scored(model, rows, batch_size=4):
     """(bits per byte or None, the line of the refusal or None)."""
     try:
-        examined = prepare.EvalModel(model, V)
+        examined = leakcheck.EvalModel(model, V)
         return prepare.bits_per_byte(examined, rows, TOKEN_BYTES, batch_size), None
-    except prepare.Fail as stop:
+    except Fail as stop:
         return None, str(stop)
 
 
