@@ -1,6 +1,5 @@
 """The score against a float64 computation by hand, and what gets no score."""
 
-import json
 import math
 from types import SimpleNamespace
 
@@ -13,7 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import prepare
-from autoresearch import common
 from autoresearch.referee.ledger import read_ledger
 
 
@@ -98,10 +96,6 @@ def test_the_prepared_rows_score_as_by_hand(prepared, score, monkeypatch, split)
     scores = [score(model, size) for size in (1, 3, 8, 32, 1000)]
     assert scores == pytest.approx([expected] * 5, rel=1e-6)
     assert end_of_the_ledger(prepared)["split"] == split
-
-
-def test_the_splits_differ(prepared):
-    assert not np.array_equal(prepared.scored_rows("val")[:5], prepared.scored_rows("test")[:5])
 
 
 def test_the_rows_are_the_first_of_the_packing(prepared):
@@ -266,9 +260,3 @@ def test_weights_that_change_meanwhile_get_no_score(prepared, score):
 
     with pytest.raises(prepared.Fail, match="weights changed"):
         score(Trains(table()))
-
-
-def test_the_line_in_the_ledger_is_signed(prepared, score):
-    bits = score(Table(table()))
-    line = common.signed(end_of_the_ledger(prepared))
-    assert json.loads(line)["score"] == bits
