@@ -56,20 +56,10 @@ from autoresearch.common import (
     split_name,
     write_atomically,
 )
-from autoresearch.corpus.climbmix import climbmix_sources
-from autoresearch.corpus.documents import BLANK_LINE, well_formed
+from autoresearch.corpus.climbmix import climbmix
+from autoresearch.corpus.documents import BLANK_LINE, Passage, Source, well_formed
 from autoresearch.corpus.progress import Progress, in_parallel
-from autoresearch.corpus.text import (
-    BUNDLE_BYTES,
-    SPLITS,
-    Piece,
-    Source,
-    Splits,
-    demo,
-    documents,
-    enough_text,
-    own_text,
-)
+from autoresearch.corpus.text import demo, own_text
 from autoresearch.referee.clock import clock, fail
 from autoresearch.referee.leakcheck import EvalModel, LeakCheck, on_device
 from autoresearch.referee.ledger import read_ledger  # noqa: F401  (for night.py)
@@ -99,6 +89,7 @@ PRESETS = {
     "demo":     dict(seq_len=256,  vocab_size=2048, eval_tokens=262_144,      time_budget=300),
 }
 # fmt: on
+SPLITS = ("train", "val", "test")  # in the token cache's index, by their place here
 
 
 def __getattr__(name: str):
@@ -254,11 +245,11 @@ def _tokenizer_text(sources: list[Source]):
     for source in sources:
         if source.split not in (None, "train"):
             continue
-        for split, _, text in documents(source):
+        for split, _, text in source.documents():
             if split != "train":
                 continue
-            # Of a cut source everything: there a document is no measure.
-            learned = len(text) if source.is_cut else TOKENIZER_DOC_CHARS
+            # Of plain text everything: there a document is no measure.
+            learned = TOKENIZER_DOC_CHARS if source.path else len(text)
             for start in range(0, min(len(text), learned), TOKENIZER_DOC_CHARS):
                 if left <= 0:
                     return
@@ -272,7 +263,7 @@ def _tokenizer_text(sources: list[Source]):
 PASSAGE_SLACK = 0.05  # plain text is cut into passages of a row, or so much more up to a blank line
 
 
-def passages(tokenizer: Tokenizer, text: str, size: int) -> list[np.ndarray]:
+def cut_to_rows(tokenizer: Tokenizer, text: str, size: int) -> list[np.ndarray]:
     """A text's tokens, cut into passages of `size` or a little more, so that packed rows are full.
 
     Cut in tokens, so exactly, and encoded only once. A passage ends with a blank line where one
@@ -303,40 +294,26 @@ def passages(tokenizer: Tokenizer, text: str, size: int) -> list[np.ndarray]:
     return cut
 
 
-def _encoded(source: Source, tokenizer: Tokenizer, row_length: int, pool, progress: Progress):
-    """Yields (split, row group, tokens) of a source. pool: threads for the pieces of a bundle."""
-    if not source.is_cut:
-        for split, group, text in documents(source):
+def encode(source: Source, tokenizer: Tokenizer, row_length: int, pool, progress: Progress):
+    """Yields (split, row group, tokens) of its documents; of plain text, passages that fill rows.
+
+    pool: threads for plain text.
+    """
+    if source.path:
+        for split, group, text in source.documents():
             yield split, group, tokenizer.encode_array(text)
             progress.add(len(text))
         return
 
-    def of_piece(piece: Piece):
-        text = piece.text()
-        return source.split, len(text), passages(tokenizer, text, row_length - 1)
+    def encode_passage(passage: Passage) -> list[np.ndarray]:
+        text = passage.text()
+        progress.add(len(text))
+        return cut_to_rows(tokenizer, text, row_length - 1)
 
-    def of_documents():
-        for split, _, text in documents(source):
-            yield split, len(text), passages(tokenizer, text, row_length - 1)
-
-    window = []  # mixed by their sha256, as neighbours are alike
-    chars = 0
-    for split, length, cut in (
-        pool.map(of_piece, source.pieces) if source.pieces else of_documents()
-    ):
-        window += [(hashlib.sha256(ids.tobytes()).digest(), split, ids) for ids in cut]
-        chars += length
-        progress.add(length)
-        if chars >= BUNDLE_BYTES:  # of a file that may be huge
-            yield from _mixed(window)
-            window = []
-            chars = 0
-    yield from _mixed(window)
-
-
-def _mixed(window: list):
-    for _, split, ids in sorted(window, key=lambda entry: entry[0]):
-        yield split, 0, ids
+    cut = [ids for passage in pool.map(encode_passage, source.passages) for ids in passage]
+    # Neighbours in a text are alike. In the order of their sha256 they do not follow each other.
+    for ids in sorted(cut, key=lambda ids: hashlib.sha256(ids.tobytes()).digest()):
+        yield source.split, 0, ids
 
 
 def encode_source(encoded, tokenizer: Tokenizer, path: Path) -> dict:
@@ -401,13 +378,13 @@ def encode_sources(
     def finished(source: Source):
         return source, _finished_entry(tokenizer, paths[source])
 
-    def encode(source: Source, progress: Progress) -> dict:
-        encoded = _encoded(source, tokenizer, row_length, pool, progress)
+    def one(source: Source, progress: Progress) -> dict:
+        encoded = encode(source, tokenizer, row_length, pool, progress)
         return encode_source(encoded, tokenizer, paths[source])
 
     entries = dict(pool.map(finished, sources))
     missing = [source for source in sources if entries[source] is None]
-    entries.update(zip(missing, in_parallel(encode, missing, workers, "encoded")))
+    entries.update(zip(missing, in_parallel(one, missing, workers, "encoded")))
     return [entries[source] for source in sources]
 
 
@@ -729,15 +706,15 @@ def prepare(corpus: str, data: Path | None, num_shards: int, settings: dict, for
     # 1. The files of text, downloaded where they are not here yet. With them the set has its key.
     row_length = settings["seq_len"] + 1
     if corpus == "climbmix":
-        sources = climbmix_sources(num_shards)
+        sources = climbmix(num_shards)
         how_split = "split by shard: the last two are val and test"
     elif corpus == "demo":
-        sources, how_split = demo(row_length)
+        sources, how_split = demo()
     else:
-        sources, how_split = own_text(data, row_length)
+        sources, how_split = own_text(data)
     files = [source.describe() for source in sources]
     if old and corpus == "climbmix" and _remove_damaged_shards(sources, files, old):
-        sources = climbmix_sources(num_shards)
+        sources = climbmix(num_shards)
         files = [source.describe() for source in sources]
     described = {"format": FORMAT, "corpus": corpus, "request": request, "files": files}
     key = hashlib.sha256(canonical(described)).hexdigest()[:12]
@@ -761,7 +738,7 @@ def prepare(corpus: str, data: Path | None, num_shards: int, settings: dict, for
     eval_rows = count_rows(directory, entries, row_length, settings["eval_tokens"])
     print(how_split)
     print_table(sources, entries, eval_rows, row_length)
-    require_rows(entries, eval_rows, row_length, sources[0].splits if sources else None)
+    require_rows(entries, eval_rows, row_length)
     described.update(settings)
     described.update(
         key=key,
@@ -875,7 +852,7 @@ def print_table(sources: list[Source], entries: list[dict], eval_rows: dict, row
         files = set()
         for source, entry in zip(sources, entries):
             if entry["tokens"][split]:
-                files |= {source.path} if source.path else {piece.path for piece in source.pieces}
+                files |= source.files()
         tokens = _total(entries, "tokens", split)
         rows = eval_rows.get(split, tokens // row_length)
         print(
@@ -884,7 +861,7 @@ def print_table(sources: list[Source], entries: list[dict], eval_rows: dict, row
         )
 
 
-def require_rows(entries: list[dict], eval_rows: dict, row_length: int, splits: Splits | None):
+def require_rows(entries: list[dict], eval_rows: dict, row_length: int):
     """Raises Fail where a split is too small to train on or to score; for test only a line."""
     rows = {"train": _total(entries, "tokens", "train"), **eval_rows}
     for split in SPLITS:
@@ -897,11 +874,10 @@ def require_rows(entries: list[dict], eval_rows: dict, row_length: int, splits: 
         )
         if split == "test":
             print(f"{message}: AUTORESEARCH_SPLIT=test, for the end, will have no score")
-        elif splits and split != "train" and split not in splits.wanted:
-            raise Fail(f"{message}. Add text to what is named {split}, or lower --seq-len")
         else:
-            size = sum(splits.documents.values()) if splits else 0
-            raise Fail(f"{message}. {enough_text(size, row_length)}")
+            raise Fail(
+                f"{message}. Add text (to a file named {split}, if you like), or lower --seq-len"
+            )
     if eval_rows["val"] * row_length < FEW_TOKENS:
         print("few rows to score: only large differences between scores will mean something")
 

@@ -1,7 +1,6 @@
 """Own text at its edges and bad input, through the command line as a user types it."""
 
 import contextlib
-import hashlib
 import json
 import os
 import random
@@ -12,7 +11,6 @@ import signal
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -23,10 +21,6 @@ from miniature import MINIATURE, ROOT, WORDS, draw_a_batch, run, write_texts
 
 import prepare as module
 from autoresearch.common import parse_signed, signed
-from autoresearch.corpus import documents as documents_room
-from autoresearch.corpus import text as text_room
-from autoresearch.corpus.progress import Progress
-from prepare import SPLITS
 
 SMALL = ("--seq-len", 32, "--vocab-size", 280, "--eval-tokens", 512)
 
@@ -121,23 +115,6 @@ def test_same_again_another_and_by_force(texts, tmp_path):
     assert forced.returncode == 0 and read_manifest(cache)["key"] != old["key"]
     assert (cache / "autoresearch.jsonl").read_text() == "the ledger\n"
     assert [path.name for path in cache.iterdir() if path.is_dir()] == [read_manifest(cache)["key"]]
-
-
-def test_an_edit_of_any_text_file_makes_another_set(tmp_path, monkeypatch, capsys):
-    """Also one that keeps its length: a bundle is described by all the bytes of all its files."""
-    data = write_texts(tmp_path / "data", files=60)
-    monkeypatch.setenv("AUTORESEARCH_CACHE", str(tmp_path / "cache"))
-    command = ["--data", str(data), *map(str, SMALL)]
-    module.main(command)
-    assert [file["split"] for file in read_manifest(tmp_path / "cache")["files"]] == list(SPLITS)
-    for path in sorted(data.iterdir())[::20]:
-        text = path.read_text()
-        path.write_text(text.swapcase())
-        with pytest.raises(module.Fail, match="another prepared set"):
-            module.main(command)
-        path.write_text(text)
-    module.main(command)
-    assert "nothing to do" in capsys.readouterr().out
 
 
 DAMAGE = {
@@ -356,21 +333,6 @@ def test_a_home_that_the_shell_did_not_expand(tmp_path):
     assert prepare("~/notes", tmp_path / "cache", HOME=str(tmp_path / "home")).returncode == 0
 
 
-def test_no_text(tmp_path):
-    fails(prepare(tmp_path / "nowhere", tmp_path / "cache"), "no such directory")
-    put(tmp_path / "data" / "picture.png", b"\x89PNG")
-    words_of_all = "no *.parquet, *.jsonl, *.txt or *.md"
-    fails(prepare(tmp_path / "data", tmp_path / "cache"), f"{words_of_all} below ")
-    fails(
-        prepare(tmp_path / "data" / "picture.png", tmp_path / "cache"),
-        f"picture.png is {words_of_all}",
-    )
-    put(tmp_path / "data" / "empty.txt", b"")
-    fails(
-        prepare(tmp_path / "data", tmp_path / "cache"), "33 are missing. Add text until there are"
-    )
-
-
 def test_too_small_says_how_much_is_missing(tmp_path):
     put(tmp_path / "data" / "train.txt", words(random.Random(0), 3000))
     put(
@@ -560,160 +522,6 @@ def test_a_second_one_at_the_same_time(larger, tmp_path):
 # ---- own text at its edges
 
 
-def share_of(data: bytes) -> str:
-    share = int.from_bytes(hashlib.sha256(data).digest()[:8], "big") / 2**64
-    return "val" if share < 0.05 else "test" if share < 0.1 else "train"
-
-
-def test_every_document_on_its_side(tmp_path):
-    """Two thousand small files in nested folders, empty ones, duplicates across formats, links that loop."""
-    draw, data = random.Random(7), tmp_path / "data"
-    pieces = [f"{i} {words(draw, 5)}" for i in range(2000)]  # shorter than a row, so not cut
-    for i, piece in enumerate(pieces):
-        put(data / f"{i % 10}" / f"{i % 7}" / "deep" / f"{i}.{'md' if i % 3 else 'txt'}", piece)
-    twice = draw.sample(pieces, 600)
-    put(
-        data / "copies.jsonl",
-        "".join(json.dumps({"text": text}) + "\n" for text in ["", *twice[:300]]),
-    )
-    parquet(data / "copies.parquet", text=["", None, *twice[200:]])
-    put(data / "empty.txt", "")
-    put(data / "picture.jpeg", b"\xff\xd8")
-    put(data / os.fsdecode(b"caf\xe9.txt"), "an odd name")
-    (data / "loop").symlink_to(data)
-    (data / "self.txt").symlink_to(data / "self.txt")
-    (data / "gone.txt").symlink_to(data / "nothing")
-    done = prepare(data, tmp_path / "cache")
-    assert done.returncode == 0, done.stderr
-    expected = {"train": [], "val": [], "test": []}
-    for piece in [*pieces, *twice[:300], *twice[200:], "an odd name"]:
-        expected[share_of(piece.encode())].append(piece)
-    assert {split: sorted(found) for split, found in documents_in(tmp_path / "cache").items()} == {
-        s: sorted(of) for s, of in expected.items()
-    }
-
-
-@pytest.mark.parametrize("named", [("val",), ("test",), ("val", "test")])
-def test_named_files_and_duplicates(tmp_path, named):
-    draw = random.Random(8)
-    texts = [f"{i} {words(draw, 9)}" for i in range(900)]
-    for number, split in enumerate(named):  # both hold documents of the rest, and of each other
-        put(
-            tmp_path / "data" / "sub" / f"{split}-a.jsonl",
-            "".join(
-                json.dumps({"text": t}) + "\n" for t in texts[100 * number : 100 * number + 150]
-            ),
-        )
-    put(tmp_path / "data" / "zz.jsonl", "".join(json.dumps({"text": t}) + "\n" for t in texts))
-    assert prepare(tmp_path / "data", tmp_path / "cache").returncode == 0
-    found = {split: set(texts) for split, texts in documents_in(tmp_path / "cache").items()}
-    assert set().union(*found.values()) == set(texts) and sum(map(len, found.values())) == len(
-        texts
-    )
-    held = {
-        split: set(texts[100 * number : 100 * number + 150]) for number, split in enumerate(named)
-    }
-    for split in held:
-        assert found[split] <= held[split] and len(found[split]) >= 100
-    if len(named) == 1:
-        other = {"val": "test", "test": "val"}[named[0]]
-        drawn = {text for text in texts if share_of(text.encode()) == other}
-        assert found[named[0]] == held[named[0]] and found[other] == drawn - held[named[0]]
-
-
-@pytest.mark.parametrize("named", [False, True], ids=["drawn", "named"])
-def test_the_tokenizer_learns_nothing_from_what_is_held_out(tmp_path, monkeypatch, named):
-    """`zq` stands in no training document, but often in those drawn for another split, or in a file
-    named val and copies of its documents elsewhere: no token may know it."""
-    draw = random.Random(11)
-    foreign = [f"{i} " + "zq" * 40 for i in range(600)]
-    if named:
-        held_out = foreign[:50]
-        put(
-            tmp_path / "data" / "val.jsonl",
-            "".join(json.dumps({"text": text}) + "\n" for text in held_out),
-        )
-    else:
-        held_out = [text for text in foreign if share_of(text.encode()) != "train"]
-    texts = [f"{i} {words(draw, 9)}" for i in range(300)] + held_out
-    put(
-        tmp_path / "data" / "rest.jsonl",
-        "".join(json.dumps({"text": text}) + "\n" for text in texts),
-    )
-    monkeypatch.setenv("AUTORESEARCH_CACHE", str(tmp_path / "cache"))
-    module.main(["--data", str(tmp_path / "data"), *map(str, SMALL)])
-    learned = module.Tokenizer.from_directory().ranks[256:]
-    assert len(learned) == 20
-    assert not [token for token in learned if b"z" in token or b"q" in token]
-
-
-def in_files(kind: str, data: Path, parts: list[str]):
-    """The parts as one file, as many, as documents of a jsonl, or as rows of a parquet."""
-    if kind == "one file":
-        put(data / "input.txt", "".join(parts))
-    if kind == "many files":
-        for number, part in enumerate(parts):
-            put(data / f"chapter {number:02d}.md", part)
-    if kind == "jsonl":
-        put(data / "book.jsonl", "".join(json.dumps({"text": part}) + "\n" for part in parts))
-    if kind == "parquet":
-        parquet(data / "book.parquet", text=parts)
-
-
-@pytest.mark.parametrize("kind", ["one file", "many files", "jsonl", "parquet"])
-def test_few_documents_are_split_in_stretches(tmp_path, monkeypatch, kind):
-    """Each 5% at an end; between them and training at least a row of text that is nowhere."""
-    monkeypatch.setattr(text_room, "PIECE_BYTES", 20_000)
-    draw = random.Random(13)
-    lines = []
-    for i in range(6000):
-        blank = "\n" if i % 5 == 0 else ""
-        lines.append(f"<{i}> {words(draw, 9)}\n{blank}")
-    in_files(kind, tmp_path, ["".join(lines[i : i + 500]) for i in range(0, 6000, 500)])
-    sources, splits = text_room.text_sources(text_room.text_files(tmp_path), {}, 33)
-    assert re.match(
-        r"split in stretches, for \d+ documents? cannot be drawn from evenly: "
-        "val the first 5%, test the last 5% of the text in order of names, ",
-        str(splits),
-    )
-    found = {split: [] for split in SPLITS}
-    for source in sources:
-        for split, _, text in text_room.documents(source):
-            found[split] += re.findall(r"^<(\d+)> ", text, re.M)
-    numbers = {split: sorted(map(int, of)) for split, of in found.items()}
-    tokenizer = module.Tokenizer.train(lines, 300)
-    for split, of in numbers.items():
-        assert of == list(range(of[0], of[-1] + 1))
-        low, high = (0.82, 0.9) if split == "train" else (0.045, 0.055)
-        assert low < len(of) / 6000 < high
-    assert numbers["val"][0] == 0 and numbers["test"][-1] == 5999
-    for before, after in (("val", "train"), ("train", "test")):
-        left_out = "".join(lines[numbers[before][-1] + 1 : numbers[after][0]])
-        assert 33 <= len(tokenizer.encode_array(left_out)) < 6000
-
-
-@pytest.mark.parametrize("size", [700, 12_000, 40_000, 300_000])
-def test_the_advice_for_too_little_text_is_right(tmp_path, monkeypatch, capsys, size):
-    """One file in the rows of real text, 2,048 tokens: what is said to be enough is."""
-    monkeypatch.setenv("AUTORESEARCH_CACHE", str(tmp_path / "cache"))
-    text = words(random.Random(5), 60_000).replace(" of ", "\n\n")
-    arguments = ["--data", str(tmp_path / "data"), "--vocab-size", "300"]
-    put(tmp_path / "data" / "note.md", text[:size])
-    said = ""
-    try:
-        module.main([*arguments, "--seq-len", "2048"])
-    except module.Fail as stop:
-        said = str(stop)
-    assert "Add text until there are 328 kB" in said or size == 300_000
-    if advised := re.search(r"or prepare with --seq-len (\d+)$", said):
-        module.main([*arguments, "--seq-len", advised[1]])
-    else:
-        assert size in (700, 300_000)
-    put(tmp_path / "data" / "note.md", text[:328_000])
-    module.main([*arguments, "--seq-len", "2048", "--force"])
-    assert "few rows to score" in capsys.readouterr().out
-
-
 def test_a_set_is_not_replaced_while_a_run_reads_it(prepared_copy, tmp_path):
     put(tmp_path / "data" / "note.txt", words(random.Random(6), 20_000))
     command = ["--data", str(tmp_path / "data"), *map(str, SMALL)]
@@ -728,95 +536,6 @@ def test_a_set_is_not_replaced_while_a_run_reads_it(prepared_copy, tmp_path):
     module.main(command)
 
 
-def test_what_is_left_out_is_counted_and_hidden_files_are_not_read(tmp_path):
-    write_texts(tmp_path / "data", files=30)
-    for name in (".trash/old.md", ".hidden.txt", "photo.png", "more/photo.PNG", "LICENSE"):
-        put(tmp_path / "data" / name, b"\xff" * 9)
-    put(tmp_path / "data" / "empty.md", b"")
-    done = prepare(tmp_path / "data", tmp_path / "cache")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[0] == "not read: 2 .png, 1 empty, 1 without a suffix"
-
-
-def test_every_file_that_is_not_utf8_is_named(tmp_path):
-    write_texts(tmp_path / "data", files=30)
-    for number in range(6):
-        put(tmp_path / "data" / f"{number} latin.txt", "déjà vu".encode("latin-1"))
-    two_blocks = words(random.Random(1), 1 << 18)[: documents_room.PIECE_BYTES - 1] + "é"
-    put(tmp_path / "data" / "cut.md", two_blocks)
-    fails(prepare(tmp_path / "data", tmp_path / "cache"), "3 latin.txt, and 2 more. ", "-f LATIN1")
-    for number in range(6):
-        put(tmp_path / "data" / f"{number} latin.txt", "déjà vu".encode("utf-16"))
-    fails(prepare(tmp_path / "data", tmp_path / "cache"), "not UTF-8: ", "-f UTF-16")
-    for path in (tmp_path / "data").glob("* latin.txt"):
-        path.unlink()
-    assert prepare(tmp_path / "data", tmp_path / "cache").returncode == 0
-
-
-@pytest.mark.parametrize("given", ["data", "data/INPUT.TXT"])
-def test_one_file_prepared(tmp_path, given):
-    draw = random.Random(16)
-    put(tmp_path / "data" / "INPUT.TXT", "".join(words(draw, 9) + "\n" for _ in range(6000)))
-    done = prepare(tmp_path / given, tmp_path / "cache")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("split in stretches, ")
-    assert all(rows >= 10 for rows in read_manifest(tmp_path / "cache")["eval_rows"].values())
-
-
-def test_a_draw_far_from_its_share_is_not_taken(tmp_path):
-    """Among 700 notes chance takes enough, but one huge file would be all of a split."""
-    draw = random.Random(14)
-    notes = {f"{i}.txt": f"{i} {words(draw, 30)}" for i in range(700)}
-    notes["last.txt"] = notes["0.txt"]
-    for name, text in notes.items():
-        put(tmp_path / name, text)
-    _, splits = text_room.text_sources(text_room.text_files(tmp_path), {}, 33)
-    assert splits.stretches is None
-    seeds = range(1000)
-    huge = next(text for i in seeds if share_of((text := f"{i} " * 9000).encode()) == "val")
-    put(tmp_path / "log.txt", huge)
-    _, splits = text_room.text_sources(text_room.text_files(tmp_path), {}, 33)
-    assert splits.stretches is not None and "for 701 documents cannot" in str(splits)
-
-
-def test_the_same_text_twice_is_on_one_side_in_stretches_too(tmp_path):
-    draw = random.Random(15)
-    for number in range(8):
-        text = "".join(f"<{number}.{i}> {words(draw, 9)}\n" for i in range(400))
-        put(tmp_path / f"{number}.txt", text)
-        put(tmp_path / f"{9 - number} copy.md", text)
-    sources, splits = text_room.text_sources(text_room.text_files(tmp_path), {}, 33)
-    assert splits.stretches is not None and len(splits.documents) == 8
-    lines = {}
-    for source in sources:
-        for split, _, text in text_room.documents(source):
-            lines.setdefault(split, set()).update(re.findall(r"<(\S+)>", text))
-    assert all(lines.values()) and not lines["val"] & lines["train"]
-    assert not lines["test"] & (lines["train"] | lines["val"])
-
-
-@pytest.mark.parametrize(
-    "name, split",
-    {
-        "val.txt": "val",
-        "valid.jsonl": "val",
-        "validation-00000-of-00001.parquet": "val",
-        "val_2.md": "val",
-        "books/val/a.txt": "val",
-        "test/deep/a.txt": "test",
-        "test-1.md": "test",
-        "valley of fear.md": None,
-        "testament.md": None,
-        "tests/a.txt": None,
-        "my val.txt": None,
-        "train-val.txt": None,
-        "valid news.txt": None,
-    }.items(),
-)
-def test_what_is_named_for_a_split(name, split):
-    assert text_room.named_split(name) == split
-
-
 def test_what_is_prepared_is_shown_and_what_is_missing(tmp_path):
     write_texts(tmp_path / "data" / "train", files=130)
     put(tmp_path / "data" / "val.md", words(random.Random(0), 500))
@@ -824,13 +543,11 @@ def test_what_is_prepared_is_shown_and_what_is_missing(tmp_path):
         put(tmp_path / "data" / "test" / f"{number}.txt", "zq")
     done = prepare(tmp_path / "data", tmp_path / "cache")
     assert done.returncode == 0, done.stderr
-    val, test, how, header, *table = done.stdout.splitlines()[:7]
+    val, test, header, *table = done.stdout.splitlines()[:6]
     assert val == "val is what is named so: val.md"
     names = ", ".join(f"test/{number}.txt" for number in range(4))
-    assert test == f"test is what is named so: {names}, and 3 more"
-    assert (
-        how == "split by name" and header.split() == "split files documents MB tokens rows".split()
-    )
+    assert test == f"test is what is named so: {names} and 3 more"
+    assert header.split() == "split files documents MB tokens rows".split()
     found = documents_in(tmp_path / "cache")
     rows = read_manifest(tmp_path / "cache")["eval_rows"]
     for line, (split, files) in zip(table, dict(train=130, val=1, test=7).items()):
@@ -843,40 +560,6 @@ def test_what_is_prepared_is_shown_and_what_is_missing(tmp_path):
     assert "encoded 130 text files (" in done.stderr and "encoded val.md (" in done.stderr
 
 
-def test_neighbours_in_a_text_file_do_not_stay_neighbours(tmp_path, monkeypatch):
-    """Passages go by the sha256 of their tokens, within a window of so many characters."""
-    monkeypatch.setattr(text_room, "PIECE_BYTES", 1000)
-    monkeypatch.setattr(documents_room, "CUT_BYTES", 100)
-    draw = random.Random(10)
-    story = "".join(f"line {i}: {words(draw, 9)}\n" for i in range(400))
-    tokenizer = module.Tokenizer.train([story], 300)
-    named = {"train.txt": "train", "val.txt": "val", "test.txt": "test"}
-    files = {name: put(tmp_path / name, story if name == "train.txt" else name) for name in named}
-    sources, _ = text_room.text_sources(files, named, 65)
-    assert [source.split for source in sources] == ["train", "val", "test"]
-    pieces = [piece.text() for piece in sources[0].pieces]
-    in_order = sorted(pieces, key=story.index)
-    assert "".join(in_order) == story and pieces != in_order and len(pieces) > 15
-
-    monkeypatch.setattr(module, "BUNDLE_BYTES", 5000)  # now: a bundle of several windows
-    with ThreadPoolExecutor(2) as pool:
-        progress = Progress("encoded", 9)
-        encoded = list(module._encoded(sources[0], tokenizer, 65, pool, progress))
-    windows = [[]]
-    chars = 0
-    for text in pieces:
-        windows[-1] += [ids.tobytes() for ids in module.passages(tokenizer, text, 64)]
-        chars += len(text)
-        if chars >= 5000:
-            windows.append([])
-            chars = 0
-    mixed = []
-    for window in windows:
-        mixed += sorted(window, key=lambda ids: hashlib.sha256(ids).digest())
-    assert len(windows) > 3
-    assert [ids.tobytes() for _, _, ids in encoded] == mixed
-
-
 def test_passages_are_a_row_or_a_little_more_and_end_where_a_paragraph_does():
     draw = random.Random(12)
     text = "".join(
@@ -884,7 +567,7 @@ def test_passages_are_a_row_or_a_little_more_and_end_where_a_paragraph_does():
     )
     text += words(draw, 400)  # no line end at all
     tokenizer = module.Tokenizer.train([text], 400)
-    cut = module.passages(tokenizer, text, 200)
+    cut = module.cut_to_rows(tokenizer, text, 200)
     assert tokenizer.decode(np.concatenate(cut).tolist()) == text
     assert np.array_equal(np.concatenate(cut), tokenizer.encode_array(text))  # encoded once
     assert all(200 <= len(ids) <= 210 for ids in cut[:-1]) and len(cut[-1]) <= 210
@@ -897,94 +580,4 @@ def test_passages_are_a_row_or_a_little_more_and_end_where_a_paragraph_does():
             assert end.endswith("\n")
 
 
-def test_long_documents(tmp_path):
-    """A million characters: without a line end, of blanks only, or cut at blank lines."""
-    draw, data = random.Random(9), tmp_path / "data"
-    ends = [".\n\n", ".\n", ".\n"]  # a blank line after every third
-    story = "".join(words(draw, 20) + ends[i % 3] for i in range(8000))
-    long = {
-        "line.txt": words(draw, 230_000)[:1_000_000],
-        "story.md": story,
-        "val.txt": words(draw, 2000),
-        "test.txt": words(draw, 999),
-    }
-    for name, text in long.items():
-        put(data / name, text)
-    parquet(data / "one.parquet", text=["x" * 1_000_000, " " * 1_000_000 + "\n"])
-    done = prepare(data, tmp_path / "cache")
-    assert done.returncode == 0, done.stderr
-    found = documents_in(tmp_path / "cache")["train"]
-    assert found[:2] == ["x" * 1_000_000, " " * 1_000_000 + "\n"]
-    passages = found[2:]
-    assert sum(map(len, passages)) == len(story) + len(long["line.txt"]) and len(passages) > 1000
-    assert all(text in story or text in long["line.txt"] for text in passages[::20])
-    assert max(map(len, passages)) < 1000  # about a row of 33 tokens
-
-
-def test_own_text_with_a_byte_order_mark_and_surrogates(tmp_path):
-    write_texts(tmp_path / "data")
-    put(tmp_path / "data" / "val.txt", b"\xef\xbb\xbfthe first " + b"word has no mark " * 20)
-    put(tmp_path / "data" / "lone.jsonl", r'{"text": "a\ud800b \ud83d\ude00 ' + "c" * 50 + '"}\n')
-    assert prepare(tmp_path / "data", tmp_path / "cache").returncode == 0
-    found = documents_in(tmp_path / "cache")
-    assert any(text.startswith("the first word") for text in found["val"])
-    assert any(text.startswith("a\ufffdb 😀 ccc") for text in found["train"] + found["test"])
-
-
 # ---- the demo
-
-
-@pytest.fixture
-def packages(tmp_path, monkeypatch) -> Path:
-    """A folder of two packages that the demo is made of, 900 files in all."""
-    monkeypatch.setattr(text_room, "DEMO_PACKAGES", ("red", "green"))
-    draw = random.Random(17)
-    folder = tmp_path / "packages"
-    for number in range(900):
-        package = draw.choice(["red", "green"])
-        put(folder / package / "test" / f"{number}.py", f"# {number} {words(draw, 40)}\n")
-    for package in ("red", "green"):
-        put(folder / package / "__init__.py", "")
-        put(folder / package / "broken.py", b"caf\xe9")
-        put(folder / package / "notes.txt", "no source")
-        for built in ("version.py", "_version.py", "_version_meson.py", "__config__.py"):
-            put(folder / package / "sub" / built, words(draw, 40))
-    monkeypatch.syspath_prepend(folder)
-    monkeypatch.setenv("AUTORESEARCH_CACHE", str(tmp_path / "cache"))
-    return folder
-
-
-def test_the_demo_is_the_same_wherever_its_packages_are(packages, tmp_path, monkeypatch, capsys):
-    """Elsewhere, made in another order, with what another build writes: the same fingerprint."""
-    assert len(text_room.demo_files()) == 900
-    module.main(["--demo", *map(str, SMALL)])
-    assert "split by the sha256 of each document" in capsys.readouterr().out  # `test` is no name
-    before = module.fingerprint()
-    for path in sorted(packages.rglob("*"), reverse=True):
-        if path.is_file():
-            content = path.read_bytes()
-            if "version" in path.name or "config" in path.name:
-                content = b"another build"
-            put(tmp_path / "elsewhere" / path.relative_to(packages), content)
-    shutil.rmtree(packages)
-    monkeypatch.syspath_prepend(tmp_path / "elsewhere")
-    monkeypatch.setenv("AUTORESEARCH_CACHE", str(tmp_path / "cache2"))
-    module.main(["--demo", *map(str, SMALL)])
-    assert module.fingerprint() == before
-    with open(tmp_path / "elsewhere" / "red" / "more.py", "w") as file:
-        file.write("more = 1\n")
-    with pytest.raises(module.Fail, match="another prepared set"):
-        module.main(["--demo", *map(str, SMALL)])
-
-
-def test_a_package_of_the_demo_that_is_missing_is_named(packages, monkeypatch):
-    monkeypatch.setattr(text_room, "DEMO_PACKAGES", ("red", "blueish"))
-    with pytest.raises(module.Fail, match="the source of blueish, which is missing: uv sync"):
-        module.main(["--demo", *map(str, SMALL)])
-
-
-def test_the_demos_packages_are_here():
-    """Every name is a package that is installed, with sources."""
-    files = text_room.demo_files()
-    assert {name.split("/")[0] for name in files} == set(text_room.DEMO_PACKAGES)
-    assert len(files) > 3000

@@ -21,7 +21,6 @@ class Progress:
         self.files = files
         self.done = 0
         self.bytes = 0
-        self.said = set()
         self.began = self.drawn = _now()
         self.lock = threading.Lock()
         self.terminal = sys.stderr.isatty()
@@ -31,13 +30,6 @@ class Progress:
         if self.terminal:
             line = "\r\033[K" + line
         print(line, end="", file=sys.stderr, flush=True)
-
-    def say_once(self, line: str):
-        """As `say`, but not what was said before."""
-        with self.lock:
-            if line not in self.said:
-                self.said.add(line)
-                self.say(line)
 
     def add(self, count: int):
         """So many more bytes."""

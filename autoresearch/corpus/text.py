@@ -1,209 +1,57 @@
-"""Own text and the demo: which files, and which split a document belongs to."""
+"""
+Own text and the demo: which files are read, and which split a text belongs to.
+
+Files named val.* or test.* (or so) are those splits. The rest is drawn by the sha256 of each text:
+a document of a parquet or jsonl file, a plain text file, or 64 kB of a longer one. Equal texts have
+one sha256, so none stands on two sides.
+"""
 
 from __future__ import annotations
 
-import codecs
+import functools
 import hashlib
 import importlib.util
-import mmap
 import os
 import re
 from collections import Counter
-from dataclasses import dataclass
 from pathlib import Path
 
-from autoresearch.common import Fail, sha256_of, some
+from autoresearch.common import Fail, some
 from autoresearch.corpus.documents import (
-    CUT_BYTES,
-    PIECE_BYTES,
     READERS,
     SUFFIXES,
-    cut_place,
-    is_text,
+    Passage,
+    Source,
+    is_utf8,
     kind_of,
-    not_utf8,
+    passages_of,
 )
 
-SPLITS = ("train", "val", "test")
-
-# Whose source the demo is made of: all come with what train.py and the notebook need.
-DEMO_PACKAGES = ("matplotlib", "networkx", "numpy", "pandas", "sympy")
-BUILT = re.compile(r"version\.py|_version.*\.py|__config__\.py")  # differ by platform and build
-HELD_OUT_SHARE = 0.05  # of the text for val, as much for test, where no file is named so
-MIN_DRAWN = 20  # documents in each, or the draw is left: few give by chance far too much or nothing
-GAP_BYTES = 8  # of text for each token of the row that a gap holds; prose and code have 3 to 5
-BUNDLE_BYTES = 1 << 26  # of plain text, encoded and mixed as one: bounds memory and lost work
-
-
-@dataclass(frozen=True)
-class Piece:
-    """Bytes of a plain text file, from one blank line to another: read and encoded at a time."""
-
-    path: Path
-    digest: bytes  # sha256 of the whole file
-    start: int
-    end: int
-
-    def text(self) -> str:
-        with open(self.path, "rb") as file:
-            file.seek(self.start)
-            raw = file.read(self.end - self.start)
-        if self.start == 0:
-            raw = raw.removeprefix(codecs.BOM_UTF8)
-        try:
-            return raw.decode()
-        except UnicodeDecodeError as error:
-            raise Fail(f"{self.path} is no longer UTF-8 ({error.reason})") from None
-
-
-@dataclass(eq=False)
-class Source:
-    """A parquet or jsonl file, or a bundle of plain text: encoded and restarted as a unit."""
-
-    name: str
-    path: Path | None  # None for a bundle
-    split: str | None  # None: its documents go by `splits`
-    splits: Splits | None = None  # own text only
-    pieces: tuple[Piece, ...] = ()  # of a bundle
-
-    def describe(self) -> dict:
-        """What the manifest says of it."""
-        record = {"name": self.name, "split": self.split}
-        if self.path:
-            return {**record, "size": self.path.stat().st_size, "sha256": sha256_of(self.path)}
-        digest = hashlib.sha256()
-        for piece in self.pieces:
-            digest.update(piece.digest + b"%d %d\n" % (piece.start, piece.end))
-        size = sum(piece.end - piece.start for piece in self.pieces)
-        return {**record, "size": size, "sha256": digest.hexdigest()}
-
-    @property
-    def is_cut(self) -> bool:
-        """Are its texts cut into passages, rather than documents that stay whole?"""
-        return self.path is None or (self.splits is not None and self.splits.stretches is not None)
-
-
-class Splits:
-    """Which split a document of own text belongs to. None belongs to two.
-
-    What a file named for a split holds belongs there, and is left out everywhere else. The rest is
-    drawn, each document by the sha256 of its text. Where so few are drawn that chance decides, all
-    text is laid end to end instead, by name, and cut in stretches: val, train, test, and between
-    them gaps of a row and more that belong nowhere, so that no passage has its neighbour on the
-    other side.
-    """
-
-    def __init__(self, held_out: dict[bytes, str], wanted: list[str], row_length: int):
-        self.held_out = held_out  # {sha256: split} of the documents in files named for one
-        self.wanted = wanted  # of val and test, what no file is named for
-        self.gap = GAP_BYTES * row_length + CUT_BYTES
-        self.stretches = None  # {sha256: [(start, end, split)]} in bytes
-        self.documents = {}  # {sha256: bytes} of the rest, as far as they had to be counted
-        self.drawn = dict.fromkeys(SPLITS, 0)  # how many of them a draw gives, and their bytes
-        self.drawn_bytes = dict.fromkeys(SPLITS, 0)
-
-    def decide(self, plain: list[tuple[bytes, int]], others):
-        """Draw, or stretches? Both give (sha256, bytes); `others` are read until it is clear."""
-        if not self.wanted:
-            return
-        for document in plain:
-            self._count(*document)
-        for document in others:
-            if self._is_fair():
-                return
-            self._count(*document)
-        if not self._is_fair():
-            self._lay_out()
-
-    def _count(self, digest: bytes, length: int):
-        if digest not in self.held_out and digest not in self.documents:
-            self.documents[digest] = length
-            self.drawn[_drawn_split(digest)] += 1
-            self.drawn_bytes[_drawn_split(digest)] += length
-
-    def _is_fair(self) -> bool:
-        """Would a draw give enough documents, and about the share of the text?"""
-        share = HELD_OUT_SHARE * sum(self.drawn_bytes.values())
-        return all(
-            self.drawn[split] >= MIN_DRAWN and share / 2 <= self.drawn_bytes[split] <= 2 * share
-            for split in self.wanted
-        )
-
-    def _lay_out(self):
-        total = sum(self.documents.values())
-        share = int(HELD_OUT_SHARE * total)
-        train_start, train_end = 0, total
-        line = []  # (start, end, split) of all text
-        if "val" in self.wanted:
-            line.append((0, share, "val"))
-            train_start = share + self.gap
-        if "test" in self.wanted:
-            line.append((total - share, total, "test"))
-            train_end = total - share - self.gap
-        line.append((train_start, train_end, "train"))
-        self.stretches = {}
-        position = 0
-        for digest, size in self.documents.items():
-            clipped = [
-                (max(a - position, 0), min(b - position, size), split) for a, b, split in line
-            ]
-            self.stretches[digest] = [part for part in clipped if part[0] < part[1]]
-            position += size
-
-    def parts(self, digest: bytes, text, split: str | None) -> list[tuple[int, int, str]]:
-        """(start, end, split) of a document's bytes `text` in a file that is named for `split`."""
-        if digest in self.held_out or split:
-            own = split is not None and self.held_out.get(digest, split) == split
-            return [(0, len(text), split)] if own else []
-        if self.stretches is not None:
-            parts = self.stretches[digest]
-            return [(cut_place(text, start), cut_place(text, end), s) for start, end, s in parts]
-        split = _drawn_split(digest)
-        return [(0, len(text), split if split in self.wanted else "train")]
-
-    def __str__(self):
-        share = f"{HELD_OUT_SHARE:.0%}"
-        if not self.wanted:
-            return "split by name"
-        if self.stretches is None:
-            return f"split by the sha256 of each document: {share} for {' and '.join(self.wanted)}"
-        ends = {"val": "the first", "test": "the last"}
-        stretches = [f"{split} {ends[split]} {share}" for split in self.wanted]
-        files = "1 document" if len(self.documents) == 1 else f"{len(self.documents):,} documents"
-        return (
-            f"split in stretches, for {files} cannot be drawn from evenly: {', '.join(stretches)} "
-            f"of the text in order of names, {self.gap / 1e3:.0f} kB left out at each border"
-        )
-
-
-def _drawn_split(digest: bytes) -> str:
-    share = int.from_bytes(digest[:8], "big") / 2**64
-    if share < HELD_OUT_SHARE:
-        return "val"
-    if share < 2 * HELD_OUT_SHARE:
-        return "test"
-    return "train"
+# ------------------------------------------------------------------------------------- which files
 
 
 def text_files(data: Path) -> dict[str, Path]:
-    """{name: path} of every file of SUFFIXES below `data`, or `data` itself, which may be one."""
+    """{name: path} of every file of SUFFIXES below `data`, or of `data` itself if it is one."""
     top = data.parent if data.is_file() else data
     files = {}
-    for path in _files_below(data):
+    for path in files_below(data):
         if kind_of(path) in SUFFIXES:
             files[path.relative_to(top).as_posix()] = path
     if not files:
         *names, last = [f"*{suffix}" for suffix in SUFFIXES]
         names = f"{', '.join(names)} or {last}"
         raise Fail(f"{data} is no {names}" if data.is_file() else f"no {names} below {data}")
-    wrong = [path for path in files.values() if kind_of(path) not in READERS and not is_text(path)]
+    wrong = [path for path in files.values() if kind_of(path) not in READERS and not is_utf8(path)]
     if wrong:
-        raise not_utf8(wrong)
+        raise Fail(
+            f"not UTF-8: {some(wrong)}. Save as UTF-8, by an editor or "
+            "`iconv -f LATIN1 -t UTF-8 OLD > NEW` (or -f UTF-16), or move away"
+        )
     return files
 
 
-def _files_below(data: Path) -> list[Path]:
-    """Without what is hidden, and what lies behind links to folders."""
+def files_below(data: Path) -> list[Path]:
+    """Sorted. Hidden files and what lies behind links to folders are skipped."""
     if data.is_file():
         return [data]
     if not data.is_dir():
@@ -213,19 +61,6 @@ def _files_below(data: Path) -> list[Path]:
         folders[:] = [name for name in folders if not name.startswith(".")]
         found += [Path(root, name) for name in names if not name.startswith(".")]
     return sorted(path for path in found if path.is_file())
-
-
-def _left_out(data: Path) -> str:
-    """A line that counts the files below `data` that are not read, by their kind; or nothing."""
-    kinds = Counter()
-    for path in _files_below(data):
-        if kind_of(path) not in SUFFIXES:
-            kinds[kind_of(path) or "without a suffix"] += 1
-        elif not path.stat().st_size:
-            kinds["empty"] += 1
-    most_first = sorted(kinds.items(), key=lambda kind: (-kind[1], kind[0]))
-    counted = some(f"{count:,} {kind}" for kind, count in most_first)
-    return f"not read: {counted}\n" if counted else ""
 
 
 def named_split(name: str) -> str | None:
@@ -239,10 +74,14 @@ def named_split(name: str) -> str | None:
     return None
 
 
+DEMO_PACKAGES = ("matplotlib", "networkx", "numpy", "pandas", "sympy")  # installed with the project
+BUILT = re.compile(r"version\.py|_version.*\.py|__config__\.py")  # differ by platform and build
+
+
 def demo_files() -> dict[str, Path]:
     """{name: path} of the .py files of DEMO_PACKAGES: the same text wherever their versions are.
 
-    Without the files that a build writes, and those that are empty or not UTF-8.
+    Without the files that a build writes, and those that are not UTF-8.
     """
     files = {}
     for package in DEMO_PACKAGES:
@@ -251,144 +90,166 @@ def demo_files() -> dict[str, Path]:
             raise Fail(f"the demo's text is the source of {package}, which is missing: uv sync")
         directory = Path(found.origin).parent
         for path in sorted(directory.rglob("*.py")):
-            if not BUILT.fullmatch(path.name) and path.stat().st_size and is_text(path):
+            if not BUILT.fullmatch(path.name) and is_utf8(path):
                 files[path.relative_to(directory.parent).as_posix()] = path
     return files
 
 
-def text_sources(
-    files: dict[str, Path], named: dict[str, str], row_length: int
-) -> tuple[list[Source], Splits]:
-    """The sources of own text, and how it is split; files: by name; named: those for a split."""
+# ------------------------------------------------------------------------------------- which split
+
+SHARE = 0.05  # of the text for val, as much for test, where no file is named so
+
+
+class Splits:
+    """Which split a text belongs to, by its sha256."""
+
+    def __init__(self):
+        self.named = {}  # {sha256: split} of the texts in files that are named for val or test
+        self.drawn = {}  # {sha256: split} of the others, as far as they are val or test
+
+    def of(self, digest: bytes, file_split: str | None) -> str | None:
+        """file_split: what its file is named for. None: it is left out here."""
+        if digest in self.named:  # it belongs into that file, and into no other
+            return file_split if file_split == self.named[digest] else None
+        return file_split or self.drawn.get(digest, "train")
+
+
+def draw(sizes: dict[bytes, int], wanted: list[str]) -> dict[bytes, str]:
+    """{sha256: split} of the texts that are held out, of {sha256: bytes} of all.
+
+    The first SHARE of the bytes, in the order of the hashes, is the first split wanted, the next
+    SHARE the second. Texts larger than a share come last in that order, so that none of them takes
+    many times its share. With a text for training and one for each split, each gets one.
+    """
+    share = SHARE * sum(sizes.values())
+    left = sorted(sizes, key=lambda digest: (sizes[digest] > share, digest), reverse=True)
+    drawn = {}
+    for number, split in enumerate(wanted):
+        for_others = len(wanted) - number  # a text for each split that follows, training the last
+        taken = 0
+        while taken < share and len(left) > for_others:
+            digest = left.pop()
+            drawn[digest] = split
+            taken += sizes[digest]
+    return drawn
+
+
+def split_files(files: dict[str, Path], named: dict[str, str]) -> list[Source]:
+    """The sources of files, both by name; named: the split that a file is for."""
+    splits = Splits()
+    passages: dict[str, list[Passage]] = {}  # of plain text
     sources = []
-    plain = {}  # name: sha256
     for name, path in files.items():
         if kind_of(path) in READERS:
-            sources.append(Source(name, path, named.get(name)))
+            split_of = functools.partial(splits.of, file_split=named.get(name))
+            sources.append(Source(name, named.get(name), path, split_of=split_of))
         else:
-            plain[name] = bytes.fromhex(sha256_of(path))
-    held_out = {}
-    for name, split in named.items():
-        if name in plain and split != "train":
-            held_out[plain[name]] = split
-    for source in sources:
-        if source.split in ("val", "test"):
-            for _, digest, _ in read(source):
-                held_out[digest] = source.split
+            passages[name] = passages_of(path)
 
+    def texts(of_split: tuple):
+        """Yields (sha256, bytes, split) of the texts in files that are named for one of these."""
+        for name in passages:
+            if named.get(name) in of_split:
+                for passage in passages[name]:
+                    yield passage.digest, passage.end - passage.start, named.get(name)
+        for source in sources:
+            if source.split in of_split:
+                for _, text in source.read():
+                    raw = text.encode()
+                    yield hashlib.sha256(raw).digest(), len(raw), source.split
+
+    splits.named = {digest: split for digest, _, split in texts(("val", "test"))}
     wanted = [split for split in ("val", "test") if split not in named.values()]
-    splits = Splits(held_out, wanted, row_length)
-    unnamed = [name for name in plain if name not in named]
-    others = ((digest, len(raw)) for s in sources if not s.split for _, digest, raw in read(s))
-    splits.decide([(plain[name], files[name].stat().st_size) for name in unnamed], others)
-    for source in sources:
-        source.splits = splits
+    if wanted:
+        sizes = {digest: size for digest, size, _ in texts((None,))}
+        splits.drawn = draw({d: sizes[d] for d in sizes if d not in splits.named}, wanted)
 
-    pieces = {split: [] for split in SPLITS}
-    for name, digest in plain.items():
-        for split, piece in _pieces(files[name], digest, named.get(name), splits):
-            # By the hash of their names, so that every bundle is a fair sample.
-            key = hashlib.sha256(os.fsencode(name) + b"/%d" % piece.start).digest()
-            pieces[split].append((key, name, piece))
-    for split in SPLITS:
-        for bundle in _bundles(sorted(pieces[split], key=lambda entry: entry[0])):
-            names = sorted({name for _, name, _ in bundle})
-            label = names[0] if len(names) == 1 else f"{len(names)} text files"
-            sources.append(Source(label, None, split, splits, tuple(p for _, _, p in bundle)))
-    return sources, splits
+    for split in ("train", "val", "test"):
+        of_split = []
+        for name in passages:
+            mine = [p for p in passages[name] if splits.of(p.digest, named.get(name)) == split]
+            of_split += [(piece.digest, name, piece) for piece in joined(mine)]
+        # In the order of their hashes, so that every bundle is a fair sample.
+        sources += bundles(sorted(of_split, key=lambda entry: entry[:2]), split)
+    return sources
 
 
-def _pieces(path: Path, digest: bytes, named: str | None, splits: Splits):
-    """Yields (split, piece) of a plain text file, in order."""
-    if path.stat().st_size == 0:
-        return
-    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
-        for start, end, split in splits.parts(digest, text, named):
-            while start < end:
-                stop = min(cut_place(text, start + PIECE_BYTES), end)
-                yield split, Piece(path, digest, start, stop)
-                start = stop
+PIECE_BYTES = 1 << 20  # of plain text, cut into rows as one: what does not fill a row is its end
+BUNDLE_BYTES = 1 << 26  # of plain text, encoded and mixed as one
 
 
-def _bundles(pieces: list):
-    """Yields lists of the (key, name, piece), in order, each ended by what fills BUNDLE_BYTES."""
-    bundle = []
+def joined(passages: list[Passage]) -> list[Passage]:
+    """Passages of one file, neighbours joined to pieces of up to PIECE_BYTES."""
+    pieces = []
+    for passage in passages:
+        last = pieces[-1] if pieces else None
+        if last and last.end == passage.start and passage.end - last.start <= PIECE_BYTES:
+            digest = hashlib.sha256(last.digest + passage.digest).digest()
+            pieces[-1] = Passage(passage.path, last.start, passage.end, digest)
+        else:
+            pieces.append(passage)
+    return pieces
+
+
+def bundles(of_split: list[tuple[bytes, str, Passage]], split: str) -> list[Source]:
+    """The passages (sha256, name, passage), in order, in sources of BUNDLE_BYTES or a little more."""
+    cut = [[]]
     size = 0
-    for entry in pieces:
-        bundle.append(entry)
-        size += entry[2].end - entry[2].start
+    for _, name, passage in of_split:
         if size >= BUNDLE_BYTES:
-            yield bundle
-            bundle = []
+            cut.append([])
             size = 0
-    if bundle:
-        yield bundle
+        cut[-1].append((name, passage))
+        size += passage.end - passage.start
+    sources = []
+    for bundle in filter(None, cut):
+        names = {name for name, _ in bundle}
+        label = names.pop() if len(names) == 1 else f"{len(names)} text files"
+        sources.append(Source(label, split, passages=tuple(passage for _, passage in bundle)))
+    return sources
 
 
-def read(source: Source):
-    """Yields (row group, sha256, bytes) of a parquet or jsonl file's documents, in its order."""
-    for group, text in READERS[kind_of(source.path)](source.path):
-        raw = text.encode()
-        yield group, hashlib.sha256(raw).digest(), raw
+# ------------------------------------------------------------------------------ the two corpora
 
 
-def documents(source: Source):
-    """Yields (split, row group, text) in order; pieces of text where the source is cut.
-
-    Raises Fail, naming file and place, on anything that is not text.
-    """
-    if source.path is None:
-        for piece in source.pieces:
-            yield source.split, 0, piece.text()
-    elif source.splits is None:
-        for group, text in READERS[kind_of(source.path)](source.path):
-            yield source.split, group, text
-    else:
-        for group, digest, raw in read(source):
-            for start, end, split in source.splits.parts(digest, raw, source.split):
-                if start < end:
-                    yield split, group, raw[start:end].decode()
+def demo() -> tuple[list[Source], str]:
+    """(its sources, how they are split in words)."""
+    return split_files(demo_files(), {}), drawn_in_words(["val", "test"])
 
 
-def own_text(data: Path, row_length: int) -> tuple[list[Source], str]:
-    """(the sources of own text, how they are split in words)."""
+def own_text(data: Path) -> tuple[list[Source], str]:
+    """(its sources; what is not read and how it is split, in words, for a person to check)."""
     files = text_files(data)
     named = {name: named_split(name) for name in files if named_split(name)}
     if {"val", "test"} <= set(named.values()):
         named = {name: named.get(name, "train") for name in files}
-    sources, splits = text_sources(files, named, row_length)
-    return sources, f"{_left_out(data)}{_held_out(sources, files, named)}{splits}"
+    sources = split_files(files, named)
 
-
-def demo(row_length: int) -> tuple[list[Source], str]:
-    sources, splits = text_sources(demo_files(), {}, row_length)
-    return sources, str(splits)
-
-
-def _held_out(sources: list[Source], files: dict[str, Path], named: dict[str, str]) -> str:
-    """A line for each split that files are named for, or that plain files were drawn for."""
-    lines = ""
+    lines = not_read(data)
+    wanted = []
     for split in ("val", "test"):
-        pieces = [piece for source in sources if source.split == split for piece in source.pieces]
-        if split in named.values():
-            names = [name for name in named if named[name] == split]
-            lines += f"{split} is what is named so: {some(names)}\n"
-        elif pieces and sources[0].splits.stretches is None:
-            paths = {piece.path for piece in pieces}
-            lines += f"{split} is {some(name for name in files if files[name] in paths)}\n"
-    return lines
+        names = [name for name in named if named[name] == split]
+        if names:
+            lines.append(f"{split} is what is named so: {some(names, 4)}")
+        else:
+            wanted.append(split)
+    if wanted:
+        lines.append(drawn_in_words(wanted))
+    return sources, "\n".join(lines)
 
 
-def enough_text(size: int, row_length: int) -> str:
-    """What to do about too little text (bytes): how much is enough, or for which rows this is."""
+def drawn_in_words(wanted: list[str]) -> str:
+    return f"split by the sha256 of each text: {SHARE:.0%} of the bytes for {' and '.join(wanted)}"
 
-    def enough(row_length: int) -> float:
-        row = GAP_BYTES * row_length
-        gaps = 2 * (row + CUT_BYTES)
-        return max(row / HELD_OUT_SHARE, (row + gaps) / (1 - 2 * HELD_OUT_SHARE))
 
-    if enough(row_length) <= size:  # and yet it was not: it is hardly text
-        return "Add other text, or lower --seq-len"
-    advice = f"Add text until there are {enough(row_length) / 1e3:,.0f} kB"
-    lengths = [2**power for power in range(4, 20) if enough(2**power + 1) <= size]
-    return f"{advice}, or prepare with --seq-len {lengths[-1]}" if lengths else advice
+def not_read(data: Path) -> list[str]:
+    """A line that counts the files below `data` that are not read, by their kind; or none."""
+    kinds = Counter()
+    for path in files_below(data):
+        if kind_of(path) not in SUFFIXES:
+            kinds[kind_of(path) or "without a suffix"] += 1
+        elif not path.stat().st_size:
+            kinds["empty"] += 1
+    most_first = sorted(kinds.items(), key=lambda kind: (-kind[1], kind[0]))
+    counted = [f"{count:,} {kind}" for kind, count in most_first]
+    return [f"not read: {some(counted, 4)}"] if counted else []

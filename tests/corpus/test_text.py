@@ -1,0 +1,483 @@
+"""Own text and the demo: every text on the side where a brute-force reading of the rule puts it."""
+
+import hashlib
+import json
+import os
+import random
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from miniature import MINIATURE, WORDS, write_texts
+
+import prepare
+from autoresearch.common import Fail
+from autoresearch.corpus import documents, text
+from autoresearch.corpus.documents import Passage
+
+SMALL = "--seq-len 32 --vocab-size 280 --eval-tokens 512".split()
+SPLITS = ("train", "val", "test")
+
+
+def words(draw: random.Random, count: int) -> str:
+    return " ".join(draw.choices(WORDS, k=count))
+
+
+def put(path: Path, content) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+def put_jsonl(path: Path, texts):
+    put(path, "".join(json.dumps({"text": text}) + "\n" for text in texts))
+
+
+def put_parquet(path: Path, texts):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table({"text": texts}), path, row_group_size=100)
+
+
+def sha256(content: str) -> bytes:
+    return hashlib.sha256(content.encode()).digest()
+
+
+def by_the_rule(texts, wanted=("val", "test")) -> dict[str, str]:
+    """{text: split}, step by step as SPEC.md has it, for texts that are smaller than a share."""
+    line = sorted(set(texts), key=sha256)
+    share = sum(len(text.encode()) for text in line) / 20
+    found = dict.fromkeys(line, "train")
+    for split in wanted:
+        seen = 0
+        while seen < share:
+            first = line.pop(0)
+            found[first] = split
+            seen += len(first.encode())
+    return found
+
+
+@pytest.fixture
+def prepared_documents(tmp_path, monkeypatch):
+    """prepared_documents(data): the texts of each split, decoded from the token cache."""
+    monkeypatch.setenv("AUTORESEARCH_CACHE", str(tmp_path / "cache"))
+
+    def of(data: Path) -> dict[str, list[str]]:
+        prepare.main(["--data", str(data), *SMALL])
+        tokenizer = prepare.Tokenizer.from_directory()
+        bos = tokenizer.get_bos_token_id()
+        found = {split: [] for split in SPLITS}
+        for entry in prepare.manifest()["tokens"]:
+            path = prepare.set_dir() / entry["name"]
+            tokens = np.fromfile(path.with_suffix(".bin"), dtype=np.uint16)
+            index = np.fromfile(path.with_suffix(".idx"), dtype=np.int32).reshape(-1, 3)
+            ends = np.cumsum(index[:, 2])
+            assert (tokens == bos).sum() == len(index)
+            for (split, _, length), end in zip(index, ends):
+                assert tokens[end - length] == bos
+                ids = tokens[end - length + 1 : end].tolist()
+                found[SPLITS[split]].append(tokenizer.decode(ids))
+        return found
+
+    return of
+
+
+def sides(data: Path) -> dict[str, str]:
+    """The text of each split below `data`, from the sources alone."""
+    sources, _ = text.own_text(data)
+    found = dict.fromkeys(SPLITS, "")
+    for source in sources:
+        for split, _, content in source.documents():
+            found[split] += content
+    return found
+
+
+# ---- the draw
+
+
+@given(
+    st.dictionaries(st.binary(min_size=2, max_size=2), st.integers(1, 400), max_size=60),
+    st.sampled_from([["val", "test"], ["val"], ["test"]]),
+)
+def test_a_share_is_never_missed(sizes, wanted):
+    drawn = text.draw(sizes, wanted)
+    share = sum(sizes.values()) / 20
+    assert set(drawn) <= set(sizes)
+    assert not sizes or len(drawn) < len(sizes)  # something is left to train on
+    for number, split in enumerate(wanted):
+        of_split = [digest for digest in drawn if drawn[digest] == split]
+        assert of_split or len(sizes) <= len(wanted)  # at least one where there are enough
+        total = sum(sizes[digest] for digest in of_split)
+        so_far = sum(of in wanted[: number + 1] for of in drawn.values())
+        assert total >= share or len(sizes) - so_far <= len(wanted) - number
+        last = max(of_split, key=lambda d: (sizes[d] > share, d), default=None)
+        assert last is None or total - sizes[last] < share  # and no text too many
+    assert text.draw(dict(reversed(sizes.items())), wanted) == drawn  # whatever the files' order
+
+
+def test_a_huge_text_is_training_text():
+    """Even where its hash comes first."""
+    sizes = {b"%03d" % number: 100 for number in range(100)}
+    drawn = text.draw({**sizes, b"!": 10**6}, ["val", "test"])
+    assert b"!" not in drawn
+    drawn = text.draw({**sizes, b"!": 3000}, ["val", "test"])
+    assert list(drawn) == [b"%03d" % number for number in range(14)]  # 5% of 13,000 each
+    assert [*drawn.values()] == ["val"] * 7 + ["test"] * 7
+
+
+def test_every_document_on_its_side(tmp_path, prepared_documents):
+    """Two thousand small files in nested folders, empty ones, copies in other formats, odd links."""
+    draw = random.Random(7)
+    data = tmp_path / "data"
+    pieces = [f"{i} {words(draw, 5)}" for i in range(2000)]  # shorter than a row, so not cut
+    for i, piece in enumerate(pieces):
+        put(data / f"{i % 10}" / f"{i % 7}" / "deep" / f"{i}.{'md' if i % 3 else 'txt'}", piece)
+    twice = draw.sample(pieces, 600)
+    put_jsonl(data / "copies.jsonl", ["", *twice[:300]])
+    put_parquet(data / "copies.parquet", ["", None, *twice[200:]])
+    put(data / "empty.txt", "")
+    put(data / "picture.jpeg", b"\xff\xd8")
+    put(data / os.fsdecode(b"caf\xe9.txt"), "an odd name")
+    (data / "loop").symlink_to(data)
+    (data / "self.txt").symlink_to(data / "self.txt")
+    (data / "gone.txt").symlink_to(data / "nothing")
+    everything = [*pieces, *twice[:300], *twice[200:], "an odd name"]
+    rule = by_the_rule(everything)
+    found = prepared_documents(data)
+    for split in SPLITS:
+        assert sorted(found[split]) == sorted(one for one in everything if rule[one] == split)
+
+
+@pytest.mark.parametrize("named", [("val",), ("test",), ("val", "test")])
+def test_what_a_named_file_holds_is_left_out_of_the_others(tmp_path, prepared_documents, named):
+    draw = random.Random(8)
+    texts = [f"{i} {words(draw, 9)}" for i in range(900)]
+    held = {}
+    for number, split in enumerate(named):  # the second holds documents of the first, too
+        held[split] = texts[100 * number : 100 * number + 150]
+        put_jsonl(tmp_path / "data" / "sub" / f"{split}-a.jsonl", held[split])
+    put_jsonl(tmp_path / "data" / "zz.jsonl", texts)
+    found = prepared_documents(tmp_path / "data")
+    assert sorted(sum(found.values(), [])) == sorted(texts)  # each once
+    for split in held:
+        assert set(found[split]) <= set(held[split]) and len(found[split]) >= 100
+    if len(named) == 1:
+        assert found[named[0]] == held[named[0]]
+        other = {"val": "test", "test": "val"}[named[0]]
+        rest = by_the_rule(texts[150:], [other])
+        assert sorted(found[other]) == sorted(one for one in rest if rest[one] == other)
+
+
+def test_a_copy_of_a_named_plain_text_is_left_out_whatever_its_format(tmp_path):
+    draw = random.Random(9)
+    held = f"held out {words(draw, 300)}"
+    put(tmp_path / "val.txt", b"\xef\xbb\xbf" + held.encode())
+    put(tmp_path / "copy of it.md", held)
+    put_jsonl(tmp_path / "some.jsonl", [f"{i} {words(draw, 20)}" for i in range(100)] + [held])
+    put(tmp_path / "test.md", words(draw, 99))
+    found = sides(tmp_path)
+    assert found["val"] == held and "held out" not in found["train"] + found["test"]
+
+
+@pytest.mark.parametrize("named", [False, True], ids=["drawn", "named"])
+def test_the_tokenizer_learns_nothing_from_what_is_held_out(tmp_path, prepared_documents, named):
+    """`zq` stands in no training document, but often in what is held out, and in copies of it."""
+    draw = random.Random(11)
+    if named:
+        held_out = [f"{i} " + "zq" * 40 for i in range(50)]
+        put_jsonl(tmp_path / "data" / "val.jsonl", held_out)
+        texts = [f"{i} {words(draw, 9)}" for i in range(300)] + held_out
+    else:
+        texts = [f"{i} {words(draw, 9)} {words(draw, 9)}" for i in range(600)]
+        first = [f"{i} " + "zq" * 40 for i in range(400)]  # those whose hashes come first
+        texts += [one for one in first if sha256(one)[0] < 9 or sha256(one)[0] in (16, 17, 18)]
+        assert {by_the_rule(texts)[one] for one in texts[600:]} == {"val", "test"}
+    put_jsonl(tmp_path / "data" / "rest.jsonl", texts)
+    found = prepared_documents(tmp_path / "data")
+    assert "zq" in "".join(found["val"]) and "zq" not in "".join(found["train"])
+    learned = prepare.Tokenizer.from_directory().ranks[256:]
+    assert len(learned) == 20
+    assert not [token for token in learned if b"z" in token or b"q" in token]
+
+
+# ---- plain text
+
+
+def long_text(draw: random.Random, lines: int) -> str:
+    """Lines with their numbers, a blank line after every fifth."""
+    return "".join(f"<{i}> {words(draw, 9)}\n" + ("\n" if i % 5 == 4 else "") for i in range(lines))
+
+
+def test_a_long_text_is_cut_at_blank_lines_near_64_kb(tmp_path):
+    story = long_text(random.Random(1), 12_000)
+    passages = documents.passages_of(put(tmp_path / "story.txt", story))
+    cut = [passage.text() for passage in passages]
+    assert "".join(cut) == story and len(cut) > 8
+    for one, passage in zip(cut, passages):
+        assert passage.digest == sha256(one)
+    for one in cut[:-1]:
+        assert one.endswith("\n\n") and 0 <= len(one) - (1 << 16) < 1000
+    assert len(cut[-1]) < (1 << 16) + 1000
+    just = put(tmp_path / "just.txt", "x" * (1 << 16))
+    assert len(documents.passages_of(just)) == 1
+    assert documents.passages_of(put(tmp_path / "empty.txt", "")) == []
+
+
+@pytest.mark.parametrize(
+    "unit, end", [("words and \n", "\n"), ("no line end, ", ""), ("é", ""), ("🙂", "")]
+)
+def test_a_text_without_blank_lines_is_cut_at_a_line_or_between_characters(tmp_path, unit, end):
+    content = "x" + unit * (200_000 // len(unit.encode()))
+    passages = documents.passages_of(put(tmp_path / "a.txt", content))
+    assert "".join(passage.text() for passage in passages) == content
+    assert len(passages) == 4 and all(p.text().endswith(end) for p in passages[:-1])
+
+
+@pytest.mark.parametrize("kind", ["one file", "files", "jsonl", "parquet"])
+def test_text_of_any_shape_has_its_shares(tmp_path, kind):
+    story = long_text(random.Random(13), 60_000)
+    parts = [story[i : i + 60_000] for i in range(0, len(story), 60_000)]
+    if kind == "one file":
+        put(tmp_path / "input.txt", story)
+    if kind == "files":
+        for number, part in enumerate(parts):
+            put(tmp_path / f"chapter {number:02d}.md", part)
+    if kind == "jsonl":
+        put_jsonl(tmp_path / "book.jsonl", parts)
+    if kind == "parquet":
+        put_parquet(tmp_path / "book.parquet", parts)
+    found = sides(tmp_path)
+    assert sorted("".join(found.values())) == sorted(story)
+    for split in ("val", "test"):
+        assert 0.05 <= len(found[split]) / len(story) < 0.075
+    numbers = {split: set(re.findall(r"^<(\d+)> .*\n$", found[split], re.M)) for split in SPLITS}
+    assert not numbers["val"] & numbers["train"] and not numbers["test"] & numbers["train"]
+
+
+def test_copies_of_long_texts_are_on_one_side(tmp_path):
+    draw = random.Random(15)
+    for number in range(8):
+        story = "".join(f"<{number}.{i}> {words(draw, 9)}\n\n" for i in range(4000))
+        put(tmp_path / f"{number}.txt", story)
+        put(tmp_path / f"{9 - number} copy.md", story)
+    found = {split: set(re.findall(r"<(\S+)>", of)) for split, of in sides(tmp_path).items()}
+    assert all(found.values())
+    for one, other in (("val", "train"), ("test", "train"), ("val", "test")):
+        assert not found[one] & found[other]
+    assert len(found["val"]) < 4000  # single passages, not whole files
+
+
+def test_neighbours_are_joined_so_that_ends_are_few(monkeypatch, tmp_path):
+    monkeypatch.setattr(text, "PIECE_BYTES", 30)
+    path = tmp_path / "a"
+
+    def passage(start, end):
+        return Passage(path, start, end, b"%d" % start)
+
+    passages = [passage(0, 10), passage(10, 20), passage(20, 30), passage(30, 40), passage(50, 60)]
+    pieces = text.joined(passages)
+    assert [(piece.start, piece.end) for piece in pieces] == [(0, 30), (30, 40), (50, 60)]
+    changed = text.joined([passages[0], Passage(path, 10, 20, b"other"), *passages[2:]])
+    assert [a.digest == b.digest for a, b in zip(pieces, changed)] == [False, True, True]
+
+
+def test_neighbours_in_a_text_do_not_stay_neighbours(tmp_path, monkeypatch, prepared_documents):
+    """Within a bundle, passages of a row go by the sha256 of their tokens; bundles have a size."""
+    monkeypatch.setattr(text, "PIECE_BYTES", 1 << 17)
+    monkeypatch.setattr(text, "BUNDLE_BYTES", 1 << 18)
+    story = long_text(random.Random(10), 12_000)
+    put(tmp_path / "data" / "train.txt", story)
+    for split in ("val", "test"):
+        put(tmp_path / "data" / f"{split}.txt", f"{split} is a short text for the score " * 9)
+    found = prepared_documents(tmp_path / "data")["train"]
+    places = [story.index(one) for one in found]
+    steps = [after - before for before, after in zip(places, places[1:])]
+    assert sum(0 < step < 500 for step in steps) < len(steps) / 20
+    assert sorted("".join(found)) == sorted(story)
+    tokenizer = prepare.Tokenizer.from_directory()
+    sums = [hashlib.sha256(tokenizer.encode_array(one).tobytes()).digest() for one in found]
+    bundles = 1 + sum(after < before for before, after in zip(sums, sums[1:]))
+    assert bundles == sum(entry["split"] == "train" for entry in prepare.manifest()["files"])
+    assert 1 < bundles <= len(story) / (1 << 18) + 1
+
+
+def test_a_byte_order_mark_and_lone_surrogates(tmp_path, prepared_documents):
+    write_texts(tmp_path / "data")
+    put(tmp_path / "data" / "val.txt", b"\xef\xbb\xbfthe first " + b"word has no mark " * 20)
+    lone = r'{"text": "a\ud800b \ud83d\ude00 ' + "c" * 50 + '"}\n'
+    put(tmp_path / "data" / "lone.jsonl", lone)
+    found = prepared_documents(tmp_path / "data")
+    assert any(one.startswith("the first word") for one in found["val"])
+    assert any(one.startswith("a\ufffdb 😀 ccc") for one in found["train"] + found["test"])
+
+
+def test_long_documents_stay_whole(tmp_path, prepared_documents):
+    """A million characters in a row of parquet; beside them a plain text of one line."""
+    draw = random.Random(9)
+    line = words(draw, 230_000)[:1_000_000]
+    long = ["x" * 1_000_000, " " * 1_000_000 + "\n"]
+    put(tmp_path / "data" / "line.txt", line)
+    put_parquet(tmp_path / "data" / "one.parquet", long)
+    for split in ("val", "test"):
+        put(tmp_path / "data" / f"{split}.txt", f"{split} {words(draw, 2000)}")
+    found = prepared_documents(tmp_path / "data")["train"]
+    assert found[:2] == long
+    assert sum(map(len, found[2:])) == len(line) and len(found) > 1000
+    assert all(one in line for one in found[2::20])
+    assert max(map(len, found[2:])) < 1000  # about a row of 33 tokens
+
+
+# ---- which files
+
+
+@pytest.mark.parametrize(
+    "name, split",
+    {
+        "val.txt": "val",
+        "valid.jsonl": "val",
+        "validation-00000-of-00001.parquet": "val",
+        "val_2.md": "val",
+        "books/val/a.txt": "val",
+        "test/deep/a.txt": "test",
+        "test-1.md": "test",
+        "valley of fear.md": None,
+        "testament.md": None,
+        "tests/a.txt": None,
+        "my val.txt": None,
+        "train-val.txt": None,
+        "valid news.txt": None,
+    }.items(),
+)
+def test_what_is_named_for_a_split(name, split):
+    assert text.named_split(name) == split
+
+
+def test_a_person_sees_what_is_not_read_and_what_is_named(tmp_path):
+    write_texts(tmp_path, files=30)
+    for name in (".trash/old.md", ".hidden.txt", "photo.png", "more/photo.PNG", "LICENSE"):
+        put(tmp_path / name, b"\xff" * 9)
+    put(tmp_path / "empty.md", b"")
+    for number in range(7):
+        put(tmp_path / "test" / f"{number}.txt", f"{number}")
+    sources, how = text.own_text(tmp_path)
+    assert how.splitlines() == [
+        "not read: 2 .png, 1 empty, 1 without a suffix",
+        "test is what is named so: test/0.txt, test/1.txt, test/2.txt, test/3.txt and 3 more",
+        "split by the sha256 of each text: 5% of the bytes for val",
+    ]
+    assert sum(len(source.files()) for source in sources) == 37
+
+
+@pytest.mark.parametrize("given", ["data", "data/INPUT.TXT"])
+def test_one_file(tmp_path, given):
+    story = long_text(random.Random(16), 8000)
+    put(tmp_path / "data" / "INPUT.TXT", story)
+    found = sides(tmp_path / given)
+    assert all(found.values()) and sorted("".join(found.values())) == sorted(story)
+
+
+def test_no_text(tmp_path):
+    with pytest.raises(Fail, match="nowhere: there is no such directory"):
+        text.own_text(tmp_path / "nowhere")
+    picture = put(tmp_path / "data" / "picture.png", b"\x89PNG")
+    names = r"no \*\.parquet, \*\.jsonl, \*\.txt or \*\.md"
+    with pytest.raises(Fail, match=f"{names} below .*data"):
+        text.own_text(tmp_path / "data")
+    with pytest.raises(Fail, match=f"picture.png is {names}"):
+        text.own_text(picture)
+
+
+def test_every_file_that_is_not_utf8_is_named(tmp_path):
+    write_texts(tmp_path, files=3)
+    put(tmp_path / "cut.md", "x" * ((1 << 20) - 1) + "é")  # not wrong: it spans two blocks
+    for number in range(8):
+        put(tmp_path / f"{number} latin.txt", "déjà vu".encode("latin-1"))
+    with pytest.raises(Fail, match="not UTF-8: .*3 latin.txt.* and 2 more.*-f LATIN1"):
+        text.own_text(tmp_path)
+    for path in tmp_path.glob("* latin.txt"):
+        path.unlink()
+    text.own_text(tmp_path)
+
+
+# ---- the demo
+
+
+@pytest.fixture
+def packages(tmp_path, monkeypatch) -> Path:
+    """A folder of two packages that the demo is made of, 900 files in all."""
+    monkeypatch.setattr(text, "DEMO_PACKAGES", ("red", "green"))
+    draw = random.Random(17)
+    folder = tmp_path / "packages"
+    for number in range(900):
+        package = draw.choice(["red", "green"])
+        put(folder / package / "test" / f"{number}.py", f"# {number} {words(draw, 40)}\n")
+    for package in ("red", "green"):
+        put(folder / package / "__init__.py", "")
+        put(folder / package / "broken.py", b"caf\xe9")
+        put(folder / package / "notes.txt", "no source")
+        for built in ("version.py", "_version.py", "_version_meson.py", "__config__.py"):
+            put(folder / package / "sub" / built, words(draw, 40))
+    monkeypatch.syspath_prepend(folder)
+    monkeypatch.setenv("AUTORESEARCH_CACHE", str(tmp_path / "cache"))
+    return folder
+
+
+def test_the_demo_is_the_same_wherever_its_packages_are(packages, tmp_path, monkeypatch):
+    """Elsewhere, made in another order, with what another build writes: the same fingerprint."""
+    sources, how = text.demo()
+    assert how == "split by the sha256 of each text: 5% of the bytes for val and test"
+    contents = [f"# {i} " for i in range(900)]
+    found = "".join(one for source in sources for _, _, one in source.documents())
+    assert all(content in found for content in contents) and found.count("\n") == 900
+    prepare.main(["--demo", *SMALL])
+    before = prepare.fingerprint()
+    for path in sorted(packages.rglob("*"), reverse=True):
+        if path.is_file():
+            content = path.read_bytes()
+            if "version" in path.name or "config" in path.name:
+                content = b"another build"
+            put(tmp_path / "elsewhere" / path.relative_to(packages), content)
+    shutil.rmtree(packages)
+    monkeypatch.syspath_prepend(tmp_path / "elsewhere")
+    monkeypatch.setenv("AUTORESEARCH_CACHE", str(tmp_path / "cache2"))
+    prepare.main(["--demo", *SMALL])
+    assert prepare.fingerprint() == before
+    with open(tmp_path / "elsewhere" / "red" / "more.py", "w") as file:
+        file.write("more = 1\n")
+    with pytest.raises(Fail, match="another prepared set"):
+        prepare.main(["--demo", *SMALL])
+
+
+def test_a_package_of_the_demo_that_is_missing_is_named(packages, monkeypatch):
+    monkeypatch.setattr(text, "DEMO_PACKAGES", ("red", "blueish"))
+    with pytest.raises(Fail, match="the source of blueish, which is missing: uv sync"):
+        prepare.main(["--demo", *SMALL])
+
+
+def test_the_demos_packages_are_here():
+    """Every name is a package that is installed, with sources."""
+    files = text.demo_files()
+    assert {name.split("/")[0] for name in files} == set(text.DEMO_PACKAGES)
+    assert len(files) > 3000
+
+
+def test_any_edit_of_a_text_file_makes_another_set(miniature, tmp_path, monkeypatch, capsys):
+    """Also one that keeps its length: a bundle is described by all the bytes of all its files."""
+    data = tmp_path / "texts"
+    shutil.copytree(miniature.parent / "texts", data)
+    command = ["--data", str(data), *MINIATURE]
+    monkeypatch.setenv("AUTORESEARCH_CACHE", str(miniature))
+    assert [file["split"] for file in prepare.manifest()["files"]] == list(SPLITS)
+    for path in sorted(data.iterdir())[::20]:
+        content = path.read_text()
+        path.write_text(content.swapcase())
+        with pytest.raises(Fail, match="another prepared set"):
+            prepare.main(command)
+        path.write_text(content)
+    prepare.main(command)
+    assert "nothing to do" in capsys.readouterr().out
