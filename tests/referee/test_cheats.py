@@ -15,8 +15,8 @@ import pytest
 from miniature import ROOT, run
 
 LOOP = "while clock.elapsed + step_seconds < budget:"
-TRAIN = "steps = train(model, optimizer, hp, loader, accumulation_steps, TIME_BUDGET, report)"
-SCORE = "bpb = evaluate_bpb(model, tokenizer, eval_batch)"
+TRAIN = "train(model, optimizer, hp, loader, rows // warm.batch, budget, progress)"
+SCORE = "bpb = evaluate_bpb(model, tokenizer, warm.eval_batch)"
 LAST_IMPORT = "from torch import Tensor\n"
 
 
@@ -36,11 +36,10 @@ EDITS = {
     ),
     "trains on the validation split": Edit(
         TRAIN,
-        'loader = make_dataloader(tokenizer, device_batch, MAX_SEQ_LEN, "val", device)\n    '
-        + TRAIN,
+        'loader = make_dataloader(tokenizer, warm.batch, T, "val", device)\n    ' + TRAIN,
         "make_dataloader gives out only `train`",
     ),
-    "never draws a batch": Edit(TRAIN, "steps = 1", "no training batch was drawn"),
+    "never draws a batch": Edit(TRAIN, "progress.close()", "no training batch was drawn"),
     "edits the manifest": Edit(
         TRAIN, 'manifest()["time_budget"] = 600\n    ' + TRAIN, "TypeError: 'mappingproxy'"
     ),
@@ -68,9 +67,10 @@ def labs(miniature, tmp_path_factory) -> dict:
         lab = tmp_path_factory.mktemp("lab")
         for file in ("prepare.py", "train.py", "night.py", "program.md", ".gitignore"):
             shutil.copy(ROOT / file, lab)
+        shutil.copytree(ROOT / "autoresearch", lab / "autoresearch")
         text = (lab / "train.py").read_text()
         assert text.count(edit.old) == 1, edit.old
-        text = text.replace(edit.old, edit.new).replace("2**13)", "2**10)")  # steps of 30 ms
+        text = text.replace(edit.old, edit.new).replace("2**13", "2**10")  # steps of 30 ms
         (lab / "train.py").write_text(text)
         who = ["-c", "user.name=a", "-c", "user.email=a@localhost"]
         for words in (["init", "-q"], ["add", "-A"], [*who, "commit", "-qm", name]):
