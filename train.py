@@ -301,9 +301,9 @@ class GPT(nn.Module):
 
     def compile_parts(self):
         """In place, by parts: the loss is a loop over pieces, which compiled whole is unrolled."""
-        self.trunk = warmup.compiled(self.trunk)
-        self.logits = warmup.compiled(self.logits)
-        self.loss_piece = warmup.compiled(self.loss_piece)
+        self.trunk = warmup.compile(self.trunk)
+        self.logits = warmup.compile(self.logits)
+        self.loss_piece = warmup.compile(self.loss_piece)
 
     def forward(self, inputs: Tensor, targets: Tensor | None = None) -> Tensor:
         x = self.trunk(inputs)
@@ -499,7 +499,7 @@ class MuonAdamW:
         self.lr_multiplier = torch.zeros((), device=device)
         self.momentum = torch.zeros((), device=device)
         self.decay_multiplier = torch.zeros((), device=device)
-        self.step_groups = warmup.compiled(self._step_groups) if compiled else self._step_groups
+        self.step_groups = warmup.compile(self._step_groups) if compiled else self._step_groups
 
     def state_tensors(self) -> list[Tensor]:
         return [tensor for group in self.groups for tensor in group.state.values()]

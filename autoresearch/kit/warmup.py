@@ -1,7 +1,7 @@
 """
 Compiling and warming up, off the clock: find the batch that fits, put everything back.
 
-    model.trunk = warmup.compiled(model.trunk)
+    model.trunk = warmup.compile(model.trunk)
     warm = warmup.fit(train_step, score_step, restore=tensors, rows=128, wanted=64, ...)
 
 Nothing here knows a model: `fit` calls the two functions on whatever they make up, and afterwards
@@ -36,7 +36,7 @@ class Warm:
     fell_back: str | None  # why it is not compiled, where compiling failed
 
 
-def compiled(function: Callable) -> Callable:
+def compile(function: Callable) -> Callable:
     """torch.compile for shapes that stay; the function itself where $TORCH_COMPILE_DISABLE is 1."""
     # torch.compile honours the variable too, but first imports the compiler, which takes seconds.
     return torch.compile(function, dynamic=False) if _compiles() else function

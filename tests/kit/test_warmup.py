@@ -135,7 +135,7 @@ def test_an_error_that_nothing_answers_is_raised():
 
 def test_uncompiled_on_request_is_no_fall_back():
     function = lambda: 7
-    assert warmup.compiled(function) is function
+    assert warmup.compile(function) is function
     warm = warmup.fit(lambda *_: 0, lambda _: 0, [torch.zeros(1)], 2, 2, 2, 1e9)
     assert (warm.compiled, warm.fell_back) == (False, None)
 
@@ -167,7 +167,7 @@ import torch
 from autoresearch.kit import warmup
 
 {before}
-f = warmup.compiled(lambda x: torch.tanh(x * 3))
+f = warmup.compile(lambda x: torch.tanh(x * 3))
 step = lambda batch, passes=1: f(torch.ones(batch))
 warm = warmup.fit(step, step, [torch.zeros(1)], 2, 2, 2, 1e9)
 assert torch.allclose(f(torch.ones(2)), torch.tensor(3.0).tanh())
