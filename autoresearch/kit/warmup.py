@@ -28,7 +28,7 @@ from autoresearch.referee.clock import fail
 
 @dataclass
 class Warm:
-    """What a warm-up found out."""
+    """What `fit` found."""
 
     batch: int  # rows at a time that fit in training
     eval_batch: int  # and in scoring
@@ -78,9 +78,8 @@ def fit(
 
     def train(batch: int):
         nonlocal step_seconds
-        passes = min(
-            2, rows // batch
-        )  # the second adds to gradients, which takes memory of its own
+        # The second pass adds to gradients, which takes memory of its own.
+        passes = min(2, rows // batch)
         for _ in range(2):  # the second finds everything compiled and all memory allocated
             step_began = time.perf_counter()
             train_step(batch, passes)

@@ -114,7 +114,7 @@ def test_a_step_longer_than_the_budget_is_no_run():
 
 def test_a_remedy_is_asked_once_an_error_and_its_answer_is_a_line(capsys):
     toy = Toy(room=3)
-    toy.error = RuntimeError("out of resource: shared memory")
+    toy.error = RuntimeError("OutOfMemoryError: out of resource: shared memory, Required: 131072")
     asked = []
 
     def remedy(error):
