@@ -14,7 +14,7 @@ import time
 
 import pytest
 import torch
-from forks import Forks
+from forks import Forks, assert_failed
 from miniature import ROOT
 
 import train
@@ -51,6 +51,9 @@ def loop(monkeypatch, seconds, parts=1):
 
     class Optimizer:
         def step(self, lr_multiplier, momentum, decay_multiplier):
+            assert lr_multiplier == train.lr_multiplier(train.CPU, clock.progress)
+            assert momentum == train.muon_momentum(train.CPU, len(gradients))
+            assert decay_multiplier == 1 - clock.progress
             gradients.append(weight.grad.item())
             weight.grad = None
 
@@ -115,18 +118,10 @@ def trained(processes):
     return trained
 
 
-def assert_failed(ran, *words):
-    assert ran.code == 1, ran.log
-    assert ran.lines[-1].startswith("FAIL: "), ran.log
-    assert sum(line.startswith("FAIL: ") for line in ran.lines) == 1, ran.log
-    assert "_bpb" not in ran.log
-    assert all(word in ran.lines[-1] for word in words), ran.log
-
-
 def test_the_same_seed_gives_the_same_run_however_it_warmed_up(trained):
     def outcome(*patches, **arguments):
         """What a run of six steps was made of and came to; its batch; its log."""
-        ran = trained("by_steps", *patches, **arguments)
+        ran = trained("by_steps", "noisy", *patches, **arguments)
         assert ran.code == 0 and ran.find("num_steps") == "6", ran.log
         same = [ran.find(key) for key in ("data", "state", "val_bpb", "loss_curve")]
         return same, ran.find("device_batch_size"), ran
@@ -210,9 +205,13 @@ def last_in_ledger(cache) -> dict:
     return json.loads((cache / "autoresearch.jsonl").read_text().splitlines()[-1])
 
 
-def test_the_night_sees_phases_and_losses(trained, tmp_path):
+def test_the_night_sees_phases_losses_and_fallbacks(trained, tmp_path, miniature):
     file = tmp_path / "progress"
-    assert trained(environment={"AUTORESEARCH_PROGRESS": str(file)}).code == 0
+    ran = trained("fallen_back", environment={"AUTORESEARCH_PROGRESS": str(file)})
+    assert ran.code == 0 and "size gpu" in ran.log and ran.find("attention") == "sdpa"
+    ended = last_in_ledger(miniature)
+    assert ended["fell_back"] == ["no FlashAttention 3", "no compiler"]
+    assert ended["attention"] == "sdpa"
     said = [json.loads(line) for line in file.read_text().splitlines()]
     assert [line["phase"] for line in said[:2]] == ["compiling", "training"]
     assert said[-1]["phase"] == "scoring"
