@@ -246,7 +246,7 @@ class GPT(nn.Module):
         super().__init__()
         n_head = hp.N_EMBD // hp.HEAD_DIM
         n_kv_head = hp.N_KV_HEAD or n_head
-        assert hp.N_EMBD % hp.HEAD_DIM == 0, f"N_EMBD {hp.N_EMBD} % HEAD_DIM {hp.HEAD_DIM} is not 0"
+        assert hp.N_EMBD % hp.HEAD_DIM == 0, f"N_EMBD {hp.N_EMBD} is no multiple of {hp.HEAD_DIM}"
         assert hp.HEAD_DIM % 2 == 0, f"HEAD_DIM {hp.HEAD_DIM} is odd: channels rotate in pairs"
         assert n_head % n_kv_head == 0, f"N_KV_HEAD {n_kv_head} must divide the {n_head} heads"
         # every second layer has a value embedding, the last always
@@ -620,7 +620,7 @@ def main() -> float:
     size = SIZE or pick_size(device, manifest()["corpus"])
     hp = SIZES[size]
     T, budget = prepare.MAX_SEQ_LEN, prepare.TIME_BUDGET
-    assert hp.TOKENS_PER_STEP % T == 0, f"TOKENS_PER_STEP {hp.TOKENS_PER_STEP} % {T} is not 0"
+    assert hp.TOKENS_PER_STEP % T == 0, f"TOKENS_PER_STEP is no multiple of {T}, the sequence"
     rows = hp.TOKENS_PER_STEP // T
     wanted = min(hp.DEVICE_BATCH_SIZE, rows)
     assert rows % wanted == 0, f"DEVICE_BATCH_SIZE {wanted} must divide the {rows} rows of a step"

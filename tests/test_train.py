@@ -229,9 +229,9 @@ FAILURES = {
         ["no gradient reaches blocks.0.idle.weight, blocks.1.idle.weight"],
     ),
     "a model too large": ([], {"N_EMBD": 2**40}, ["out of memory: lower", "N_EMBD"]),
-    "sizes": ([], {"N_EMBD": 40}, ["N_EMBD 40 % HEAD_DIM 16 is not 0"]),
+    "sizes": ([], {"N_EMBD": 40}, ["N_EMBD 40 is no multiple of 16"]),
     "a batch": ([], {"DEVICE_BATCH_SIZE": 3}, ["DEVICE_BATCH_SIZE 3 must divide the 8 rows"]),
-    "no whole rows": ([], {"TOKENS_PER_STEP": 500}, ["TOKENS_PER_STEP 500 % 64 is not 0"]),
+    "no whole rows": ([], {"TOKENS_PER_STEP": 500}, ["TOKENS_PER_STEP is no multiple of 64"]),
 }
 
 
