@@ -24,17 +24,12 @@ evaluate_bpb and clock. Importing this file starts nothing.
 
 from __future__ import annotations
 
-import argparse
 import base64
-import contextlib
-import errno
 import functools
 import hashlib
 import itertools
 import math
 import os
-import re
-import shutil
 import signal
 import sys
 import time
@@ -49,47 +44,52 @@ from autoresearch.common import (
     Parser,
     cache_dir,
     canonical,
-    parse_signed,
-    seed,  # noqa: F401  (for train.py, as are fingerprint and device_name)
+    seed,  # noqa: F401  (train.py imports it from here)
     sha256_of,
-    signed,
     split_name,
     write_atomically,
 )
+from autoresearch.corpus.cache import (
+    another_set,
+    disk_failure,
+    lock,
+    prepared_before,
+    put_in_place,
+    unfinished_set,
+)
 from autoresearch.corpus.climbmix import climbmix
 from autoresearch.corpus.documents import BLANK_LINE, Passage, Source, well_formed
-from autoresearch.corpus.progress import Progress, in_parallel
+from autoresearch.corpus.report import Progress, in_parallel, print_table, require_rows, total
 from autoresearch.corpus.text import demo, own_text
 from autoresearch.referee.clock import clock, fail
 from autoresearch.referee.leakcheck import EvalModel, LeakCheck, on_device
-from autoresearch.referee.ledger import read_ledger  # noqa: F401  (for night.py)
-from autoresearch.referee.manifest import (
-    FORMAT,
-    fingerprint,
-    load_manifest,
-    manifest,
-    read_manifest,
-    set_dir,
-    shared_lock,
-)
-from autoresearch.referee.provenance import (
-    device_name,  # noqa: F401
-    driver_version,  # noqa: F401
-    training_device,
-)
+from autoresearch.referee.manifest import FORMAT, SPLITS, fingerprint, manifest, set_dir
+from autoresearch.referee.provenance import training_device
+
+# isort: off
+# DELETE with the old train.py and night.py, which ask for these names here.
+from autoresearch.common import parse_signed, signed  # noqa: F401
+from autoresearch.referee.ledger import read_ledger  # noqa: F401
+from autoresearch.referee.provenance import device_name, driver_version  # noqa: F401
+
+Stop = Fail
+
+
+def describe_run(attention: str, compiled: bool, dtype: str, fell_back: list[str]):
+    clock.describe(attention=attention, compiled=compiled, dtype=dtype, fell_back=fell_back)
+
+
+# isort: on
 
 # What is fixed for each corpus; the command line overrides, the manifest remembers. Lengths in
 # tokens, the budget in seconds.
 # fmt: off
-
-
 PRESETS = {
     "climbmix": dict(seq_len=2048, vocab_size=8192, eval_tokens=40 * 524_288, time_budget=300),
     "text":     dict(seq_len=2048, vocab_size=8192, eval_tokens=40 * 524_288, time_budget=300),
     "demo":     dict(seq_len=256,  vocab_size=2048, eval_tokens=262_144,      time_budget=300),
 }
 # fmt: on
-SPLITS = ("train", "val", "test")  # in the token cache's index, by their place here
 
 
 def __getattr__(name: str):
@@ -110,10 +110,6 @@ SPLIT_PATTERN = (
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*"
     r"|\s*[\r\n]|\s+(?!\S)|\s+"
 )
-
-
-TOKENIZER_CHARS = 1_000_000_000  # of training text is what the tokenizer learns from
-TOKENIZER_DOC_CHARS = 10_000  # of one document at most
 ENCODE_CHARS = 1 << 18  # at a time: the splitter's regex overflows its stack on a million blanks
 
 
@@ -172,11 +168,11 @@ class Tokenizer:
             if directory is None:
                 if hashlib.sha256(raw).hexdigest() != manifest()["tokenizer_sha256"]:
                     raise ValueError("not the one that was prepared")
-            return cls(_parse_ranks(raw))
+            return cls(parse_ranks(raw))
         except (OSError, ValueError) as error:
             raise Fail(
                 f"{path} is damaged or missing ({error}): "
-                "run the same `uv run prepare.py ...` again, it repairs that"
+                "run the same `uv run prepare.py ...` with --force"
             ) from None
 
     def encode(self, text: str | list[str], prepend: int | str | None = None) -> list:
@@ -210,7 +206,7 @@ class Tokenizer:
         return len(self.ranks)
 
 
-def _parse_ranks(raw: bytes) -> list[bytes]:
+def parse_ranks(raw: bytes) -> list[bytes]:
     """The tokens of a tokenizer's file, by rank. Raises ValueError on damage."""
     lines = [line.split(b" ") for line in raw.splitlines()]
     ranks = [base64.b64decode(token, validate=True) for token, _ in lines]
@@ -223,23 +219,20 @@ def _parse_ranks(raw: bytes) -> list[bytes]:
     return ranks
 
 
-def train_tokenizer(directory: Path, sources: list[Source], vocab_size: int) -> Tokenizer:
-    """The set's Tokenizer: the finished one of an earlier try, or trained on training text only."""
-    with contextlib.suppress(Fail):
-        return Tokenizer.from_directory(directory)
+def train_tokenizer(sources: list[Source], vocab_size: int) -> Tokenizer:
     began = time.monotonic()
-    texts = _tokenizer_text(sources)
     with ThreadPoolExecutor(1) as pool:  # so that Ctrl-C is heard meanwhile
-        tokenizer = pool.submit(Tokenizer.train, texts, vocab_size).result()
-    write_atomically(directory / "tokenizer.tiktoken", tokenizer.to_bytes())
-    size = tokenizer.get_vocab_size()
-    print(
-        f"trained a tokenizer of {size} tokens in {time.monotonic() - began:.1f} s", file=sys.stderr
-    )
+        tokenizer = pool.submit(Tokenizer.train, tokenizer_text(sources), vocab_size).result()
+    size, seconds = tokenizer.get_vocab_size(), time.monotonic() - began
+    print(f"trained a tokenizer of {size} tokens in {seconds:.1f} s", file=sys.stderr)
     return tokenizer
 
 
-def _tokenizer_text(sources: list[Source]):
+TOKENIZER_CHARS = 1_000_000_000  # of training text is what the tokenizer learns from
+TOKENIZER_DOC_CHARS = 10_000  # of one document at most
+
+
+def tokenizer_text(sources: list[Source]):
     """Yields the first TOKENIZER_CHARS of training text, each document cut."""
     left = TOKENIZER_CHARS
     for source in sources:
@@ -294,7 +287,7 @@ def cut_to_rows(tokenizer: Tokenizer, text: str, size: int) -> list[np.ndarray]:
     return cut
 
 
-def encode(source: Source, tokenizer: Tokenizer, row_length: int, pool, progress: Progress):
+def encode_source(source: Source, tokenizer: Tokenizer, row_length: int, pool, progress: Progress):
     """Yields (split, row group, tokens) of its documents; of plain text, passages that fill rows.
 
     pool: threads for plain text.
@@ -310,19 +303,18 @@ def encode(source: Source, tokenizer: Tokenizer, row_length: int, pool, progress
         progress.add(len(text))
         return cut_to_rows(tokenizer, text, row_length - 1)
 
-    cut = [ids for passage in pool.map(encode_passage, source.passages) for ids in passage]
+    cut = [ids for rows in pool.map(encode_passage, source.passages) for ids in rows]
     # Neighbours in a text are alike. In the order of their sha256 they do not follow each other.
     for ids in sorted(cut, key=lambda ids: hashlib.sha256(ids.tobytes()).digest()):
         yield source.split, 0, ids
 
 
-def encode_source(encoded, tokenizer: Tokenizer, path: Path) -> dict:
-    """Writes a source's tokens and then, as the sign that they are whole, its manifest entry.
+def write_tokens(path: Path, encoded, tokenizer: Tokenizer) -> dict:
+    """Writes a source's tokens; returns its entry in the manifest's `tokens`.
 
     encoded: its (split, row group, tokens).
     PATH.bin: uint16, all documents one after another, each with BOS in front.
     PATH.idx: int32 (documents, 3): place of its split in SPLITS, its row group, its tokens.
-    PATH.json: the entry that is returned, and which tokenizer made it.
     """
     bos = [tokenizer.get_bos_token_id()]
     index = []
@@ -348,48 +340,26 @@ def encode_source(encoded, tokenizer: Tokenizer, path: Path) -> dict:
         lengths = index[index[:, 0] == place, 2]
         entry["documents"][split] = len(lengths)
         entry["tokens"][split] = int(lengths.sum())
-    write_atomically(path.with_suffix(".json"), signed({"tokenizer": tokenizer.sha256, **entry}))
     return entry
 
 
-def _finished_entry(tokenizer: Tokenizer, path: Path) -> dict | None:
-    """What encode_source returned for `path` in an earlier try, if its files are what it wrote."""
-    try:
-        entry = parse_signed(path.with_suffix(".json").read_bytes())
-    except (OSError, ValueError):
-        return None
-    if entry.pop("tokenizer") != tokenizer.sha256:
-        return None
-    try:
-        open_tokens(path.parent, entry, verify=True)
-    except Fail:
-        return None
-    return entry
-
-
-def encode_sources(
+def encode_all(
     directory: Path, sources: list[Source], tokenizer: Tokenizer, row_length: int
 ) -> list[dict]:
-    """Encodes every source that an earlier try has not; returns the manifest's `tokens`."""
-    paths = {source: directory / f"{number:05d}" for number, source in enumerate(sources)}
+    """Encodes every source once, in threads; returns the manifest's `tokens`."""
     workers = os.cpu_count() or 1
     pool = ThreadPoolExecutor(workers)
-
-    def finished(source: Source):
-        return source, _finished_entry(tokenizer, paths[source])
+    paths = {source: directory / f"{number:05d}" for number, source in enumerate(sources)}
 
     def one(source: Source, progress: Progress) -> dict:
-        encoded = encode(source, tokenizer, row_length, pool, progress)
-        return encode_source(encoded, tokenizer, paths[source])
+        encoded = encode_source(source, tokenizer, row_length, pool, progress)
+        return write_tokens(paths[source], encoded, tokenizer)
 
-    entries = dict(pool.map(finished, sources))
-    missing = [source for source in sources if entries[source] is None]
-    entries.update(zip(missing, in_parallel(one, missing, workers, "encoded")))
-    return [entries[source] for source in sources]
+    return in_parallel(one, sources, workers, "encoded")
 
 
 def open_tokens(directory: Path, entry: dict, verify: bool) -> tuple[np.ndarray, np.ndarray]:
-    """(uint16 tokens as a memory map, int64 index) of a manifest entry; see encode_source.
+    """(uint16 tokens as a memory map, int64 index) of a manifest entry; see write_tokens.
 
     The index and the size are always checked, the tokens' sha256 with `verify`: for the scored
     splits. Raises Fail on damage.
@@ -409,7 +379,7 @@ def open_tokens(directory: Path, entry: dict, verify: bool) -> tuple[np.ndarray,
     except (OSError, ValueError) as error:
         raise Fail(
             f"{path} is damaged or missing ({error}): "
-            "run the same `uv run prepare.py ...` again, it repairs that"
+            "run the same `uv run prepare.py ...` with --force"
         ) from None
     return tokens, np.frombuffer(raw, dtype=np.int32).reshape(-1, 3).astype(np.int64)
 
@@ -547,7 +517,7 @@ def make_dataloader(tokenizer: Tokenizer, B: int, T: int, split: str, device=Non
     batches = pack_batches(packer, B, T, vocab_size, pinned=device.type == "cuda")
     clock.expect(device)
     clock.describe(device_batch=B)
-    return _on_the_clock(prefetch(batches), device)
+    return on_the_clock(prefetch(batches), device)
 
 
 def prefetch(batches):
@@ -566,7 +536,7 @@ def prefetch(batches):
     return one_ahead(coming)
 
 
-def _on_the_clock(batches, device):
+def on_the_clock(batches, device):
     for batch, epoch in batches:
         clock.hand_out(batch[0].numel())
         # From pinned memory the copy is asynchronous, and torch's host allocator gives that memory
@@ -574,14 +544,6 @@ def _on_the_clock(batches, device):
         # anything can still read it.
         inputs, targets = batch.to(device, non_blocking=True)
         yield inputs, targets, epoch
-
-
-# Until train.py and night.py ask for the new names: delete then.
-Stop = Fail
-
-
-def describe_run(attention: str, compiled: bool, dtype: str, fell_back: list[str]):
-    clock.describe(attention=attention, compiled=compiled, dtype=dtype, fell_back=fell_back)
 
 
 # ---------------------------------------------------------------------------------------- the score
@@ -607,14 +569,14 @@ def evaluate_bpb(model, tokenizer: Tokenizer, batch_size: int) -> float:
             f"the tokenizer has a vocabulary of {tokenizer.get_vocab_size()} and the prepared set "
             f"of {own.get_vocab_size()}: no score"
         )
-    examined = EvalModel(model, own.get_vocab_size())
-    score = bits_per_byte(examined, _scored_rows(split), own.token_bytes, batch_size)
+    eval_model = EvalModel(model, own.get_vocab_size())
+    score = bits_per_byte(eval_model, scored_rows(split), own.token_bytes, batch_size)
     seconds = round(time.monotonic() - began, 1)
-    clock.end(score=score, scoring_seconds=seconds, scoring_passes=examined.passes)
+    clock.end(score=score, scoring_seconds=seconds, scoring_passes=eval_model.passes)
     return score
 
 
-def _scored_rows(split: str) -> np.ndarray:
+def scored_rows(split: str) -> np.ndarray:
     """The rows that a score is taken on, uint16 (n, T + 1). 42 MB for climbmix."""
     prepared = manifest()
     T, count = prepared["seq_len"], prepared["eval_rows"][split]
@@ -684,27 +646,22 @@ def cross_entropy(logits, targets: np.ndarray):
 
 # ------------------------------------------------------------------------------- prepare(): the map
 
-FEW_TOKENS = 100_000  # scored: below, a score's standard error is over about 0.01 nats a token
-
 
 def prepare(corpus: str, data: Path | None, num_shards: int, settings: dict, force: bool):
-    """Fills the cache: sources, tokenizer, tokens, and last the manifest.
+    """Fills the cache: text, tokenizer, tokens, and last the manifest that describes them.
 
-    The same again repairs what is damaged, or does nothing. A new set is made beside the one that
-    is there, which stays until the new one is whole. Finished pieces of an earlier try are kept.
+    The same again does nothing. With `force` a set is made whatever is there, beside it, and takes
+    its place when it is whole. One that was killed starts over; finished downloads are kept.
     """
     began = time.monotonic()
-    cache = cache_dir()
     request = {"corpus": corpus, **settings}
     if corpus == "climbmix":
         request["num_shards"] = num_shards
-    old = _prepared_before(request, force)
-    for directory in cache.iterdir():
-        if force and re.fullmatch("[0-9a-f]{12}", directory.name):
-            _require_unused(directory)
+    old = None if force else prepared_before(request)
+    if old and corpus == "climbmix":  # its files are fixed: the same words are the same text
+        return say_it_is_there()
 
-    # 1. The files of text, downloaded where they are not here yet. With them the set has its key.
-    row_length = settings["seq_len"] + 1
+    # 1. Text: the files, downloaded where they are missing, and the split of each document.
     if corpus == "climbmix":
         sources = climbmix(num_shards)
         how_split = "split by shard: the last two are val and test"
@@ -712,123 +669,53 @@ def prepare(corpus: str, data: Path | None, num_shards: int, settings: dict, for
         sources, how_split = demo()
     else:
         sources, how_split = own_text(data)
-    files = [source.describe() for source in sources]
-    if old and corpus == "climbmix" and _remove_damaged_shards(sources, files, old):
-        sources = climbmix(num_shards)
-        files = [source.describe() for source in sources]
-    described = {"format": FORMAT, "corpus": corpus, "request": request, "files": files}
-    key = hashlib.sha256(canonical(described)).hexdigest()[:12]
-    if old and old["key"] != key:
-        raise _another_set("of other files, or of these before they changed")
-    if old and not _remove_damaged(cache / key, old):
-        print(f"already prepared in {cache}: {corpus}, fingerprint {fingerprint()}; nothing to do")
-        return
-    directory = cache / (key if old else f"{key}.new")
-    if force:
-        shutil.rmtree(directory, ignore_errors=True)
-    directory.mkdir(exist_ok=True)
+    described = {"format": FORMAT, "corpus": corpus, "request": request}
+    described["files"] = [source.describe() for source in sources]
+    described["key"] = hashlib.sha256(canonical(described)).hexdigest()[:12]
+    if old:
+        if old["key"] != described["key"]:
+            raise another_set("of other files, or of these before they changed")
+        return say_it_is_there()
+    directory = unfinished_set()
 
     # 2. The tokenizer, from training text only.
-    tokenizer = train_tokenizer(directory, sources, settings["vocab_size"])
+    tokenizer = train_tokenizer(sources, settings["vocab_size"])
+    write_atomically(directory / "tokenizer.tiktoken", tokenizer.to_bytes())
 
     # 3. Every document as tokens.
-    entries = encode_sources(directory, sources, tokenizer, row_length)
+    row_length = settings["seq_len"] + 1
+    entries = encode_all(directory, sources, tokenizer, row_length)
 
-    # 4. The rows to score, counted by the packer of part II; and last the manifest.
+    # 4. The rows to score, and what there is to train on.
     eval_rows = count_rows(directory, entries, row_length, settings["eval_tokens"])
     print(how_split)
     print_table(sources, entries, eval_rows, row_length)
     require_rows(entries, eval_rows, row_length)
-    described.update(settings)
-    described.update(
-        key=key,
-        vocab_size=tokenizer.get_vocab_size(),
-        eval_rows=eval_rows,
-        tokens=entries,
-        tokenizer_sha256=tokenizer.sha256,
-    )
-    _put_in_place(directory, described)
+
+    # 5. The manifest: with it the set is there.
+    described |= {
+        **settings,
+        "vocab_size": tokenizer.get_vocab_size(),
+        "tokenizer_sha256": tokenizer.sha256,
+        "tokens": entries,
+        "eval_rows": eval_rows,
+    }
+    put_in_place(directory, described)
     print(
-        f"prepared {corpus} in {cache} in {time.monotonic() - began:.1f} s: "
-        f"{_total(entries, 'tokens', 'train'):,} training tokens, {eval_rows['val']} rows of "
+        f"prepared {corpus} in {cache_dir()} in {time.monotonic() - began:.1f} s: "
+        f"{total(entries, 'tokens', 'train'):,} training tokens, {eval_rows['val']} rows of "
         f"{settings['seq_len']} to score, fingerprint {fingerprint()}\nnext: uv run train.py"
     )
 
 
-def _prepared_before(request: dict, force: bool) -> dict | None:
-    """The manifest of the set that is there, if it may be the one asked for; None without one."""
-    path = cache_dir() / "manifest.json"
-    if force or not path.exists():
-        return None
-    old = load_manifest(path)
-    was = old["request"]
-    differ = [name for name in {**was, **request} if was.get(name) != request.get(name)]
-    if differ:
-        now = [f"{name} {was.get(name)}, not {request.get(name)}" for name in differ]
-        raise _another_set("; ".join(now))
-    return old
-
-
-def _require_unused(directory: Path):
-    held = shared_lock(directory, exclusive=True)
-    if held is None:
-        raise Fail(
-            f"a run is using the set in {cache_dir()}: wait until it has ended, end it, or set "
-            "AUTORESEARCH_CACHE to another directory"
-        )
-    os.close(held)
-
-
-def _another_set(difference: str) -> Fail:
-    return Fail(
-        f"{cache_dir()} holds another prepared set ({difference}): set AUTORESEARCH_CACHE to "
-        "another directory to keep both, or replace it with --force"
+def say_it_is_there():
+    """Raises Fail where a file of the prepared set is damaged or missing."""
+    Tokenizer.from_directory()
+    check_prepared("val")
+    corpus = manifest()["corpus"]
+    print(
+        f"already prepared in {cache_dir()}: {corpus}, fingerprint {fingerprint()}; nothing to do"
     )
-
-
-def _remove_damaged_shards(sources: list[Source], files: list[dict], old: dict) -> bool:
-    """Removes the shards that are not what the manifest `old` says. Are there any?"""
-    damaged = []
-    for source, file, was in zip(sources, files, old["files"]):
-        if file["sha256"] != was["sha256"]:
-            damaged.append(source.path)
-    for path in damaged:
-        print(f"{path} is damaged: downloading it again", file=sys.stderr)
-        path.unlink()
-    return bool(damaged)
-
-
-def _remove_damaged(directory: Path, old: dict) -> bool:
-    """Removes the files that are not what the manifest `old` says. Are there any?"""
-    directory.mkdir(exist_ok=True)
-    damaged = []
-    path = directory / "tokenizer.tiktoken"
-    if not path.exists() or sha256_of(path) != old["tokenizer_sha256"]:
-        damaged.append(path)
-    for entry in old["tokens"]:
-        try:
-            open_tokens(directory, entry, verify=True)
-        except Fail:
-            damaged.append(directory / f"{entry['name']}.json")  # without it the rest is not there
-    for path in damaged:
-        print(f"{path.with_suffix('')} is damaged or missing: making it again", file=sys.stderr)
-        path.unlink(missing_ok=True)
-    return bool(damaged)
-
-
-def _put_in_place(directory: Path, described: dict):
-    """The finished set `directory` under its own name, the manifest, and no other set any more."""
-    cache = cache_dir()
-    final = cache / described["key"]
-    if directory != final:
-        if final.exists():  # the same set, made again by force
-            os.rename(final, cache / f"{described['key']}.old{os.getpid()}")
-        os.rename(directory, final)
-    write_atomically(cache / "manifest.json", signed(described))
-    read_manifest.cache_clear()
-    for entry in cache.iterdir():
-        if re.fullmatch(r"[0-9a-f]{12}(\.new|\.old\d+)?", entry.name) and entry != final:
-            shutil.rmtree(entry)
 
 
 def count_rows(directory: Path, entries: list[dict], row_length: int, eval_tokens: int) -> dict:
@@ -841,88 +728,22 @@ def count_rows(directory: Path, entries: list[dict], row_length: int, eval_token
     return eval_rows
 
 
-def _total(entries: list[dict], what: str, split: str) -> int:
-    return sum(entry[what][split] for entry in entries)
-
-
-def print_table(sources: list[Source], entries: list[dict], eval_rows: dict, row_length: int):
-    """What each split holds; the rows of val and test are those of a score."""
-    print(f"{'split':5} {'files':>6} {'documents':>11} {'MB':>9} {'tokens':>15} {'rows':>10}")
-    for split in SPLITS:
-        files = set()
-        for source, entry in zip(sources, entries):
-            if entry["tokens"][split]:
-                files |= source.files()
-        tokens = _total(entries, "tokens", split)
-        rows = eval_rows.get(split, tokens // row_length)
-        print(
-            f"{split:5} {len(files):6,} {_total(entries, 'documents', split):11,} "
-            f"{_total(entries, 'bytes', split) / 1e6:9,.1f} {tokens:15,} {rows:10,}"
-        )
-
-
-def require_rows(entries: list[dict], eval_rows: dict, row_length: int):
-    """Raises Fail where a split is too small to train on or to score; for test only a line."""
-    rows = {"train": _total(entries, "tokens", "train"), **eval_rows}
-    for split in SPLITS:
-        if rows[split]:
-            continue
-        tokens = _total(entries, "tokens", split)
-        message = (
-            f"the {split} split has {tokens:,} tokens and one row needs {row_length:,}: "
-            f"{row_length - tokens:,} are missing"
-        )
-        if split == "test":
-            print(f"{message}: AUTORESEARCH_SPLIT=test, for the end, will have no score")
-        else:
-            raise Fail(
-                f"{message}. Add text (to a file named {split}, if you like), or lower --seq-len"
-            )
-    if eval_rows["val"] * row_length < FEW_TOKENS:
-        print("few rows to score: only large differences between scores will mean something")
-
-
 # ------------------------------------------------------------------------------------- command line
 
-LIMITS = {  # smallest and largest
-    "seq_len": (16, 1 << 20),
-    "vocab_size": (260, 1 << 16),
-    "eval_tokens": (1, 1 << 40),
-    "time_budget": (1, 1 << 20),
-}
-MEANING = {
-    "seq_len": "tokens that the model sees at once",
-    "vocab_size": "different tokens",
-    "eval_tokens": "tokens that are scored",
-    "time_budget": "seconds of training",
+# setting: (what it is, smallest, largest)
+SETTINGS = {
+    "seq_len": ("tokens that the model sees at once", 16, 1 << 20),
+    "vocab_size": ("different tokens", 260, 1 << 16),
+    "eval_tokens": ("tokens that are scored", 1, 1 << 40),
+    "time_budget": ("seconds of training", 1, 1 << 20),
 }
 
 
-def lock(cache: Path):
-    """Holds the cache for one prepare.py at a time, until the returned file is closed.
-
-    Raises Fail, saying who holds it.
-    """
-    import fcntl
-
-    cache.mkdir(parents=True, exist_ok=True)
-    file = open(cache / "lock", "a+")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.seek(0)
-        holder = file.read().strip() or "?"
-        raise Fail(
-            f"another prepare.py (process {holder}) is working in {cache}: wait until it is done, "
-            "or set AUTORESEARCH_CACHE to another directory"
-        ) from None
-    file.truncate(0)
-    file.write(str(os.getpid()))
-    file.flush()
-    return file
+def option(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
-def _parser() -> argparse.ArgumentParser:
+def command_line() -> Parser:
     parser = Parser(
         prog="prepare.py", description="Prepares a corpus for train.py.", allow_abbrev=False
     )
@@ -946,11 +767,11 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="climbmix training shards (default 10; -1: all 6,541)",
     )
-    for name, meaning in MEANING.items():
-        usual, demo = PRESETS["climbmix"][name], PRESETS["demo"][name]
-        default = f"{usual:,}" if usual == demo else f"{usual:,}, for the demo {demo:,}"
+    for name, (meaning, _, _) in SETTINGS.items():
+        usual, for_demo = PRESETS["climbmix"][name], PRESETS["demo"][name]
+        default = f"{usual:,}" if usual == for_demo else f"{usual:,}, for the demo {for_demo:,}"
         parser.add_argument(
-            _option(name), type=int, metavar="N", help=f"{meaning} (default {default})"
+            option(name), type=int, metavar="N", help=f"{meaning} (default {default})"
         )
     parser.add_argument(
         "--force",
@@ -960,55 +781,34 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _option(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
 def main(argv: list[str] | None = None):
-    args = _parser().parse_args(argv)
+    args = command_line().parse_args(argv)
     corpus = "climbmix"
     if args.demo:
         corpus = "demo"
     elif args.data:
         corpus = "text"
     settings = dict(PRESETS[corpus])
-    for name, (low, high) in LIMITS.items():
+    for name, (_, smallest, largest) in SETTINGS.items():
         given = getattr(args, name)
         if given is not None:
             settings[name] = given
-        if not low <= settings[name] <= high:
-            raise Fail(f"{_option(name)} {settings[name]}: it must be from {low} to {high}")
+        if not smallest <= settings[name] <= largest:
+            raise Fail(f"{option(name)} {settings[name]}: it must be from {smallest} to {largest}")
     if args.num_shards == 0 or args.num_shards < -1:
         raise Fail(f"--num-shards {args.num_shards}: it must be at least 1, or -1 for all")
     try:
         with lock(cache_dir()):
             prepare(corpus, args.data, args.num_shards, settings, args.force)
     except OSError as error:
-        raise _disk_failure(error) from None
-
-
-def _disk_failure(error: OSError) -> Fail:
-    cache = cache_dir().absolute()
-    where = Path(error.filename or cache).absolute()
-    what = f"{where}: {error.strerror or error}"
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return Fail(
-            f"{what}; what was finished is kept. Free some space or set AUTORESEARCH_CACHE to "
-            "another disk, then run the same command again"
-        )
-    if where.is_relative_to(cache) or cache.is_relative_to(where):
-        return Fail(
-            f"the cache {cache} cannot be used ({what}): set AUTORESEARCH_CACHE to a folder that "
-            "you can write to"
-        )
-    return Fail(f"{what}. Make it readable, or take it away")
+        raise disk_failure(error) from None
 
 
 if __name__ == "__main__":
 
     def interrupted(*_):
-        # At once: threads still at work write nothing under its final name.
-        os.write(2, b"\nFAIL: interrupted; what was finished is kept: run the same command again\n")
+        # At once, whatever threads still do: nothing unfinished has its final name.
+        os.write(2, b"\nFAIL: interrupted; downloads are kept: run the same command again\n")
         os._exit(130)
 
     signal.signal(signal.SIGINT, interrupted)

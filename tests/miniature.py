@@ -1,7 +1,9 @@
 """A miniature prepared set, and the scripts run as a user types them."""
 
+import multiprocessing
 import os
 import random
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -36,6 +38,27 @@ def run(
         text=True,
         timeout=timeout,
     )
+
+
+def start_forked(script: Path, **environment):
+    """`python SCRIPT >SCRIPT.log 2>&1`, forked from a process that has imported what takes seconds.
+
+    Returns the process.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "tiktoken", "requests", "pyarrow.parquet"])
+    process = context.Process(target=_as_main, args=(script, environment))
+    process.start()
+    return process
+
+
+def _as_main(script: Path, environment: dict):
+    os.environ.update(environment)
+    sys.path.insert(0, str(ROOT))
+    output = os.open(script.with_suffix(".log"), os.O_WRONLY | os.O_CREAT)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    runpy.run_path(str(script), run_name="__main__")
 
 
 def draw_a_batch(prepare):

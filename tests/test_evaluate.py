@@ -1,6 +1,5 @@
 """The score against a float64 computation by hand, and what gets no score."""
 
-import json
 import math
 from types import SimpleNamespace
 
@@ -13,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import prepare
-from autoresearch import common
+from autoresearch.referee.ledger import read_ledger
 
 
 class Table(nn.Module):
@@ -59,7 +58,7 @@ def score(prepared):
 
 
 def end_of_the_ledger(prepared):
-    return prepared.read_ledger()[0][-1]
+    return read_ledger()[0][-1]
 
 
 # What is scored.
@@ -93,19 +92,15 @@ def test_the_prepared_rows_score_as_by_hand(prepared, score, monkeypatch, split)
     monkeypatch.setenv("AUTORESEARCH_SPLIT", split)
     model = Table(table())
     token_bytes = prepared.Tokenizer.from_directory().token_bytes
-    expected = by_hand(prepared._scored_rows(split), model.table.detach().numpy(), token_bytes)
+    expected = by_hand(prepared.scored_rows(split), model.table.detach().numpy(), token_bytes)
     scores = [score(model, size) for size in (1, 3, 8, 32, 1000)]
     assert scores == pytest.approx([expected] * 5, rel=1e-6)
     assert end_of_the_ledger(prepared)["split"] == split
 
 
-def test_the_splits_differ(prepared):
-    assert not np.array_equal(prepared._scored_rows("val")[:5], prepared._scored_rows("test")[:5])
-
-
 def test_the_rows_are_the_first_of_the_packing(prepared):
     """As make_dataloader hands out training rows, only from another split."""
-    rows = prepared._scored_rows("val")
+    rows = prepared.scored_rows("val")
     entries = prepared.manifest()["tokens"]
     packer = prepared.Packer(prepared.set_dir(), entries, "val", 65, repeat=False)
     one = np.empty((1, 65), dtype=np.uint16)
@@ -124,7 +119,7 @@ def test_the_ledger_counts_the_passes_and_seconds(prepared, score):
 
 
 def test_the_model_gets_inputs_of_one_shape_and_nothing_of_the_targets(prepared, score):
-    model, rows = Table(table()), prepared._scored_rows("val")
+    model, rows = Table(table()), prepared.scored_rows("val")
     size = next(n for n in (4, 5, 7) if len(rows) % n)  # the last batch would be a short one
     score(model, size)
     assert {tuple(x.shape) for x in model.seen} == {(size, 64)}
@@ -265,9 +260,3 @@ def test_weights_that_change_meanwhile_get_no_score(prepared, score):
 
     with pytest.raises(prepared.Fail, match="weights changed"):
         score(Trains(table()))
-
-
-def test_the_line_in_the_ledger_is_signed(prepared, score):
-    bits = score(Table(table()))
-    line = common.signed(end_of_the_ledger(prepared))
-    assert json.loads(line)["score"] == bits

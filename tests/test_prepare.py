@@ -1,4 +1,4 @@
-"""Own text at its edges and bad input, through the command line as a user types it."""
+"""prepare.py's command line: the same again, another set, by force, interrupted, and bad input."""
 
 import contextlib
 import json
@@ -19,66 +19,59 @@ import pyarrow.parquet as pq
 import pytest
 from miniature import MINIATURE, ROOT, WORDS, draw_a_batch, run, write_texts
 
-import prepare as module
-from autoresearch.common import parse_signed, signed
+import prepare
+from autoresearch.common import Fail, parse_signed, signed
+from autoresearch.corpus import cache as cache_room
+from autoresearch.corpus import documents
+from autoresearch.referee.manifest import read_manifest, shared_lock
 
-SMALL = ("--seq-len", 32, "--vocab-size", 280, "--eval-tokens", 512)
+SMALL = "--seq-len 32 --vocab-size 280 --eval-tokens 512".split()
 
 
 def words(draw: random.Random, count: int) -> str:
     return " ".join(draw.choices(WORDS, k=count))
 
 
-def prepare(data, cache, *arguments, small=SMALL, **more):
-    return run("prepare.py", "--data", data, *small, *arguments, cache=cache, timeout=100, **more)
+def put(path: Path, content) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+def parquet(path: Path, **columns):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table(columns), path)
+
+
+def as_typed(data, cache, *arguments) -> subprocess.CompletedProcess:
+    return run("prepare.py", "--data", data, *SMALL, *arguments, cache=cache, timeout=100)
 
 
 def fails(done: subprocess.CompletedProcess, *words: str, code=1):
-    """One line starting with FAIL: on stderr, the last; the exit code; nothing like a traceback."""
+    """One line that starts with FAIL: on stderr, the last; the code; nothing like a traceback."""
     lines = done.stderr.strip().splitlines()
     assert done.returncode == code, done.stdout + done.stderr
-    assert lines[-1].startswith("FAIL: ") and sum(line.startswith("FAIL") for line in lines) == 1, (
-        done.stderr
-    )
+    assert lines[-1].startswith("FAIL: ") and done.stderr.count("FAIL") == 1, done.stderr
     assert "Traceback" not in done.stderr and "panicked" not in done.stderr
     for word in words:
         assert word in lines[-1], done.stderr
 
 
-def read_manifest(cache) -> dict:
+def manifest_in(cache) -> dict:
     return json.loads((cache / "manifest.json").read_bytes())
 
 
-def with_cache(cache, function, *arguments):
-    """function(*arguments) in this process, on that cache."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AUTORESEARCH_CACHE", str(cache))
-        return function(*arguments)
+def sets_in(cache) -> list[str]:
+    return [path.name for path in cache.iterdir() if path.is_dir()]
 
 
-def documents_in(cache) -> dict[str, list[str]]:
-    """The prepared documents' texts by split, decoded from the token cache."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AUTORESEARCH_CACHE", str(cache))
-        tokenizer, bos = (
-            module.Tokenizer.from_directory(),
-            module.Tokenizer.from_directory().get_bos_token_id(),
-        )
-        found = {"train": [], "val": [], "test": []}
-        for entry in module.manifest()["tokens"]:
-            path = module.set_dir() / entry["name"]
-            tokens = np.fromfile(path.with_suffix(".bin"), dtype=np.uint16)
-            index = np.fromfile(path.with_suffix(".idx"), dtype=np.int32).reshape(-1, 3)
-            assert (tokens[np.cumsum(index[:, 2]) - index[:, 2]] == bos).all() and (
-                tokens == bos
-            ).sum() == len(index)
-            for document, (split, _, _) in zip(
-                np.split(tokens, np.flatnonzero(tokens == bos)[1:]), index
-            ):
-                found[("train", "val", "test")[split]].append(
-                    tokenizer.decode(document[1:].tolist())
-                )
-    return found
+def files_in(cache) -> dict:
+    """{path: (content's time, number)} of every file but the lock."""
+    return {
+        path: (path.stat().st_mtime_ns, path.stat().st_ino)
+        for path in cache.rglob("*")
+        if path.is_file() and path.name != "lock"
+    }
 
 
 @pytest.fixture(scope="module")
@@ -86,35 +79,37 @@ def texts(tmp_path_factory) -> Path:
     return write_texts(tmp_path_factory.mktemp("data") / "texts")
 
 
+@pytest.fixture
+def cache(tmp_path, monkeypatch) -> Path:
+    """An empty cache, for prepare.main in this process."""
+    monkeypatch.setenv("AUTORESEARCH_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
 # ---- the same again, another, by force
 
 
 def test_same_again_another_and_by_force(texts, tmp_path):
     cache = tmp_path / "cache"
-    first = prepare(texts, cache)
-    assert (
-        first.returncode == 0
-        and "prepared text" in first.stdout
-        and "uv run train.py" in first.stdout
-    )
-    before = {
-        path: (path.stat().st_mtime_ns, path.stat().st_ino)
-        for path in cache.rglob("*")
-        if path.is_file() and path.name != "lock"
-    }
-    again = prepare(texts, cache)
+    first = as_typed(texts, cache)
+    assert first.returncode == 0
+    assert "prepared text" in first.stdout and "next: uv run train.py" in first.stdout
+    before = files_in(cache)
+    again = as_typed(texts, cache)
     assert again.returncode == 0 and "nothing to do" in again.stdout and not again.stderr
-    fails(prepare(texts, cache, "--seq-len", 64), "AUTORESEARCH_CACHE", "--force")
+    fails(as_typed(texts, cache, "--seq-len", 64), "AUTORESEARCH_CACHE", "--force")
     fails(run("prepare.py", "--demo", cache=cache), "AUTORESEARCH_CACHE", "--force")
     other = write_texts(tmp_path / "other", seed=1)
-    fails(prepare(other, cache), "AUTORESEARCH_CACHE", "--force")
-    assert before == {path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in before}
-    old = read_manifest(cache)
-    (cache / "autoresearch.jsonl").write_text("the ledger\n")
-    forced = prepare(other, cache, "--force")
-    assert forced.returncode == 0 and read_manifest(cache)["key"] != old["key"]
+    fails(as_typed(other, cache), "AUTORESEARCH_CACHE", "--force")
+    assert files_in(cache) == before
+    old = manifest_in(cache)
+    put(cache / "autoresearch.jsonl", "the ledger\n")
+    put(cache / "shards" / "shard_00000.parquet", "a download")
+    forced = as_typed(other, cache, "--force")
+    assert forced.returncode == 0 and manifest_in(cache)["key"] != old["key"]
     assert (cache / "autoresearch.jsonl").read_text() == "the ledger\n"
-    assert [path.name for path in cache.iterdir() if path.is_dir()] == [read_manifest(cache)["key"]]
+    assert (cache / "shards" / "shard_00000.parquet").read_text() == "a download"
+    assert sorted(sets_in(cache)) == sorted([manifest_in(cache)["key"], "shards"])
 
 
 DAMAGE = {
@@ -124,141 +119,209 @@ DAMAGE = {
 }
 
 
-@pytest.mark.parametrize("name", ["tokenizer.tiktoken", "00001.bin", "00001.idx", ""])
+@pytest.mark.parametrize("name", ["tokenizer.tiktoken", "00001.bin", "00001.idx"])
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_said_again_it_repairs_what_is_damaged(
-    prepared_copy, miniature, tmp_path, capsys, name, damage
+def test_said_again_it_names_what_is_damaged_and_force_makes_it_anew(
+    prepared_copy, miniature, capsys, name, damage
 ):
-    """Of all files only the damaged source's are made again, and the fingerprint is the same."""
-    cache = tmp_path / "cache"
-    before = module.fingerprint()
-    directory = module.set_dir()
-    made = {path.name: path.stat().st_mtime_ns for path in directory.iterdir()}
-    if name:
-        DAMAGE[damage](directory / name)
-    else:
-        shutil.rmtree(directory)
-    module.main(["--data", str(miniature.parent / "texts"), *MINIATURE])
-    printed = capsys.readouterr()
-    assert f"{name.partition('.')[0]} is damaged or missing: making it again" in printed.err
-    assert module.fingerprint() == before and "nothing to do" not in printed.out
+    """00001 holds the validation split. By force the fingerprint is the same."""
+    command = ["--data", str(miniature.parent / "texts"), *MINIATURE]
+    before = prepare.fingerprint()
+    directory = prepare.set_dir()
+    DAMAGE[damage](directory / name)
+    stem = name.removesuffix(".idx").removesuffix(".bin")
+    with pytest.raises(Fail, match=f"{stem}.* is damaged or missing .*with --force"):
+        prepare.main(command)
+    prepare.main([*command, "--force"])
+    assert prepare.fingerprint() == before
     for path in directory.iterdir():
         assert path.read_bytes() == (miniature / directory.name / path.name).read_bytes()
-        if name and path.stem != name.partition(".")[0]:
-            assert path.stat().st_mtime_ns == made[path.name]
-    module.main(["--data", str(miniature.parent / "texts"), *MINIATURE])
+    prepare.main(command)
     assert "nothing to do" in capsys.readouterr().out
-    assert sorted(path.name for path in cache.iterdir() if path.is_dir()) == [directory.name]
 
 
 def test_force_that_fails_leaves_what_was_there(prepared_copy, tmp_path):
-    """A broken file, too little text, a kill: the set before is whole, and is used."""
-    before = {path: path.read_bytes() for path in module.cache_dir().rglob("*") if path.is_file()}
+    """A broken file, too little text: the set before is whole, and is used."""
+    before = files_in(prepare.cache_dir())
     write_texts(tmp_path / "data", files=30)
     put(tmp_path / "data" / "broken.jsonl", "{")
     put(tmp_path / "small" / "note.txt", "the cat")
     for data, reason in ((tmp_path / "data", "broken.jsonl"), (tmp_path / "small", "are missing")):
-        with pytest.raises(module.Fail, match=reason):
-            module.main(["--data", str(data), *map(str, SMALL), "--force"])
-    for path, content in before.items():
-        assert path.name == "lock" or path.read_bytes() == content
+        with pytest.raises(Fail, match=reason):
+            prepare.main(["--data", str(data), *SMALL, "--force"])
+        after = files_in(prepare.cache_dir())
+        assert {path: after[path] for path in before} == before
     draw_a_batch(prepared_copy)
     prepared_copy.clock.end(score=1.0)
     (tmp_path / "data" / "broken.jsonl").unlink()
-    module.main(["--data", str(tmp_path / "data"), *map(str, SMALL), "--force"])
-    directories = [path.name for path in module.cache_dir().iterdir() if path.is_dir()]
-    assert directories == [module.manifest()["key"]]
+    prepare.main(["--data", str(tmp_path / "data"), *SMALL, "--force"])
+    assert sets_in(prepare.cache_dir()) == [prepare.manifest()["key"]]
 
 
 def test_force_on_the_same_text_makes_the_same_set_anew(prepared_copy, miniature):
-    before = {path: path.stat().st_ino for path in module.set_dir().iterdir()}
-    fingerprint = module.fingerprint()
-    module.main(["--data", str(miniature.parent / "texts"), *MINIATURE, "--force"])
-    assert module.fingerprint() == fingerprint
+    before = {path: path.stat().st_ino for path in prepare.set_dir().iterdir()}
+    fingerprint = prepare.fingerprint()
+    prepare.main(["--data", str(miniature.parent / "texts"), *MINIATURE, "--force"])
+    assert prepare.fingerprint() == fingerprint
     assert all(path.stat().st_ino != number for path, number in before.items())
-    assert not list(module.cache_dir().glob("*.*d*"))
+    assert sets_in(prepare.cache_dir()) == [prepare.manifest()["key"]]
 
 
-@pytest.mark.parametrize("done", range(4))
+@pytest.mark.parametrize("same", [True, False], ids=["the same set", "another set"])
+@pytest.mark.parametrize("done", range(5))
 def test_killed_while_the_new_set_takes_the_place_of_the_old(
-    prepared_copy, miniature, monkeypatch, done
+    prepared_copy, miniature, monkeypatch, done, same
 ):
-    """After so many of its four steps; the same command then makes it whole."""
-    before = module.fingerprint()
+    """After so many steps: the old set, the new one, or none. The command then ends it."""
+    vocabulary = "300" if same else "290"
+    before = prepare.fingerprint()
+    command = ["--data", str(miniature.parent / "texts"), *MINIATURE, "--vocab-size", vocabulary]
     steps = []
 
     def one_more(step):
-        def act(*arguments):
+        def act(*arguments, **options):
             if len(steps) == done:
                 raise InterruptedError
             steps.append(step)
-            step(*arguments)
+            step(*arguments, **options)
 
         return act
 
     with monkeypatch.context() as patch:
-        put_in_place = module._put_in_place
+        put_in_place = cache_room.put_in_place
 
         def cut_off(*arguments):
             patch.setattr(os, "rename", one_more(os.rename))
-            patch.setattr(module, "write_atomically", one_more(module.write_atomically))
+            patch.setattr(Path, "unlink", one_more(Path.unlink))
+            patch.setattr(cache_room, "write_atomically", one_more(cache_room.write_atomically))
             patch.setattr(shutil, "rmtree", one_more(shutil.rmtree))
             put_in_place(*arguments)
 
-        patch.setattr(module, "_put_in_place", cut_off)
-        with pytest.raises(module.Fail):
-            module.main(["--data", str(miniature.parent / "texts"), *MINIATURE, "--force"])
-    module.main(["--data", str(miniature.parent / "texts"), *MINIATURE])
-    assert module.fingerprint() == before
-    module.check_prepared("val")
+        patch.setattr(prepare, "put_in_place", cut_off)
+        with contextlib.suppress(Fail):
+            prepare.main([*command, "--force"])
+    read_manifest.cache_clear()
+    if (prepare.cache_dir() / "manifest.json").exists():  # then what it says is there
+        prepare.check_prepared("val")
+        prepare.Tokenizer.from_directory()
+        now = str(prepare.manifest()["vocab_size"])
+        prepare.main([*command[:-1], now])  # nothing to do
+        if now != vocabulary:
+            prepare.main([*command, "--force"])
+    else:
+        prepare.main(command)
+    assert (prepare.fingerprint() == before) == same
+    prepare.check_prepared("val")
+    assert str(prepare.manifest()["vocab_size"]) == vocabulary
 
 
-def test_a_source_without_a_document_is_no_damage(tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("AUTORESEARCH_CACHE", str(tmp_path / "cache"))
+def test_a_set_is_not_replaced_while_a_run_reads_it(prepared_copy, tmp_path):
+    put(tmp_path / "data" / "note.txt", words(random.Random(6), 60_000))
+    command = ["--data", str(tmp_path / "data"), *SMALL]
+    before = (prepare.cache_dir() / "manifest.json").read_bytes()
+    locks = shared_lock(prepare.set_dir()), shared_lock(prepare.set_dir())
+    for lock in locks:
+        with pytest.raises(Fail, match="a run is using the set in .* wait until it has"):
+            prepare.main([*command, "--force"])
+        assert (prepare.cache_dir() / "manifest.json").read_bytes() == before
+        os.close(lock)
+    prepare.main([*command, "--force"])
+    prepare.main(command)
+
+
+def test_a_source_without_a_document_is_no_damage(cache, tmp_path, capsys):
     write_texts(tmp_path / "data", files=30)
     put(tmp_path / "data" / "blank.jsonl", "\n\n")
     for word in ("next: uv run train.py", "nothing to do"):
-        module.main(["--data", str(tmp_path / "data"), *map(str, SMALL)])
+        prepare.main(["--data", str(tmp_path / "data"), *SMALL])
         assert word in capsys.readouterr().out
-    module.check_prepared("val")
+    prepare.check_prepared("val")
 
 
 @pytest.mark.parametrize("damage", ["format", "cut", "edited", "not JSON", "binary"])
-def test_a_manifest_that_cannot_be_read(texts, tmp_path, miniature, damage):
-    cache = tmp_path / "cache"
-    shutil.copytree(miniature, cache)
-    raw = (cache / "manifest.json").read_bytes()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "FORMAT", 99)
-        record = {**parse_signed(raw), "format": 99}
-    (cache / "manifest.json").write_bytes(
+def test_a_manifest_that_cannot_be_read(prepared_copy, miniature, damage):
+    path = prepare.cache_dir() / "manifest.json"
+    raw = path.read_bytes()
+    path.write_bytes(
         {
-            "format": signed(record),
+            "format": signed({**parse_signed(raw), "format": 99}),
             "cut": raw[:99],
             "edited": raw.replace(b'"seq_len": 64', b'"seq_len": 65'),
             "not JSON": b"[]\n",
             "binary": bytes(range(256)),
         }[damage]
     )
-    fails(prepare(texts, cache), "manifest.json", "--force")
-    if damage == "format":
-        with pytest.raises(module.Fail, match="manifest.json has format 99.*--force"):
-            with_cache(cache, module.check_prepared, "val")
-        assert prepare(texts, cache, "--force").returncode == 0
+    read_manifest.cache_clear()
+    command = ["--data", str(miniature.parent / "texts"), *MINIATURE]
+    reason = "has format 99" if damage == "format" else "is damaged"
+    for use in (lambda: prepare.main(command), lambda: prepare.check_prepared("val")):
+        with pytest.raises(Fail, match=f"manifest.json {reason}.* with --force"):
+            use()
+    prepare.main([*command, "--force"])
+    prepare.check_prepared("val")
+
+
+# ---- what is checked before a run
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_damaged_token_file_is_found_before_a_run(prepared_copy, split):
+    entries = prepare.manifest()["tokens"]
+    name = max(entries, key=lambda entry: entry["tokens"][split])["name"] + ".bin"
+    with open(prepare.set_dir() / name, "r+b") as file:
+        if split == "train":
+            file.truncate(100)
+        else:  # what is scored is looked at closely
+            file.seek(50)
+            file.write(b"zz")
+    with pytest.raises(Fail, match=f"{name} is damaged .*uv run prepare.py"):
+        prepare.check_prepared("val")
+
+
+def test_a_split_without_a_row_is_found_before_a_run(prepared_copy):
+    path = prepare.cache_dir() / "manifest.json"
+    record = parse_signed(path.read_bytes())
+    record["eval_rows"]["test"] = 0
+    path.write_bytes(signed(record))
+    read_manifest.cache_clear()
+    prepare.check_prepared("val")
+    with pytest.raises(Fail, match="the test split is smaller than one row of 65 tokens"):
+        prepare.check_prepared("test")
+
+
+def test_nothing_prepared_says_what_to_type(cache):
+    for use in (lambda: prepare.check_prepared("val"), lambda: prepare.MAX_SEQ_LEN):
+        with pytest.raises(Fail, match=r"nothing is prepared in .*`uv run prepare.py --demo`"):
+            use()
+
+
+def test_what_is_fixed_comes_from_the_manifest(prepared):
+    assert (prepared.MAX_SEQ_LEN, prepared.TIME_BUDGET) == (64, 2)
+    with pytest.raises(AttributeError, match="no attribute 'MAX_LEN'"):
+        _ = prepared.MAX_LEN
+
+
+IMPORTS = """
+import sys, threading
+import prepare
+heavy = {"torch", "pyarrow", "requests", "tiktoken", "rustbpe"} & set(sys.modules)
+assert not heavy and threading.active_count() == 1, heavy
+"""
+
+
+def test_importing_it_starts_nothing(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", IMPORTS],
+        cwd=ROOT,
+        env={**os.environ, "AUTORESEARCH_CACHE": str(tmp_path / "cache")},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0 and done.stdout == done.stderr == "", done.stderr
+    assert not (tmp_path / "cache").exists()
 
 
 # ---- what cannot be read
-
-
-def parquet(path: Path, **columns):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(pa.table(columns), path)
-
-
-def put(path: Path, content) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    return path
 
 
 def cut_parquet(path):
@@ -268,12 +331,8 @@ def cut_parquet(path):
 
 def spoiled_parquet(path):
     draw = random.Random(0)
-    pq.write_table(
-        pa.table({"text": ["".join(draw.choices("abcdefgh", k=500)) for _ in range(400)]}),
-        path,
-        use_dictionary=False,
-        compression="zstd",
-    )
+    column = ["".join(draw.choices("abcdefgh", k=500)) for _ in range(400)]
+    pq.write_table(pa.table({"text": column}), path, use_dictionary=False, compression="zstd")
     raw = bytearray(path.read_bytes())
     raw[5000:9000] = bytes(4000)
     path.write_bytes(raw)
@@ -306,155 +365,181 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_a_broken_file_is_named(tmp_path, monkeypatch, name):
-    """In this process, which is faster; the command line is the same."""
-    write_texts(tmp_path / "data", files=30)
+def test_a_broken_file_is_named(cache, tmp_path, name):
+    write_texts(tmp_path / "data", files=5)
     make, reason = BROKEN[name]
     make(tmp_path / "data" / name)
-    monkeypatch.setenv("AUTORESEARCH_CACHE", str(tmp_path / "cache"))
-    with pytest.raises(module.Fail) as stop:
-        module.main(["--data", str(tmp_path / "data"), *map(str, SMALL)])
-    assert str(stop.value).startswith("FAIL: ") and "\n" not in str(stop.value)
-    assert name in str(stop.value) and reason in str(stop.value)
-    assert not (tmp_path / "cache" / "manifest.json").exists()
+    with pytest.raises(Fail) as failure:
+        prepare.main(["--data", str(tmp_path / "data"), *SMALL])
+    assert str(failure.value).startswith("FAIL: ") and "\n" not in str(failure.value)
+    assert name in str(failure.value) and reason in str(failure.value)
+    assert not (cache / "manifest.json").exists()
 
 
-@pytest.mark.parametrize("name", ["spoiled.parquet", "line.jsonl", "latin.txt"])
-def test_a_broken_file_as_a_user_sees_it(tmp_path, name):
+def test_a_broken_file_as_a_user_sees_it(tmp_path):
     write_texts(tmp_path / "data", files=60)
-    BROKEN[name][0](tmp_path / "data" / name)
-    fails(prepare(tmp_path / "data", tmp_path / "cache"), name, BROKEN[name][1])
-    (tmp_path / "data" / name).unlink()
-    assert prepare(tmp_path / "data", tmp_path / "cache").returncode == 0
+    for name in ("spoiled.parquet", "line.jsonl"):
+        make, reason = BROKEN[name]
+        make(tmp_path / "data" / name)
+        fails(as_typed(tmp_path / "data", tmp_path / "cache"), name, reason)
+        (tmp_path / "data" / name).unlink()
+    assert as_typed(tmp_path / "data", tmp_path / "cache").returncode == 0
 
 
-def test_a_home_that_the_shell_did_not_expand(tmp_path):
+def test_text_that_may_not_be_read_is_not_the_caches_fault(cache, tmp_path, monkeypatch):
+    put(tmp_path / "data" / "a.txt", "secret")
+
+    def passages_of(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("autoresearch.corpus.text.passages_of", passages_of)
+    with pytest.raises(Fail, match="a.txt: Permission denied. Make it readable") as failure:
+        prepare.main(["--data", str(tmp_path / "data")])
+    assert "AUTORESEARCH_CACHE" not in str(failure.value)
+
+
+def test_a_home_that_the_shell_did_not_expand(cache, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
     write_texts(tmp_path / "home" / "notes", files=30)
-    assert prepare("~/notes", tmp_path / "cache", HOME=str(tmp_path / "home")).returncode == 0
+    prepare.main(["--data=~/notes", *SMALL])
 
 
-def test_too_small_says_how_much_is_missing(tmp_path):
-    put(tmp_path / "data" / "train.txt", words(random.Random(0), 3000))
-    put(
-        tmp_path / "data" / "val.txt", "zq" * 5
-    )  # ten letters that nothing else has, and BOS: 11 tokens
-    fails(
-        prepare(tmp_path / "data", tmp_path / "cache"),
-        "the val split has 11 tokens",
-        "one row needs 33",
-        "22 are missing",
-    )
-    put(tmp_path / "data" / "val.txt", "zq" * 16)  # 32 and BOS: exactly one row
-    assert prepare(tmp_path / "data", tmp_path / "cache").returncode == 0
-    assert read_manifest(tmp_path / "cache")["eval_rows"]["val"] == 1
+# ---- what is said
+
+
+def test_what_is_prepared_is_shown_and_what_is_missing(cache, tmp_path, capsys):
+    write_texts(tmp_path / "data" / "train", files=130)
+    put(tmp_path / "data" / "val.md", words(random.Random(0), 500))
+    for number in range(7):
+        put(tmp_path / "data" / "test" / f"{number}.txt", "zq")
+    prepare.main(["--data", str(tmp_path / "data"), *SMALL])
+    printed = capsys.readouterr()
+    val, test, header, *table = printed.out.splitlines()[:6]
+    assert val == "val is what is named so: val.md"
+    assert test.startswith("test is what is named so: test/0.txt") and "and 3 more" in test
+    assert header.split() == "split files documents MB tokens rows".split()
+    prepared = prepare.manifest()
+    for line, (split, files) in zip(table, dict(train=130, val=1, test=7).items()):
+        shown = line.replace(",", "").split()
+        documents = sum(entry["documents"][split] for entry in prepared["tokens"])
+        tokens = sum(entry["tokens"][split] for entry in prepared["tokens"])
+        assert shown[:3] == [split, str(files), str(documents)] and shown[4] == str(tokens)
+        rows = prepared["eval_rows"].get(split, tokens // 33)
+        assert shown[5] == str(rows)
+    size = sum(path.stat().st_size for path in (tmp_path / "data" / "train").iterdir())
+    assert table[0].split()[3] == f"{size / 1e6:.1f}"
+    assert re.search("the test split has .* are missing: AUTORESEARCH_SPLIT=test", printed.out)
+    assert "few rows to score" in printed.out
+    assert "encoded 130 text files (" in printed.err and "encoded val.md (" in printed.err
+
+
+def test_too_small_says_how_much_is_missing(cache, tmp_path):
+    data = tmp_path / "data"
+    put(data / "train.txt", words(random.Random(0), 3000))
+    put(data / "val.txt", "zq" * 5)  # ten letters that nothing else has, and BOS: 11 tokens
+    missing = "the val split has 11 tokens and one row needs 33: 22 are missing. Add text"
+    with pytest.raises(Fail, match=missing):
+        prepare.main(["--data", str(data), *SMALL])
+    put(data / "val.txt", "zq" * 16)  # 32 and BOS: exactly one row
+    prepare.main(["--data", str(data), *SMALL])
+    assert prepare.manifest()["eval_rows"]["val"] == 1
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_single_short_text_cannot_be_split(cache, tmp_path, split):
+    """One text of less than 64 kB is training text alone; none at all is nothing."""
+    put(tmp_path / "data" / "note.txt", "" if split == "train" else words(random.Random(0), 99))
+    with pytest.raises(Fail, match=f"the {split} split has 0 tokens and one row needs 33"):
+        prepare.main(["--data", str(tmp_path / "data"), *SMALL])
 
 
 @pytest.mark.parametrize(
     "arguments",
-    [
-        ("--seq-len", 8),
-        ("--vocab-size", 259),
-        ("--vocab-size", 1 << 17),
-        ("--eval-tokens", 0),
-        ("--num-shards", 0),
-    ],
+    ["--seq-len 8", "--vocab-size 259", "--vocab-size 131072", "--eval-tokens 0", "--num-shards 0"],
 )
-def test_settings_out_of_range(tmp_path, monkeypatch, arguments):
-    monkeypatch.setenv("AUTORESEARCH_CACHE", str(tmp_path))
-    with pytest.raises(module.Fail, match=arguments[0]):
-        module.main([*map(str, arguments)])
+def test_settings_out_of_range(cache, arguments):
+    with pytest.raises(Fail, match=arguments.split()[0]):
+        prepare.main(arguments.split())
+    assert not cache.exists()
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    {
+        "--xyzzy": "unrecognized arguments: --xyzzy",
+        "--dat notes": "unrecognized arguments: --dat notes",
+        "notes": "unrecognized arguments: notes",
+        "--demo --data notes": "not allowed with",
+        "--num-shards ten": "invalid int value: 'ten'",
+        "--data": "expected one argument",
+    }.items(),
+)
+def test_a_mistyped_option_is_one_line(cache, arguments, words):
+    with pytest.raises(Fail) as failure:
+        prepare.main(arguments.split())
+    assert words in str(failure.value) and str(failure.value).endswith("--help` shows all")
+    assert not cache.exists()
 
 
 # ---- where it cannot write
 
 
-@contextlib.contextmanager
-def mounted(at: Path, options: str):
-    at.mkdir()
-    if subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", options, "tmpfs", at], capture_output=True
-    ).returncode:
-        pytest.skip("needs the right to mount")
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", "-l", at], check=True)
-
-
-def test_disk_full(texts, tmp_path):
-    with mounted(tmp_path / "disk", "size=100k"):
-        cache = tmp_path / "disk" / "cache"
-        fails(prepare(texts, cache), "No space left", "AUTORESEARCH_CACHE")
-        assert not (cache / "manifest.json").exists()
-        (tokenizer,) = cache.glob("*.new/tokenizer.tiktoken")
-        made = tokenizer.stat().st_mtime_ns
-        subprocess.run(["mount", "-o", "remount,size=10m", tmp_path / "disk"], check=True)
-        done = prepare(texts, cache)
-        assert done.returncode == 0, done.stderr
-        (tokenizer,) = cache.glob("*/tokenizer.tiktoken")
-        assert tokenizer.stat().st_mtime_ns == made
-
-
 def test_no_file_may_grow(texts, tmp_path):
-    """The same without the right to mount: writing fails when a file reaches 40 kB."""
-    env = {**os.environ, "AUTORESEARCH_CACHE": str(tmp_path / "cache")}
+    """As on a full disk, writing fails: when a file reaches 40 kB. Then the same command goes."""
     done = subprocess.run(
-        [sys.executable, "prepare.py", "--data", texts, *map(str, SMALL)],
+        [sys.executable, "prepare.py", "--data", texts, *SMALL],
         cwd=ROOT,
-        env=env,
+        env={**os.environ, "AUTORESEARCH_CACHE": str(tmp_path / "cache")},
         capture_output=True,
         text=True,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000)),
     )
     fails(done, "File too large", "AUTORESEARCH_CACHE")
-    assert prepare(texts, tmp_path / "cache").returncode == 0
+    cache = tmp_path / "cache"
+    assert not (cache / "manifest.json").exists()
+    assert as_typed(texts, cache).returncode == 0 and sets_in(cache) == [manifest_in(cache)["key"]]
 
 
-def test_unwritable_cache(texts, tmp_path):
+@pytest.mark.parametrize("place", ["file/cache", "file"])
+def test_a_cache_that_cannot_be(tmp_path, monkeypatch, place):
     put(tmp_path / "file", "in the way")
-    fails(prepare(texts, tmp_path / "file" / "cache"), str(tmp_path / "file"), "AUTORESEARCH_CACHE")
-    fails(prepare(texts, tmp_path / "file"), str(tmp_path / "file"), "AUTORESEARCH_CACHE")
-    with mounted(tmp_path / "disk", "ro"):
-        fails(prepare(texts, tmp_path / "disk"), "Read-only", "AUTORESEARCH_CACHE")
+    monkeypatch.setenv("AUTORESEARCH_CACHE", str(tmp_path / place))
+    words = f"the cache {tmp_path / place} cannot be used .*set AUTORESEARCH_CACHE to a folder"
+    with pytest.raises(Fail, match=words):
+        prepare.main(["--demo"])
 
 
 # ---- interrupted
 
+LARGER = "--seq-len 128 --vocab-size 1000 --eval-tokens 4096".split()
+
 
 @pytest.fixture(scope="module")
 def larger(tmp_path_factory) -> tuple[Path, dict]:
-    """A folder of twelve parquet files, a second or more of work, and its manifest undisturbed."""
+    """A folder of eight parquet files, a second or so of work, and its manifest undisturbed."""
     base, draw = tmp_path_factory.mktemp("larger"), random.Random(5)
-    vocabulary = [
-        "".join(draw.choices("abcdefghijklmnop", k=draw.randrange(2, 12))) for _ in range(3000)
-    ]
-    for number in range(12):
-        parquet(
-            base / "data" / f"{number:02d}.parquet",
-            text=[" ".join(draw.choices(vocabulary, k=300)) for _ in range(250)],
-        )
-    done = prepare(base / "data", base / "cache", small=LARGER)
-    assert done.returncode == 0, done.stderr
-    return base / "data", read_manifest(base / "cache")
-
-
-LARGER = ("--seq-len", 128, "--vocab-size", 1000, "--eval-tokens", 4096)
+    letters = "abcdefghijklmnop"
+    vocabulary = ["".join(draw.choices(letters, k=draw.randrange(2, 12))) for _ in range(3000)]
+    for number in range(8):
+        column = [" ".join(draw.choices(vocabulary, k=300)) for _ in range(250)]
+        parquet(base / "data" / f"{number:02d}.parquet", text=column)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AUTORESEARCH_CACHE", str(base / "cache"))
+        prepare.main(["--data", str(base / "data"), *LARGER])
+    return base / "data", manifest_in(base / "cache")
 
 
 def start(data, cache) -> subprocess.Popen:
-    env = {**os.environ, "AUTORESEARCH_CACHE": str(cache)}
     process = subprocess.Popen(
-        [sys.executable, "prepare.py", "--data", data, *map(str, LARGER)],
+        [sys.executable, "prepare.py", "--data", data, *LARGER],
         cwd=ROOT,
-        env=env,
+        env={**os.environ, "AUTORESEARCH_CACHE": str(cache)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
-    wait_for(
-        process,
-        lambda: (cache / "lock").exists() and (cache / "lock").read_text() == str(process.pid),
-    )
+    lock = cache / "lock"
+    wait_for(process, lambda: lock.exists() and lock.read_text() == str(process.pid))
     return process
 
 
@@ -463,32 +548,25 @@ def wait_for(process, condition):
         time.sleep(0.002)
 
 
-def test_killed_in_the_middle(larger, tmp_path):
+def test_killed_in_the_middle_it_starts_over(larger, cache):
     data, undisturbed = larger
-    cache = tmp_path / "cache"
     process = start(data, cache)
-    wait_for(process, lambda: len(list(cache.glob("*/*.json"))) >= 3)
+    wait_for(process, lambda: len(list(cache.glob("unfinished/*.idx"))) >= 3)
     process.kill()
-    process.wait()
-    kept = {path: path.stat().st_mtime_ns for path in cache.glob("*/tokenizer.tiktoken")}
-    for sign in cache.glob("*/*.json"):
-        for path in (sign, sign.with_suffix(".bin"), sign.with_suffix(".idx")):
-            kept[path] = path.stat().st_mtime_ns
-    assert 10 <= len(kept) < 37 and not (cache / "manifest.json").exists()
-    with pytest.raises(module.Fail, match="nothing is prepared .*uv run prepare.py"):
-        with_cache(cache, module.check_prepared, "val")
-    done = prepare(data, cache, small=LARGER)
-    assert done.returncode == 0 and "trained a tokenizer" not in done.stderr
-    directory = cache / undisturbed["key"]
-    for path, made in kept.items():
-        assert (directory / path.name).stat().st_mtime_ns == made
-    assert read_manifest(cache) == undisturbed
+    process.communicate()
+    assert sets_in(cache) == ["unfinished"] and not (cache / "manifest.json").exists()
+    with pytest.raises(Fail, match="nothing is prepared .*uv run prepare.py"):
+        prepare.check_prepared("val")
+    put(cache / "unfinished" / "00009.bin", "of an earlier try")
+    prepare.main(["--data", str(data), *LARGER])
+    assert manifest_in(cache) == undisturbed and sets_in(cache) == [undisturbed["key"]]
+    assert not (cache / undisturbed["key"] / "00009.bin").exists()
 
 
-def test_ctrl_c_at_random_moments(larger, tmp_path):
+def test_ctrl_c_at_random_moments(larger, cache):
     data, undisturbed = larger
-    cache, draw, interrupted = tmp_path / "cache", random.Random(2), 0
-    for moment in (0, 0.05, 0.2, 0.4, draw.uniform(0, 1), draw.uniform(0, 1)):
+    interrupted = 0
+    for moment in (0, 0.1, random.Random(2).uniform(0.1, 0.6)):
         process = start(data, cache)
         time.sleep(moment)
         process.send_signal(signal.SIGINT)
@@ -496,78 +574,36 @@ def test_ctrl_c_at_random_moments(larger, tmp_path):
         if process.returncode == 0:  # it was faster
             shutil.rmtree(cache)
             continue
-        fails(
-            subprocess.CompletedProcess([], process.returncode, out, error),
-            "interrupted",
-            "again",
-            code=130,
-        )
+        done = subprocess.CompletedProcess([], process.returncode, out, error)
+        fails(done, "interrupted", "run the same command again", code=130)
+        assert not (cache / "manifest.json").exists()
         interrupted += 1
-    assert interrupted >= 3
-    done = prepare(data, cache, small=LARGER)
-    assert done.returncode == 0 and read_manifest(cache) == undisturbed
+    assert interrupted >= 2
+    prepare.main(["--data", str(data), *LARGER])
+    assert manifest_in(cache) == undisturbed
 
 
-def test_a_second_one_at_the_same_time(larger, tmp_path):
+def test_a_second_one_at_the_same_time(larger, cache):
     data, undisturbed = larger
-    process = start(data, tmp_path / "cache")
+    process = start(data, cache)
     process.send_signal(signal.SIGSTOP)  # so that it holds the lock for as long as it takes
-    second = prepare(data, tmp_path / "cache", small=LARGER)
+    with pytest.raises(Fail, match=rf"process {process.pid}\) is working in .*AUTORESEARCH_CACHE"):
+        prepare.main(["--data", str(data), *LARGER])
     process.send_signal(signal.SIGCONT)
-    fails(second, f"process {process.pid}", "AUTORESEARCH_CACHE")
     process.communicate(timeout=60)
-    assert process.returncode == 0 and read_manifest(tmp_path / "cache") == undisturbed
+    assert process.returncode == 0 and manifest_in(cache) == undisturbed
 
 
-# ---- own text at its edges
-
-
-def test_a_set_is_not_replaced_while_a_run_reads_it(prepared_copy, tmp_path):
-    put(tmp_path / "data" / "note.txt", words(random.Random(6), 20_000))
-    command = ["--data", str(tmp_path / "data"), *map(str, SMALL)]
-    before = (module.cache_dir() / "manifest.json").read_bytes()
-    running = module.shared_lock(module.set_dir()), module.shared_lock(module.set_dir())
-    for held in running:
-        with pytest.raises(module.Fail, match="a run is using the set in .* wait until it has"):
-            module.main([*command, "--force"])
-        assert (module.cache_dir() / "manifest.json").read_bytes() == before
-        os.close(held)
-    module.main([*command, "--force"])
-    module.main(command)
-
-
-def test_what_is_prepared_is_shown_and_what_is_missing(tmp_path):
-    write_texts(tmp_path / "data" / "train", files=130)
-    put(tmp_path / "data" / "val.md", words(random.Random(0), 500))
-    for number in range(7):
-        put(tmp_path / "data" / "test" / f"{number}.txt", "zq")
-    done = prepare(tmp_path / "data", tmp_path / "cache")
-    assert done.returncode == 0, done.stderr
-    val, test, header, *table = done.stdout.splitlines()[:6]
-    assert val == "val is what is named so: val.md"
-    names = ", ".join(f"test/{number}.txt" for number in range(4))
-    assert test == f"test is what is named so: {names} and 3 more"
-    assert header.split() == "split files documents MB tokens rows".split()
-    found = documents_in(tmp_path / "cache")
-    rows = read_manifest(tmp_path / "cache")["eval_rows"]
-    for line, (split, files) in zip(table, dict(train=130, val=1, test=7).items()):
-        words_of_line = line.replace(",", "").split()
-        assert words_of_line[:3] == [split, str(files), str(len(found[split]))]
-        assert float(words_of_line[3]) == round(len("".join(found[split])) / 1e6, 1)
-        if split != "train":
-            assert int(words_of_line[5]) == rows[split]
-    assert re.search("the test split has .* are missing: AUTORESEARCH_SPLIT=test", done.stdout)
-    assert "encoded 130 text files (" in done.stderr and "encoded val.md (" in done.stderr
+# ---- plain text in rows
 
 
 def test_passages_are_a_row_or_a_little_more_and_end_where_a_paragraph_does():
     draw = random.Random(12)
-    text = "".join(
-        words(draw, 8) + draw.choice(["\n", "\n", "\n", ".\r\n \r\n"]) for _ in range(900)
-    )
+    ends = ["\n", "\n", "\n", ".\r\n \r\n"]
+    text = "".join(words(draw, 8) + draw.choice(ends) for _ in range(900))
     text += words(draw, 400)  # no line end at all
-    tokenizer = module.Tokenizer.train([text], 400)
-    cut = module.cut_to_rows(tokenizer, text, 200)
+    tokenizer = prepare.Tokenizer.train([text], 400)
+    cut = prepare.cut_to_rows(tokenizer, text, 200)
     assert tokenizer.decode(np.concatenate(cut).tolist()) == text
     assert np.array_equal(np.concatenate(cut), tokenizer.encode_array(text))  # encoded once
     assert all(200 <= len(ids) <= 210 for ids in cut[:-1]) and len(cut[-1]) <= 210
@@ -580,4 +616,15 @@ def test_passages_are_a_row_or_a_little_more_and_end_where_a_paragraph_does():
             assert end.endswith("\n")
 
 
-# ---- the demo
+def test_of_a_long_plain_text_nearly_all_tokens_are_in_rows(cache, tmp_path):
+    """Cut at any other length, a tenth and more would be lost."""
+    draw = random.Random(3)
+    text = "".join(words(draw, 9) + draw.choice(["\n", ".\n\n"]) for _ in range(20_000))
+    put(tmp_path / "data" / "book.txt", text)
+    prepare.main(["--data", str(tmp_path / "data"), "--seq-len", "256", "--vocab-size", "300"])
+    entries = prepare.manifest()["tokens"]
+    tokens = sum(entry["tokens"]["train"] for entry in entries)
+    packer = prepare.Packer(prepare.set_dir(), entries, "train", 257, repeat=False)
+    rows = packer.fill(np.empty((tokens // 257 + 1, 257), dtype=np.uint16))
+    assert 0.97 < rows * 257 / tokens <= 1
+    assert len(text) > 10 * documents.PASSAGE_BYTES

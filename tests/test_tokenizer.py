@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from miniature import WORDS
 
 import prepare
+from autoresearch.referee.manifest import read_manifest
 from prepare import SPECIAL_TOKENS, Fail, Tokenizer
 
 
@@ -176,7 +177,7 @@ def test_nothing_in_the_cache_runs_code(prepared_copy, tmp_path, place):
     pickle.loads(target.read_bytes()).close()
     assert mark.exists()  # the payload works; now without it
     mark.unlink()
-    prepare.read_manifest.cache_clear()
+    read_manifest.cache_clear()
     try:
         next(prepare.make_dataloader(Tokenizer.from_directory(), 2, 64, "train"))
     except Fail as stop:

@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 
 from autoresearch.common import Fail, cache_dir, sha256_of
 from autoresearch.corpus.documents import Source, read_parquet
-from autoresearch.corpus.progress import Progress, in_parallel
+from autoresearch.corpus.report import Progress, in_parallel
 
 HUB_PATH = "/datasets/karpathy/climbmix-400b-shuffle/resolve/main/"
 VAL_SHARD = 6542  # pinned; training shards count up from 0 and end before these two

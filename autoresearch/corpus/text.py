@@ -26,6 +26,7 @@ from autoresearch.corpus.documents import (
     kind_of,
     passages_of,
 )
+from autoresearch.referee.manifest import SPLITS
 
 # ------------------------------------------------------------------------------------- which files
 
@@ -164,7 +165,7 @@ def split_files(files: dict[str, Path], named: dict[str, str]) -> list[Source]:
         sizes = {digest: size for digest, size, _ in texts((None,))}
         splits.drawn = draw({d: sizes[d] for d in sizes if d not in splits.named}, wanted)
 
-    for split in ("train", "val", "test"):
+    for split in SPLITS:
         of_split = []
         for name in passages:
             mine = [p for p in passages[name] if splits.of(p.digest, named.get(name)) == split]

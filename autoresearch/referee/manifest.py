@@ -16,6 +16,7 @@ from types import MappingProxyType
 from autoresearch.common import ROOT, Fail, cache_dir, canonical, parse_signed
 
 FORMAT = 1  # of the cache; raised when its files, or the rules that made them, are no longer these
+SPLITS = ("train", "val", "test")  # in the token cache's index, by their place here
 
 
 def load_manifest(path: Path) -> dict:

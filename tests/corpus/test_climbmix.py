@@ -3,7 +3,6 @@
 import hashlib
 import io
 import json
-import multiprocessing
 import os
 import random
 import shutil
@@ -19,7 +18,7 @@ from types import MappingProxyType
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from miniature import ROOT, WORDS
+from miniature import ROOT, WORDS, start_forked
 
 from autoresearch.common import Fail, cache_dir
 from autoresearch.corpus import climbmix as room
@@ -154,15 +153,16 @@ class Hub:
         return sum(requested == name for _, requested, _, _ in self.requests)
 
 
+SETTINGS = ("HF_ENDPOINT", "AUTORESEARCH_CACHE", "NO_PROXY")
+
+
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
     for name, value in CONSTANTS.items():
         monkeypatch.setattr(room, name, value)
     hub = Hub()
     (tmp_path / "cache").mkdir()
-    for name, value in dict(
-        HF_ENDPOINT=hub.url, AUTORESEARCH_CACHE=str(tmp_path / "cache"), NO_PROXY="127.0.0.1"
-    ).items():
+    for name, value in zip(SETTINGS, (hub.url, str(tmp_path / "cache"), "127.0.0.1")):
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("HF_TOKEN", raising=False)
     yield hub
@@ -525,26 +525,24 @@ def test_the_token_goes_to_its_host_only(hub, tmp_path):
         assert TOKEN not in run.stdout + run.stderr and "alsosecret" not in run.stdout + run.stderr
 
 
-def fetch_all(url: str, cache: str):
-    os.environ.update(HF_ENDPOINT=url, AUTORESEARCH_CACHE=cache, NO_PROXY="127.0.0.1")
-    vars(room).update(CONSTANTS)
-    climbmix(3)
+DOWNLOAD = """
+from autoresearch.corpus import climbmix
+vars(climbmix).update({constants!r})
+climbmix.climbmix(3)
+"""
 
 
-def test_killed_fifteen_times(hub, tmp_path, monkeypatch):
-    """Processes forked from one that has everything imported, killed in their transfers."""
-    folders = (ROOT, ROOT / "tests", ROOT / "tests" / "corpus")  # where it finds what to import
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(map(str, folders)))
-    processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(["requests", "pyarrow.parquet", "test_climbmix"])
+def test_killed_fifteen_times(hub, tmp_path):
+    """In the middle of its transfers; then nothing is fetched twice, and all of it is right."""
     draw = random.Random(1)
     hub.misbehave = lambda r, nth: (r.honest(piece=700, pause=0.005), True)[1]
+    script = tmp_path / "download.py"
+    script.write_text(DOWNLOAD.format(constants=CONSTANTS))
     killed = 0
     for _ in range(15):
         hub.asked.clear()
-        process = processes.Process(target=fetch_all, args=(hub.url, str(tmp_path / "cache")))
-        process.start()
-        assert hub.asked.wait(20)
+        process = start_forked(script, **{name: os.environ[name] for name in SETTINGS})
+        assert hub.asked.wait(20), script.with_suffix(".log").read_text()
         time.sleep(draw.uniform(0, 0.08))
         process.kill()
         process.join()

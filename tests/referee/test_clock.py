@@ -1,14 +1,10 @@
-"""The clock, the watchdog and the ledger's figures: by a time that stands still, and by hanging."""
+"""The clock and what it says in the ledger, by a time that only the test moves."""
 
 import faulthandler
 import gc
 import json
 import os
 import re
-import subprocess
-import sys
-import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import pytest
@@ -18,6 +14,7 @@ from miniature import ROOT, draw_a_batch
 from autoresearch.common import parse_signed, signed
 from autoresearch.referee import clock as clock_room
 from autoresearch.referee import manifest as manifest_room
+from autoresearch.referee.ledger import read_ledger
 
 CPU = torch.device("cpu")
 TOKENS = 2 * 64  # of a batch in these tests
@@ -56,7 +53,7 @@ def test_a_run_holds_its_set_until_its_end(standing):
     prepare, _ = standing
 
     def is_free() -> bool:
-        lock = prepare.shared_lock(prepare.set_dir(), exclusive=True)
+        lock = manifest_room.shared_lock(prepare.set_dir(), exclusive=True)
         return lock is not None and os.close(lock) is None
 
     assert is_free()
@@ -81,7 +78,7 @@ def test_the_clock_starts_with_the_first_batch(standing):
     assert clock.elapsed == 0.5 and clock.progress == 0.25
     moment.sleep(100)
     assert clock.elapsed == 100.5 and clock.progress == 1
-    (start,), _ = prepare.read_ledger()
+    (start,), _ = read_ledger()
     assert start["event"] == "start" and start["startup_seconds"] == 12
 
 
@@ -130,7 +127,7 @@ def test_a_run_may_be_one_step_or_a_hundredth_over_its_budget(standing, name):
         return
     with pytest.raises(prepare.Fail, match=r"FAIL: trained \S+ s on a 2 s budget"):
         prepare.clock.ask_score(CPU)
-    records, _ = prepare.read_ledger()
+    records, _ = read_ledger()
     assert records[-1]["failure"].startswith("trained") and "score" not in records[-1]
 
 
@@ -157,7 +154,7 @@ def test_the_end_record_has_exact_figures(standing):
     ended = moment.now
     moment.sleep(50)  # scoring
     prepare.clock.end(score=0.5)
-    (start, end), damaged = prepare.read_ledger()
+    (start, end), damaged = read_ledger()
     assert damaged == 0 and start["run"] == end["run"] and end["score"] == 0.5
     assert end["training_seconds"] == round(ended - times[0], 3)
     assert (end["batches"], end["tokens"]) == (90, 90 * TOKENS)
@@ -196,7 +193,7 @@ def test_a_step_ends_when_the_loop_reads_the_clock(standing, batches):
         _ = prepare.clock.progress  # twice is no step more
     prepare.clock.ask_score(CPU)
     prepare.clock.end(score=1.0)
-    _, end = prepare.read_ledger()[0]
+    _, end = read_ledger()[0]
     assert (end["steps"], end["batches"]) == (4, 4 * batches)
     assert end["longest_step_seconds"] == round(0.01 * batches, 3)
 
@@ -208,7 +205,7 @@ def test_what_describes_a_run_stands_in_the_ledger(standing):
     next(loader)
     prepare.clock.describe(attention="blocked")
     prepare.clock.end(score=1.0)
-    start, end = prepare.read_ledger()[0]
+    start, end = read_ledger()[0]
     assert (start["attention"], start["compiled"], start["device_batch"]) == ("sdpa", False, 2)
     assert (end["attention"], end["compiled"], end["device_batch"]) == ("blocked", False, 2)
 
@@ -246,7 +243,7 @@ def test_a_run_that_drew_no_batch_gets_no_score(prepared_copy):
     loader_of(prepared_copy)
     with pytest.raises(prepared_copy.Fail, match="FAIL: no training batch was drawn"):
         prepared_copy.evaluate_bpb(torch.nn.Linear(1, 1), None, 8)
-    (end,), _ = prepared_copy.read_ledger()
+    (end,), _ = read_ledger()
     assert end["event"] == "end" and end["tokens"] == 0
 
 
@@ -349,170 +346,3 @@ def test_only_the_first_loader_and_the_first_batch_arm_it(prepared_copy, armed):
     prepare.clock.ask_score(CPU)
     prepare.clock.end(score=1.0)
     assert armed == [clock_room.START_LIMIT, limit]
-
-
-# ---- small scripts that cheat or hang, run as a user runs train.py
-
-AGENT = """
-import os, sys, threading, time
-sys.path.insert(0, {root!r})
-{before}
-import prepare, torch
-torch.set_num_threads(1)
-from autoresearch.common import parse_signed, signed
-from autoresearch.referee import clock as clock_room
-clock_room.START_LIMIT = {start_limit}
-clock_room.training_limit = lambda budget: {limit}
-from prepare import Tokenizer, make_dataloader, evaluate_bpb, clock
-tokenizer = Tokenizer.from_directory()
-class Model(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.table = torch.nn.Parameter(torch.zeros(300, 300))
-    def forward(self, inputs):
-        return self.table[inputs]
-model = Model()
-def train(seconds):
-    end = os.times().elapsed + seconds
-    while os.times().elapsed < end:
-        with torch.no_grad():
-            model.table.data += 1e-3
-        threading.Event().wait(0.002)
-loader = make_dataloader(tokenizer, 2, 64, "train")
-{body}
-print("val_bpb:", evaluate_bpb(model, tokenizer, 8))
-"""
-
-
-@dataclass
-class Agent:
-    body: str
-    before: str = ""  # the import of prepare
-    start_limit: float = 1200  # the watchdog's, in seconds
-    limit: float = 300
-
-
-STOPPED_TIME = """next(loader)
-for name in ("time", "monotonic", "perf_counter"):
-    setattr(time, name, lambda: 0.0)
-train(3)"""
-HANGS = {
-    "before the first batch": Agent("time.sleep(60)", start_limit=1),
-    "in python": Agent("next(loader)\nwhile True: pass", limit=1),
-    "in a lock": Agent(
-        "next(loader)\nlock = threading.Lock(); lock.acquire(); lock.acquire()", limit=1
-    ),
-    "in native code that holds the GIL": Agent(
-        "next(loader)\nimport ctypes; ctypes.PyDLL(None).sleep(60)", limit=1
-    ),
-    "at its end": Agent(
-        "next(loader)\nthreading.Thread(target=time.sleep, args=(60,)).start(); sys.exit(0)",
-        limit=1,
-    ),
-    "with new loaders": Agent(
-        "next(loader)\n"
-        "while True: time.sleep(0.1); next(loader := make_dataloader(tokenizer, 2, 64, 'train'))",
-        limit=1,
-    ),
-}
-TOO_LONG = {
-    "hoards batches": Agent("batches = [next(loader) for _ in range(20)]\ntrain(3)"),
-    "sleeps": Agent("next(loader)\ntime.sleep(3)"),
-    "stops the time": Agent(STOPPED_TIME),
-}
-AGENTS = {
-    "honest": Agent("train(1); next(loader); train(0.6)\nnext(loader); train(0.6)"),
-    "time replaced": Agent("next(loader)\ntrain(3)", before="time.monotonic = lambda: 0.0"),
-    "trains on in a thread": Agent(
-        "next(loader)\nthreading.Thread(target=train, args=(5,)).start()\n"
-        "threading.Event().wait(0.1)"
-    ),
-    "longer than its start-up may take": Agent("next(loader)\ntrain(1.5)", start_limit=1.2),
-    **TOO_LONG,
-    **HANGS,
-}
-
-
-@dataclass
-class Outcome:
-    code: int
-    log: str
-    records: list[dict]
-
-
-@pytest.fixture(scope="module")
-def outcomes(miniature, tmp_path_factory) -> dict[str, Outcome]:
-    """What became of every agent; most of their time they sleep, so four at a time."""
-
-    def run(agent: Agent) -> Outcome:
-        directory = tmp_path_factory.mktemp("agent")
-        cache = directory / "cache"
-        cache.mkdir()
-        for path in miniature.iterdir():
-            if not path.name.endswith(".jsonl"):
-                (cache / path.name).symlink_to(path)
-        script = directory / "agent.py"
-        script.write_text(AGENT.format(root=str(ROOT), **vars(agent)))
-        with open(directory / "run.log", "w") as log:
-            done = subprocess.run(
-                [sys.executable, script],
-                env={**os.environ, "AUTORESEARCH_CACHE": str(cache), "PYTHONUNBUFFERED": "1"},
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                timeout=300,
-            )
-        ledger = cache / "autoresearch.jsonl"
-        lines = ledger.read_text().splitlines() if ledger.exists() else []
-        log = (directory / "run.log").read_text()
-        return Outcome(done.returncode, log, [json.loads(line) for line in lines])
-
-    with ThreadPoolExecutor(4) as pool:
-        return dict(zip(AGENTS, pool.map(run, AGENTS.values())))
-
-
-def test_an_honest_run(outcomes):
-    honest = outcomes["honest"]
-    assert honest.code == 0 and "val_bpb:" in honest.log, honest.log
-    start, end = honest.records
-    assert (start["event"], end["event"]) == ("start", "end") and start["run"] == end["run"]
-    assert end["tokens"] == 2 * TOKENS and end["batches"] == 2
-    assert 1.1 <= end["training_seconds"] <= 2.1 and f"{end['score']}" in honest.log
-    assert start["startup_seconds"] >= 1  # training before the first batch shows
-
-
-@pytest.mark.parametrize("name", TOO_LONG)
-def test_training_too_long_gets_no_score(outcomes, name):
-    outcome = outcomes[name]
-    _, end = outcome.records
-    assert outcome.code == 1 and "val_bpb" not in outcome.log
-    assert outcome.log.splitlines()[-1].startswith("FAIL: trained ")
-    assert "score" not in end and end["failure"].startswith("trained")
-    assert end["training_seconds"] > 2.9
-
-
-def test_time_replaced_before_the_import_shows_in_the_ledger(outcomes):
-    """Who owns the process can fool the clock; the ledger's times of day do not come from it."""
-    start, end = outcomes["time replaced"].records
-    times = [time.mktime(time.strptime(r["time"], "%Y-%m-%dT%H:%M:%SZ")) for r in (start, end)]
-    assert end["training_seconds"] == 0 and times[1] - times[0] >= 2
-
-
-def test_a_thread_that_goes_on_training_gets_no_score(outcomes):
-    outcome = outcomes["trains on in a thread"]
-    assert outcome.code == 1 and "val_bpb" not in outcome.log
-    assert outcome.log.splitlines()[-1].startswith("FAIL: ")
-    assert "score" not in outcome.records[-1]
-
-
-@pytest.mark.parametrize("name", HANGS)
-def test_the_watchdog_ends_a_process_that_hangs(outcomes, name):
-    outcome = outcomes[name]
-    assert outcome.code == 1 and "val_bpb" not in outcome.log
-    assert "Timeout (" in outcome.log and "most recent call first" in outcome.log
-    events = [record["event"] for record in outcome.records]
-    assert events == ([] if name == "before the first batch" else ["start"])
-
-
-def test_start_up_and_training_have_limits_of_their_own(outcomes):
-    outcome = outcomes["longer than its start-up may take"]
-    assert outcome.code == 0, outcome.log

@@ -9,6 +9,10 @@ import pytest
 import torch
 from miniature import draw_a_batch
 
+from autoresearch.common import signed
+from autoresearch.referee.ledger import read_ledger
+from autoresearch.referee.manifest import read_manifest
+
 CASES = 100  # of each kind of file
 
 
@@ -68,12 +72,12 @@ def test_manifest(prepared_copy):
     prepare = prepared_copy
     right = prepare.manifest()
     for _ in damages(prepare.cache_dir() / "manifest.json", seed=1):
-        prepare.read_manifest.cache_clear()
+        read_manifest.cache_clear()
         try:
             assert prepare.manifest() == right
         except prepare.Fail as stop:
             assert is_clear(stop)
-    prepare.read_manifest.cache_clear()
+    read_manifest.cache_clear()
     assert prepare.manifest() == right
 
 
@@ -119,9 +123,9 @@ def test_ledger(prepared_copy):
     prepare = prepared_copy
     path = prepare.cache_dir() / "autoresearch.jsonl"
     lines = [{"event": "end", "run": str(n), "seed": 42, "score": n / 7} for n in range(4)]
-    path.write_bytes(b"".join(map(prepare.signed, lines)))
+    path.write_bytes(b"".join(map(signed, lines)))
     for _ in damages(path, seed=4):
-        records, skipped = prepare.read_ledger()
+        records, skipped = read_ledger()
         assert all(record in lines for record in records)
         assert len(records) + skipped <= len(path.read_bytes().split(b"\n"))
 

@@ -14,6 +14,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import prepare
+from autoresearch.common import Fail
 from autoresearch.referee import leakcheck
 
 V, WIDTH = 300, 32
@@ -81,10 +82,8 @@ def averaged_attention(which, size):
         q = k = v = x
         mean = averaged(size)(model, x)
         q, k, v = (mean if name in which else x for name in "qkv")
-        scores = (0.5 * q @ k.mT).masked_fill(
-            ~reach(x.shape[1], 0), -torch.inf
-        )  # sharp: it looks at few positions
-        return scores.softmax(-1) @ v
+        scores = (0.5 * q @ k.mT).masked_fill(~reach(x.shape[1], 0), -torch.inf)
+        return scores.softmax(-1) @ v  # sharp: it looks at few positions
 
     return mix
 
@@ -120,9 +119,8 @@ def decaying(T):
     return torch.exp(-torch.arange(T) / (T / 8))
 
 
-def mostly_causal(
-    T,
-):  # 99% of the weight on the past of the near half, a little on what wraps around
+def mostly_causal(T):
+    """99% of the weight on the past of the near half, a little on what wraps around."""
     kernel = torch.exp(-torch.arange(T) / 8)
     kernel[-1] += 0.01 * kernel.sum()
     return kernel
@@ -257,12 +255,12 @@ def text(B, T, skewed=True, vocab_size=V):
 def exactly(model, T, B=4, skewed=True):
     """ExactCheck, until it has its least number of probes; the line of the refusal, or None."""
     inputs, exact = text(B, T, skewed), leakcheck.ExactCheck(T)
-    examined = prepare.EvalModel(model, V)
+    examined = leakcheck.EvalModel(model, V)
     try:
         logits = examined(inputs).clone()
         for _ in range(0, leakcheck.MIN_EXACT_PROBES, B):
             exact(examined, inputs, logits)
-    except prepare.Fail as stop:
+    except Fail as stop:
         return str(stop)
 
 
@@ -292,21 +290,11 @@ def test_a_leak_late_in_the_row_is_refused(name, weight, dtype):
     assert "sees the future" in (line or "passed")
 
 
-@pytest.mark.parametrize("name", LEAKS)
-def test_a_leak_is_refused_when_traced_as_a_graph(name):
-    torch._dynamo.reset()
-    model = Model(LEAKS[name], torch.bfloat16).eval()
-    model = torch.compile(model, dynamic=False, backend="aot_eager")
-    assert "sees the future" in (exactly(model, 64) or "passed")
-
-
 @pytest.mark.parametrize(
     "name, word",
     [
-        ("bidirectional attention", "sees the future"),
         ("stream averaged over 16", "sees the future"),
         ("attention", "passed"),
-        ("scan", "passed"),
     ],
 )
 def test_compiled_to_fused_kernels(name, word):
@@ -335,9 +323,9 @@ TOKEN_BYTES = np.array([3] * (V - 4) + [0] * 4)
 def scored(model, rows, batch_size=4):
     """(bits per byte or None, the line of the refusal or None)."""
     try:
-        examined = prepare.EvalModel(model, V)
+        examined = leakcheck.EvalModel(model, V)
         return prepare.bits_per_byte(examined, rows, TOKEN_BYTES, batch_size), None
-    except prepare.Fail as stop:
+    except Fail as stop:
         return None, str(stop)
 
 

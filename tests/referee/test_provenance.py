@@ -13,6 +13,7 @@ from miniature import ROOT, draw_a_batch
 
 from autoresearch.common import sha256_of
 from autoresearch.referee import provenance
+from autoresearch.referee.ledger import read_ledger
 from autoresearch.referee.provenance import describe_run, imported_files, kit_sha256
 
 CPU = torch.device("cpu")
@@ -58,7 +59,7 @@ def test_the_script_is_described_as_it_was_read_and_not_as_it_is_edited(
     prepared_copy.clock.__init__()
     (tmp_path / "train.py").write_text("2")
     draw_a_batch(prepared_copy)
-    (start,), _ = prepared_copy.read_ledger()
+    (start,), _ = read_ledger()
     assert start["script"] == "train.py"
     assert start["train_sha256"] == hashlib.sha256(b"1").hexdigest()
 
@@ -78,7 +79,7 @@ def test_an_edit_in_the_kit_shows(monkeypatch, tmp_path):
 def test_a_run_takes_the_id_it_is_given(prepared_copy, monkeypatch):
     monkeypatch.setenv("AUTORESEARCH_RUN", "0123456789ab")
     draw_a_batch(prepared_copy)
-    (start,), _ = prepared_copy.read_ledger()
+    (start,), _ = read_ledger()
     assert start["run"] == "0123456789ab"
 
 
