@@ -129,11 +129,6 @@ def no_warm_up():
     warmup.fit = fit
 
 
-def exploding():
-    real = train.GPT.forward
-    train.GPT.forward = lambda self, *inputs: real(self, *inputs) * 1000
-
-
 def unused_parameter():
     real = train.Block.__init__
 

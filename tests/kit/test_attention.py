@@ -1,7 +1,6 @@
 """Attention: every backend that runs here against a plain float64 loop; which is chosen."""
 
 import os
-from dataclasses import dataclass
 
 import pytest
 import torch
@@ -95,39 +94,29 @@ def test_blocked_attention_makes_only_the_products_it_needs():
 
     with Watch():
         blocked_attention(q, k, v, 8)
-    assert (
-        largest == 2 * 4 * 64 * 16
-    )  # B x H x T scores of a block and the one before, not of all 64 positions
+    # B x H x T scores of a block and the one before, not of all 64 positions.
+    assert largest == 2 * 4 * 64 * 16
 
 
 # ----------------------------------------------------------------------------- which is chosen
 
 
-@dataclass
-class Choice:
-    kind: str
-    name: str
-    reason: str | None
-    dtype: torch.dtype = torch.bfloat16
-    capability: tuple[int, int] | None = None
-    hip: str | None = None
-
-
-CHOICES = [
-    Choice("cpu", "blocked", "needs an NVIDIA GPU"),
-    Choice("mps", "sdpa", "needs an NVIDIA GPU", dtype=torch.float32),
-    Choice("cuda", "flex", "needs an NVIDIA GPU", capability=(9, 4), hip="7.0"),
-    Choice("cuda", "flex", "bfloat16 on 7.5", capability=(7, 5)),
-    Choice("cuda", "flex", "bfloat16 on 10.0", capability=(10, 0)),
-    Choice("cuda", "flex", "bfloat16 on 12.0", capability=(12, 0)),
-    Choice("cuda", "flex", "float32 on 8.0", capability=(8, 0), dtype=torch.float32),
-    Choice("cuda", "flash3", None, capability=(9, 0)),
-    Choice("cuda", "flash3", None, capability=(8, 6)),
+BF16, FP32 = torch.bfloat16, torch.float32
+CHOICES = [  # device, dtype, capability, ROCm; the choice, and why not FlashAttention 3
+    ("cpu", BF16, None, None, "blocked", "needs an NVIDIA GPU"),
+    ("mps", FP32, None, None, "sdpa", "needs an NVIDIA GPU"),
+    ("cuda", BF16, (9, 4), "7.0", "flex", "needs an NVIDIA GPU"),
+    ("cuda", BF16, (7, 5), None, "flex", "bfloat16 on 7.5"),
+    ("cuda", BF16, (10, 0), None, "flex", "bfloat16 on 10.0"),
+    ("cuda", BF16, (12, 0), None, "flex", "bfloat16 on 12.0"),
+    ("cuda", FP32, (8, 0), None, "flex", "float32 on 8.0"),
+    ("cuda", BF16, (9, 0), None, "flash3", None),
+    ("cuda", BF16, (8, 6), None, "flash3", None),
 ]
 
 
-@pytest.mark.parametrize("choice", CHOICES, ids=str)
-def test_the_choice_and_its_reason(monkeypatch, capsys, choice):
+@pytest.mark.parametrize("kind, dtype, capability, hip, name, reason", CHOICES)
+def test_the_choice_and_its_reason(monkeypatch, capsys, kind, dtype, capability, hip, name, reason):
     calls = []
 
     def flash(*args, **kwargs):
@@ -136,25 +125,25 @@ def test_the_choice_and_its_reason(monkeypatch, capsys, choice):
     def flex(q, k, v, window):
         raise AssertionError("only its name is asked for")
 
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: choice.capability)
-    monkeypatch.setattr(torch.version, "hip", choice.hip)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.version, "hip", hip)
     monkeypatch.setattr(attention, "load_flash_attention_3", lambda: flash)
     monkeypatch.setattr(attention, "FlexAttention", lambda seq_len, windows, device: flex)
-    device = torch.device(choice.kind)
-    attend = attention.choose(device, choice.dtype, 64, {8, 64})
+    device = torch.device(kind)
+    attend = attention.choose(device, dtype, 64, {8, 64})
     # this device has no better one: nothing went wrong
-    assert attention.describe(attend) == (choice.name, None)
+    assert attention.describe(attend) == (name, None)
     lines = capsys.readouterr().out.splitlines()
-    if choice.name == "flash3":
+    if name == "flash3":
         attend("q", "k", "v", 8)
         assert calls == [(("q", "k", "v"), dict(causal=True, window_size=(8, 0)))]
         assert lines == []
     else:
         backends = dict(blocked=blocked_attention, sdpa=sdpa_attention, flex=flex)
-        assert attend.function is backends[choice.name]
+        assert attend.function is backends[name]
         assert len(lines) == 1
-        assert f"attention: {choice.name}, because FlashAttention 3" in lines[0]
-        assert choice.reason in lines[0]
+        assert f"attention: {name}, because FlashAttention 3" in lines[0]
+        assert reason in lines[0]
 
 
 def test_a_kernel_that_does_not_load_is_the_reason(monkeypatch, capsys):
