@@ -246,7 +246,7 @@ class GPT(nn.Module):
         super().__init__()
         n_head = hp.N_EMBD // hp.HEAD_DIM
         n_kv_head = hp.N_KV_HEAD or n_head
-        assert hp.N_EMBD % hp.HEAD_DIM == 0, f"N_EMBD {hp.N_EMBD} % HEAD_DIM {hp.HEAD_DIM} is not 0"
+        assert hp.N_EMBD % hp.HEAD_DIM == 0, f"N_EMBD {hp.N_EMBD} is no multiple of {hp.HEAD_DIM}"
         assert hp.HEAD_DIM % 2 == 0, f"HEAD_DIM {hp.HEAD_DIM} is odd: channels rotate in pairs"
         assert n_head % n_kv_head == 0, f"N_KV_HEAD {n_kv_head} must divide the {n_head} heads"
         # every second layer has a value embedding, the last always
@@ -301,9 +301,9 @@ class GPT(nn.Module):
 
     def compile_parts(self):
         """In place, by parts: the loss is a loop over pieces, which compiled whole is unrolled."""
-        self.trunk = warmup.compiled(self.trunk)
-        self.logits = warmup.compiled(self.logits)
-        self.loss_piece = warmup.compiled(self.loss_piece)
+        self.trunk = warmup.compile(self.trunk)
+        self.logits = warmup.compile(self.logits)
+        self.loss_piece = warmup.compile(self.loss_piece)
 
     def forward(self, inputs: Tensor, targets: Tensor | None = None) -> Tensor:
         x = self.trunk(inputs)
@@ -499,7 +499,7 @@ class MuonAdamW:
         self.lr_multiplier = torch.zeros((), device=device)
         self.momentum = torch.zeros((), device=device)
         self.decay_multiplier = torch.zeros((), device=device)
-        self.step_groups = warmup.compiled(self._step_groups) if compiled else self._step_groups
+        self.step_groups = warmup.compile(self._step_groups) if compiled else self._step_groups
 
     def state_tensors(self) -> list[Tensor]:
         return [tensor for group in self.groups for tensor in group.state.values()]
@@ -620,7 +620,7 @@ def main() -> float:
     size = SIZE or pick_size(device, manifest()["corpus"])
     hp = SIZES[size]
     T, budget = prepare.MAX_SEQ_LEN, prepare.TIME_BUDGET
-    assert hp.TOKENS_PER_STEP % T == 0, f"TOKENS_PER_STEP {hp.TOKENS_PER_STEP} % {T} is not 0"
+    assert hp.TOKENS_PER_STEP % T == 0, f"TOKENS_PER_STEP is no multiple of {T}, the sequence"
     rows = hp.TOKENS_PER_STEP // T
     wanted = min(hp.DEVICE_BATCH_SIZE, rows)
     assert rows % wanted == 0, f"DEVICE_BATCH_SIZE {wanted} must divide the {rows} rows of a step"

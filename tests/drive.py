@@ -1,12 +1,13 @@
 """train.py with a small model and parts of it replaced; see test_train.py, which forks it."""
 
+import dataclasses
 import hashlib
 
 import torch
 
 import prepare
 import train
-from autoresearch.kit import report, warmup
+from autoresearch.kit import attention, report, warmup
 
 SMALL = dict(
     N_LAYER=2,
@@ -83,6 +84,32 @@ def by_steps():
     train.evaluate_bpb = score
 
 
+def noisy():
+    """A model that draws random numbers in training."""
+    real = train.forward_backward
+
+    def forward_backward(model, inputs, *arguments):
+        with torch.no_grad():
+            model.smear_scale += 0.01 * torch.randn(())
+        return real(model, inputs, *arguments)
+
+    train.forward_backward = forward_backward
+
+
+def fallen_back():
+    """Size `gpu`, on attention that is not the best and uncompiled."""
+    train.SIZE = "gpu"
+    train.SIZES["gpu"] = train.SIZES.pop("cpu")
+    attend = attention.Attend("sdpa", attention.sdpa_attention, "no FlashAttention 3")
+    attention.choose = lambda *_: attend
+    real = warmup.fit
+
+    def fit(*steps, **arguments):
+        return dataclasses.replace(real(*steps, **arguments), fell_back="no compiler")
+
+    warmup.fit = fit
+
+
 def three_rows_fit():
     """A device with room for three rows in training."""
     real = train.GPT.forward
@@ -100,11 +127,6 @@ def no_warm_up():
         return warmup.Warm(wanted, eval_wanted, compiled=False, fell_back=None)
 
     warmup.fit = fit
-
-
-def exploding():
-    real = train.GPT.forward
-    train.GPT.forward = lambda self, *inputs: real(self, *inputs) * 1000
 
 
 def unused_parameter():

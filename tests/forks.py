@@ -29,6 +29,15 @@ class Ran:
         return re.search(rf"^{key}: (.*)$", self.log, re.M)[1]
 
 
+def assert_failed(ran: Ran, *words: str):
+    """Exit code 1, no score, and one line `FAIL: ` with these words, the last of the log."""
+    assert ran.code == 1, ran.log
+    assert ran.lines[-1].startswith("FAIL: "), ran.log
+    assert sum(line.startswith("FAIL: ") for line in ran.lines) == 1, ran.log
+    assert "_bpb" not in ran.log
+    assert all(word in ran.lines[-1] for word in words), ran.log
+
+
 class Forks:
     """`imports` are run once; each `run` is a fork of that, so it costs no second."""
 

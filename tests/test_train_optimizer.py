@@ -45,18 +45,15 @@ def test_orthogonalize_is_near_the_polar_factor(shape, scale):
     g = draw(*shape) * scale
     u, spectrum, vh = torch.linalg.svd(g.double(), full_matrices=False)
     exact = train.orthogonalize(g, torch.float32).double()
-    reach = (
-        spectrum / spectrum[..., :1] > 1e-2
-    )  # five steps lift what is not much smaller than the largest
+    # Five steps lift what is not much smaller than the largest.
+    reach = spectrum / spectrum[..., :1] > 1e-2
     assert reach.float().mean() > 0.9
-    own = (
-        u.mT @ exact @ vh.mT
-    )  # in g's own basis: a polynomial of g stays diagonal there, whatever its singular values
+    # In g's own basis: a polynomial of g stays diagonal there, whatever its singular values.
+    own = u.mT @ exact @ vh.mT
     diagonal = own.diagonal(dim1=-2, dim2=-1)
     assert (own - torch.diag_embed(diagonal)).abs().max() < 1e-3
-    assert (
-        diagonal[reach].min() > 0.85 and diagonal[reach].max() < 1.15
-    )  # the band that the five polynomials leave
+    # The band that the five polynomials leave.
+    assert diagonal[reach].min() > 0.85 and diagonal[reach].max() < 1.15
     near = train.orthogonalize(g).double()  # as Muon calls it, in bf16
     assert near.isfinite().all() and (near - u @ vh).norm() < 0.15 * (u @ vh).norm()
     values = torch.linalg.svdvals(near)
@@ -91,9 +88,8 @@ def test_adamw_is_torchs_over_many_steps(betas):
     for step in range(200):
         multiplier = 1 if step < 100 else 0.3
         reference.param_groups[0]["lr"] = 0.02 * multiplier
-        ours.grad = (
-            draw(20, 8, seed=step) * (step % 7) * torch.logspace(-10, 1, 8)
-        )  # down to where eps counts
+        # Down to where eps counts.
+        ours.grad = draw(20, 8, seed=step) * (step % 7) * torch.logspace(-10, 1, 8)
         theirs.grad = ours.grad.double()
         optimizer.step(multiplier, 0.9, 1.0)
         reference.step()

@@ -1,7 +1,7 @@
 """
 Compiling and warming up, off the clock: find the batch that fits, put everything back.
 
-    model.trunk = warmup.compiled(model.trunk)
+    model.trunk = warmup.compile(model.trunk)
     warm = warmup.fit(train_step, score_step, restore=tensors, rows=128, wanted=64, ...)
 
 Nothing here knows a model: `fit` calls the two functions on whatever they make up, and afterwards
@@ -28,7 +28,7 @@ from autoresearch.referee.clock import fail
 
 @dataclass
 class Warm:
-    """What a warm-up found out."""
+    """What `fit` found."""
 
     batch: int  # rows at a time that fit in training
     eval_batch: int  # and in scoring
@@ -36,7 +36,7 @@ class Warm:
     fell_back: str | None  # why it is not compiled, where compiling failed
 
 
-def compiled(function: Callable) -> Callable:
+def compile(function: Callable) -> Callable:
     """torch.compile for shapes that stay; the function itself where $TORCH_COMPILE_DISABLE is 1."""
     # torch.compile honours the variable too, but first imports the compiler, which takes seconds.
     return torch.compile(function, dynamic=False) if _compiles() else function
@@ -78,9 +78,8 @@ def fit(
 
     def train(batch: int):
         nonlocal step_seconds
-        passes = min(
-            2, rows // batch
-        )  # the second adds to gradients, which takes memory of its own
+        # The second pass adds to gradients, which takes memory of its own.
+        passes = min(2, rows // batch)
         for _ in range(2):  # the second finds everything compiled and all memory allocated
             step_began = time.perf_counter()
             train_step(batch, passes)

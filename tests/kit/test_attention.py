@@ -1,18 +1,9 @@
-"""Attention: every backend that runs here against a plain float64 loop; which is chosen; how
-FlashAttention 3 is loaded."""
+"""Attention: every backend that runs here against a plain float64 loop; which is chosen."""
 
-import hashlib
-import json
 import os
-import socket
-import threading
-import time
-from dataclasses import dataclass
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
-from forks import Forks
 
 from autoresearch.kit import attention
 from autoresearch.kit.attention import FlexAttention, blocked_attention, sdpa_attention
@@ -103,39 +94,29 @@ def test_blocked_attention_makes_only_the_products_it_needs():
 
     with Watch():
         blocked_attention(q, k, v, 8)
-    assert (
-        largest == 2 * 4 * 64 * 16
-    )  # B x H x T scores of a block and the one before, not of all 64 positions
+    # B x H x T scores of a block and the one before, not of all 64 positions.
+    assert largest == 2 * 4 * 64 * 16
 
 
 # ----------------------------------------------------------------------------- which is chosen
 
 
-@dataclass
-class Choice:
-    kind: str
-    name: str
-    reason: str | None
-    dtype: torch.dtype = torch.bfloat16
-    capability: tuple[int, int] | None = None
-    hip: str | None = None
-
-
-CHOICES = [
-    Choice("cpu", "blocked", "needs an NVIDIA GPU"),
-    Choice("mps", "sdpa", "needs an NVIDIA GPU", dtype=torch.float32),
-    Choice("cuda", "flex", "needs an NVIDIA GPU", capability=(9, 4), hip="7.0"),
-    Choice("cuda", "flex", "bfloat16 on 7.5", capability=(7, 5)),
-    Choice("cuda", "flex", "bfloat16 on 10.0", capability=(10, 0)),
-    Choice("cuda", "flex", "bfloat16 on 12.0", capability=(12, 0)),
-    Choice("cuda", "flex", "float32 on 8.0", capability=(8, 0), dtype=torch.float32),
-    Choice("cuda", "flash3", None, capability=(9, 0)),
-    Choice("cuda", "flash3", None, capability=(8, 6)),
+BF16, FP32 = torch.bfloat16, torch.float32
+CHOICES = [  # device, dtype, capability, ROCm; the choice, and why not FlashAttention 3
+    ("cpu", BF16, None, None, "blocked", "needs an NVIDIA GPU"),
+    ("mps", FP32, None, None, "sdpa", "needs an NVIDIA GPU"),
+    ("cuda", BF16, (9, 4), "7.0", "flex", "needs an NVIDIA GPU"),
+    ("cuda", BF16, (7, 5), None, "flex", "bfloat16 on 7.5"),
+    ("cuda", BF16, (10, 0), None, "flex", "bfloat16 on 10.0"),
+    ("cuda", BF16, (12, 0), None, "flex", "bfloat16 on 12.0"),
+    ("cuda", FP32, (8, 0), None, "flex", "float32 on 8.0"),
+    ("cuda", BF16, (9, 0), None, "flash3", None),
+    ("cuda", BF16, (8, 6), None, "flash3", None),
 ]
 
 
-@pytest.mark.parametrize("choice", CHOICES, ids=str)
-def test_the_choice_and_its_reason(monkeypatch, capsys, choice):
+@pytest.mark.parametrize("kind, dtype, capability, hip, name, reason", CHOICES)
+def test_the_choice_and_its_reason(monkeypatch, capsys, kind, dtype, capability, hip, name, reason):
     calls = []
 
     def flash(*args, **kwargs):
@@ -144,25 +125,25 @@ def test_the_choice_and_its_reason(monkeypatch, capsys, choice):
     def flex(q, k, v, window):
         raise AssertionError("only its name is asked for")
 
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: choice.capability)
-    monkeypatch.setattr(torch.version, "hip", choice.hip)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.version, "hip", hip)
     monkeypatch.setattr(attention, "load_flash_attention_3", lambda: flash)
     monkeypatch.setattr(attention, "FlexAttention", lambda seq_len, windows, device: flex)
-    device = torch.device(choice.kind)
-    attend = attention.choose(device, choice.dtype, 64, {8, 64})
+    device = torch.device(kind)
+    attend = attention.choose(device, dtype, 64, {8, 64})
     # this device has no better one: nothing went wrong
-    assert attention.describe(attend) == (choice.name, None)
+    assert attention.describe(attend) == (name, None)
     lines = capsys.readouterr().out.splitlines()
-    if choice.name == "flash3":
+    if name == "flash3":
         attend("q", "k", "v", 8)
         assert calls == [(("q", "k", "v"), dict(causal=True, window_size=(8, 0)))]
         assert lines == []
     else:
         backends = dict(blocked=blocked_attention, sdpa=sdpa_attention, flex=flex)
-        assert attend.function is backends[choice.name]
+        assert attend.function is backends[name]
         assert len(lines) == 1
-        assert f"attention: {choice.name}, because FlashAttention 3" in lines[0]
-        assert choice.reason in lines[0]
+        assert f"attention: {name}, because FlashAttention 3" in lines[0]
+        assert reason in lines[0]
 
 
 def test_a_kernel_that_does_not_load_is_the_reason(monkeypatch, capsys):
@@ -212,228 +193,3 @@ def test_flex_attention_too_large_for_the_card_gets_smaller_blocks_once():
     # of another backend, and of a function of ones own, nothing is asked
     assert attention.shrink_blocks(attention.Attend("blocked", blocked_attention), error) is None
     assert attention.shrink_blocks(lambda q, k, v, window: q, error) is None
-
-
-# -------------------------------------------------------------------- loading FlashAttention 3
-
-REPOSITORY = "kernels-community/flash-attn3"
-FOLDER = "build/torch-universal"  # a variant for any device and torch
-
-
-def kernel_files(answer: str, version: int = 1) -> dict[str, bytes]:
-    """A stand-in kernel in the layout of kernel-builder: {path: content}."""
-    metadata = {
-        "name": "flash-attn3",
-        "id": f"flash_attn3_{answer}",
-        "version": version,
-        "license": "MIT",
-        "backend": {"type": "cpu"},
-        "python-depends": [],
-    }
-    files = {
-        "metadata.json": json.dumps(metadata),
-        "__init__.py": "from .interface import flash_attn_func\n",
-        "interface.py": "def flash_attn_func(q, k, v, causal, window_size):\n"
-        f"    return '{answer}', window_size\n",
-    }
-    return {f"{FOLDER}/{name}": text.encode() for name, text in files.items()}
-
-
-class Hub:
-    """A hub with one kernel, as far as huggingface_hub and kernels ask it.
-
-    Its branch v1 resolves to a commit; files and tree listings are served by that commit.
-    """
-
-    def __init__(self):
-        self.commit = "c" * 40
-        self.files = kernel_files("from the hub") | {"README.md": b"not a part of any build\n"}
-        self.requests = []  # "METHOD /path"
-        hub = self
-
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def do_GET(self):
-                path = self.path.partition("?")[0]
-                hub.requests.append(f"{self.command} {path}")
-                status, headers, body = hub.answer(path)
-                self.send_response(status)
-                for name, value in {**headers, "Content-Length": len(body)}.items():
-                    self.send_header(name, str(value))
-                self.end_headers()
-                if self.command == "GET":
-                    self.wfile.write(body)
-
-            do_HEAD = do_GET
-
-            def log_message(self, *_):
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_port}"
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
-
-    def close(self):
-        self.server.shutdown()
-        self.server.server_close()
-
-    def answer(self, path: str) -> tuple[int, dict, bytes]:
-        api = f"/api/kernels/{REPOSITORY}"
-        resolve = f"/kernels/{REPOSITORY}/resolve/{self.commit}/"
-        if path == "/":
-            return 200, {}, b""
-        if path == "/api/organizations/kernels-community/overview":
-            organization = {"name": "kernels-community", "trustedKernelPublisher": True}
-            return 200, {}, json.dumps(organization).encode()
-        if path == f"{api}/refs":
-            v1 = {"name": "v1", "ref": "refs/heads/v1", "targetCommit": self.commit}
-            return 200, {}, json.dumps({"branches": [v1], "converts": [], "tags": []}).encode()
-        if path == f"{api}/tree/{self.commit}/build":
-            folder = {"type": "directory", "path": FOLDER, "oid": "d" * 40, "size": 0}
-            return 200, {}, json.dumps([folder]).encode()
-        if path == f"{api}/tree/{self.commit}":
-            listing = []
-            for name, content in self.files.items():
-                oid = hashlib.sha1(content).hexdigest()
-                listing.append({"type": "file", "path": name, "size": len(content), "oid": oid})
-            return 200, {}, json.dumps(listing).encode()
-        name = path.removeprefix(resolve)
-        if path.startswith(resolve) and name in self.files:
-            content = self.files[name]
-            etag = f'"{hashlib.sha1(content).hexdigest()}"'
-            return 200, {"X-Repo-Commit": self.commit, "ETag": etag}, content
-        return 404, {"X-Error-Code": "EntryNotFound"}, b""
-
-
-@pytest.fixture
-def hub():
-    hub = Hub()
-    yield hub
-    hub.close()
-
-
-IMPORTS = "import torch\nfrom autoresearch.kit import attention\n"
-LOAD = """\
-torch.cuda.get_device_capability = lambda device: (9, 0)
-attention.FlexAttention = lambda *_: lambda q, k, v, window: "flex"
-attend = attention.choose(torch.device("cuda"), torch.bfloat16, 64, {64})
-print(attend(1, 2, 3, 7))
-"""
-
-
-@pytest.fixture(scope="module")
-def processes():
-    forks = Forks(IMPORTS)
-    yield forks
-    forks.close()
-
-
-@pytest.fixture
-def load(processes):
-    def load(cache, endpoint: str, **environment) -> list[str]:
-        """A process chooses its attention, as on a Hopper card: all that it prints."""
-        unset = [name for name in os.environ if name.lower().endswith("_proxy")]
-        unset += ["KERNELS_CACHE", "LOCAL_KERNELS", "HF_HUB_OFFLINE", "HF_HOME"]
-        own = {"HF_HUB_CACHE": str(cache), "HF_ENDPOINT": endpoint, **environment}
-        ran = processes.run(IMPORTS + LOAD, **dict.fromkeys(unset) | own)
-        assert ran.code == 0, ran.log
-        return [line for line in ran.lines if "No CUDA runtime is found" not in line]
-
-    return load
-
-
-FROM_THE_HUB = "('from the hub', (7, 0))"
-
-
-def test_the_kernel_is_downloaded_once_and_never_asked_for_again(hub, load, tmp_path):
-    first = load(tmp_path, hub.url)
-    assert len(first) == 2 and first[0].startswith("attention: downloading FlashAttention 3 (")
-    assert first[1] == FROM_THE_HUB
-    assert f"GET /kernels/{REPOSITORY}/resolve/{hub.commit}/{FOLDER}/interface.py" in hub.requests
-    assert not any("README" in request for request in hub.requests)
-    assert not list(tmp_path.glob("*/refs/v1"))  # why get_kernel finds nothing when offline
-
-    hub.requests.clear()
-    assert load(tmp_path, hub.url) == [FROM_THE_HUB]
-    assert hub.requests == []
-
-    hub.close()
-    assert load(tmp_path, hub.url) == [FROM_THE_HUB]
-
-
-def test_a_download_that_was_cut_off_is_finished(hub, load, tmp_path):
-    load(tmp_path, hub.url)
-    (missing,) = tmp_path.glob(f"*/snapshots/*/{FOLDER}/interface.py")
-    missing.unlink()
-    lines = load(tmp_path, hub.url)
-    assert lines[-1] == FROM_THE_HUB
-    assert len(lines) == 2 and "interface" in lines[0]  # what was wrong with the cached one
-    assert load(tmp_path, hub.url) == [FROM_THE_HUB]
-
-
-def write(directory, files: dict[str, bytes]):
-    for name, content in files.items():
-        path = directory / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content)
-
-
-def snapshots(cache):
-    return cache / "kernels--kernels-community--flash-attn3" / "snapshots"
-
-
-def test_of_several_snapshots_the_newest_of_version_1_is_loaded(load, tmp_path):
-    for age, (answer, version) in enumerate([("other", 2), ("newer", 1), ("older", 1)]):
-        snapshot = snapshots(tmp_path) / (str(age) * 40)
-        write(snapshot, kernel_files(answer, version))
-        os.utime(snapshot, (1e9 - age, 1e9 - age))
-    nowhere = "http://127.0.0.1:9"
-    assert load(tmp_path, nowhere, HF_HUB_OFFLINE="1") == ["('newer', (7, 0))"]
-
-
-def test_a_kernel_named_by_local_kernels_comes_first(load, tmp_path):
-    write(snapshots(tmp_path) / ("a" * 40), kernel_files("cached"))
-    write(tmp_path / "mine", kernel_files("local"))
-    local = f"{REPOSITORY}={tmp_path / 'mine'}"
-    assert load(tmp_path, "http://127.0.0.1:9", LOCAL_KERNELS=local) == ["('local', (7, 0))"]
-
-
-def test_offline_and_not_cached(hub, load, tmp_path):
-    lines = load(tmp_path, hub.url, HF_HUB_OFFLINE="1")
-    assert lines[1] == "flex" and len(lines) == 2
-    assert "HF_HUB_OFFLINE is set" in lines[0] and "not in the local cache" in lines[0]
-    assert hub.requests == []
-
-
-@pytest.mark.parametrize("kind", ["closed", "silent"])
-def test_a_dead_hub_costs_a_few_seconds_and_one_line(monkeypatch, tmp_path, capfd, kind):
-    from huggingface_hub import constants
-
-    server = socket.create_server(("127.0.0.1", 0))
-    port = server.getsockname()[1]
-    if kind == "closed":
-        server.close()
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{port}")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(attention, "FlexAttention", lambda *_: None)
-    for name in ("KERNELS_CACHE", "LOCAL_KERNELS", "HTTP_PROXY", "http_proxy", "ALL_PROXY"):
-        monkeypatch.delenv(name, raising=False)
-    began = time.monotonic()
-    attend = attention.choose(torch.device("cuda"), torch.bfloat16, 64, {64})
-    name, failure = attention.describe(attend)
-    assert failure.startswith("FlashAttention 3 is not usable: ")
-    assert name == "flex" and time.monotonic() - began < 5
-    server.close()
-    out, err = capfd.readouterr()
-    assert err == "" and len(out.splitlines()) == 1
-    assert out.startswith("attention: flex, because FlashAttention 3 is not usable: ")
-
-
-def test_a_hub_that_refuses_everything_is_one_reason(hub, load, tmp_path, monkeypatch):
-    monkeypatch.setattr(hub, "answer", lambda path: (503, {}, b""))
-    lines = load(tmp_path, hub.url)
-    assert lines[-1] == "flex" and len(lines) == 3
-    assert lines[0].startswith("attention: downloading")
-    assert lines[1].startswith("attention: flex, because FlashAttention 3 is not usable: ")

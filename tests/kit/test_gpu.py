@@ -23,9 +23,14 @@ from huggingface_hub import constants
 from miniature import run
 from test_attention import plain_attention
 
-import night
 import prepare
 import train
+from autoresearch.kit import attention, loss, warmup
+from autoresearch.kit.attention import FlexAttention
+from autoresearch.kit.device import peak_tflops
+from autoresearch.kit.loss import cross_entropy_piece, softcap_cross_entropy
+from autoresearch.referee.clock import clock
+from autoresearch.referee.leakcheck import EvalModel
 
 pytestmark = [
     pytest.mark.gpu,
@@ -58,28 +63,28 @@ def near(got: torch.Tensor, wanted: torch.Tensor, share: float):
 
 
 def flex(windows):
-    return torch.compile(train.FlexAttention(512, windows, CUDA), dynamic=False)
+    return torch.compile(FlexAttention(512, windows, CUDA), dynamic=False)
 
 
 def flex_in_small_blocks(windows):
-    attend = train.FlexAttention(512, windows, CUDA)
-    attend.kernel_options = train.FlexAttention.SMALL_BLOCKS
+    attend = FlexAttention(512, windows, CUDA)
+    attend.kernel_options = FlexAttention.SMALL_BLOCKS
     return torch.compile(attend, dynamic=False)
 
 
 def flash_3(windows):
-    reason = train.why_not_flash_attention_3(CUDA, torch.bfloat16)
+    reason = attention.why_not_flash_attention_3(CUDA, torch.bfloat16)
     if reason:
         pytest.skip(f"FlashAttention 3 {reason}")
     try:
-        train.cached_flash_attention_3()
+        attention.cached_flash_attention_3()
     except FileNotFoundError:
         try:
             requests.head(constants.ENDPOINT, timeout=3).close()
         except requests.RequestException as error:
             pytest.skip(f"no copy of FlashAttention 3, and no hub: {error}")
     # From here on what goes wrong is a failure: this card should run it.
-    return train.flash_attention_3(train.load_flash_attention_3())
+    return attention.flash_attention_3(attention.load_flash_attention_3())
 
 
 @pytest.mark.parametrize("backend", [flex, flex_in_small_blocks, flash_3])
@@ -105,35 +110,35 @@ def test_attention_and_its_gradients_are_those_of_a_float64_loop(backend, kv_hea
 
 
 def test_the_compiled_loss_in_pieces_is_that_of_float64(monkeypatch):
-    monkeypatch.setitem(train.LOGITS_AT_A_TIME, "cuda", 2**20)
+    monkeypatch.setitem(loss.LOGITS_PER_PIECE, "cuda", 2**20)
     x, weight = draw(4096, 256), draw(1024, 256, seed=1)
     targets = torch.randint(1024, (4096,), generator=torch.Generator().manual_seed(2))
     exact = [x.bfloat16().double().requires_grad_(), weight.double().requires_grad_()]
     wanted = F.cross_entropy(15 * torch.tanh(exact[0] @ exact[1].T / 15), targets)
     ours = [x.bfloat16().to(CUDA).requires_grad_(), weight.to(CUDA).requires_grad_()]
-    piece = torch.compile(train.cross_entropy_piece, dynamic=False)
-    loss = train.SoftcapCrossEntropy.apply(*ours, targets.to(CUDA), 15, piece)
-    near(loss, wanted.detach(), 0.002)
-    for got, gradient in zip(torch.autograd.grad(loss, ours), torch.autograd.grad(wanted, exact)):
+    piece = torch.compile(cross_entropy_piece, dynamic=False)
+    mean = softcap_cross_entropy(*ours, targets.to(CUDA), 15, piece)
+    near(mean, wanted.detach(), 0.002)
+    for got, gradient in zip(torch.autograd.grad(mean, ours), torch.autograd.grad(wanted, exact)):
         near(got, gradient, 0.02)
 
 
 def small(seq_len=512, vocab_size=2048, shaken=True, **changes) -> train.GPT:
     """A model on the card as build_model makes it, with a few heads of 128 channels."""
     torch.manual_seed(0)
-    hp = train.hyperparameters("gpu", **{"N_LAYER": 3, "N_EMBD": 256, **changes})
-    model, attention, _ = train.build_model(hp, vocab_size, seq_len, CUDA, torch.bfloat16)
+    hp = type("Small", (train.GPU,), {"N_LAYER": 3, "N_EMBD": 256, **changes})
+    model, attend = train.build_model(hp, vocab_size, seq_len, CUDA, torch.bfloat16)
     if shaken:  # at its start a block adds nothing
         for p in model.parameters():
             p.data += (0.02 * draw(*p.shape)).to(p)
-    print(f"attention {attention}", end=" ")
+    print(f"attention {attention.describe(attend)[0]}", end=" ")
     return model
 
 
 def step(compiled: bool) -> dict[str, torch.Tensor]:
     """All parameters after two steps on the same tokens."""
     model = small()
-    optimizer = train.Optimizer(train.parameter_groups(model), compiled=compiled)
+    optimizer = train.MuonAdamW(train.param_groups(model), compiled=compiled)
     if compiled:
         model.compile_parts()
     ids = torch.randint(2048, (8, 513), generator=torch.Generator().manual_seed(1)).to(CUDA)
@@ -160,7 +165,7 @@ def test_an_honest_model_in_bf16_gets_its_score(seed):
     model.compile_parts()
     rows = np.random.default_rng(seed).integers(0, 2048, (64, 2049))
     token_bytes = np.full(2048, 4)
-    bpb = prepare.bits_per_byte(prepare.Examined(model, 2048), rows, token_bytes, 16)
+    bpb = prepare.bits_per_byte(EvalModel(model, 2048), rows, token_bytes, 16)
     assert 2.0 < bpb < 16.0
 
 
@@ -169,14 +174,30 @@ def test_an_honest_model_in_bf16_gets_its_score(seed):
 
 def test_memory_that_is_really_too_small_halves_the_batch(capsys):
     model = small(seq_len=1024)
-    optimizer = train.Optimizer(train.parameter_groups(model), compiled=False)
-    warm_up = train.WarmUp(model, optimizer)
-    warm_up.run(8, 8, 8)
+    optimizer = train.MuonAdamW(train.param_groups(model), compiled=False)
+
+    def dummy_batch(batch):
+        return torch.randint(2048, (batch, 1024), device=CUDA)
+
+    def train_step(batch, passes):
+        for _ in range(passes):
+            model(dummy_batch(batch), dummy_batch(batch)).backward()
+        optimizer.step(lr_multiplier=0.0, momentum=0.0, decay_multiplier=0.0)
+
+    def score_step(batch):
+        with torch.no_grad():
+            model(dummy_batch(batch))
+
+    def fit(rows):
+        tensors = [*model.parameters(), *optimizer.state_tensors()]
+        return warmup.fit(train_step, score_step, tensors, rows, rows, 8, budget=1e9).batch
+
+    fit(8)
     eight = torch.cuda.memory_reserved()  # of it nothing has been given back
     torch.cuda.empty_cache()
     card = torch.cuda.get_device_properties(CUDA).total_memory
     torch.cuda.set_per_process_memory_fraction(min(1.0, 3 * eight / card))
-    fits, _ = warm_up.run(256, 256, 8)
+    fits = fit(256)
     assert 8 <= fits < 256
     assert "out of memory training 256 rows" in capsys.readouterr().out
     assert torch.cuda.memory_reserved() <= 3 * eight
@@ -186,7 +207,7 @@ def test_batches_on_the_card_are_those_of_the_cpu(prepared):
     tokenizer = prepared.Tokenizer.from_directory()
     given = prepared.make_dataloader(tokenizer, 4, 64, "train", CUDA)
     kept = [next(given)[:2] for _ in range(60)]  # nothing waits for the copies
-    prepared.clock = prepared.Clock()
+    clock.__init__()
     plain = prepared.make_dataloader(tokenizer, 4, 64, "train", torch.device("cpu"))
     for inputs, targets in kept:
         wanted = next(plain)
@@ -235,11 +256,11 @@ def test_train_as_it_is_compiles_fits_learns_and_starts_warm_the_second_time(ful
     assert 0 < float(first["peak_vram_mb"]) < card / 2**20
     losses = [float(loss) for loss in first["loss_curve"].split()]
     assert losses[-1] < losses[0] < 9.2
-    if train.peak_tflops(torch.cuda.get_device_name(CUDA)):
+    if peak_tflops(torch.cuda.get_device_name(CUDA)):
         assert 5 < float(first["mfu_percent"]) < 100
     second, warm = trained(full_size)
     cold, again = (
-        float(re.search(r"compiling and warm-up ([\d.]+) s", text)[1]) for text in (log, warm)
+        float(re.search(r"compiling and warm-up took ([\d.]+) s", text)[1]) for text in (log, warm)
     )
     print(f"compiling {cold} s cold, {again} s warm")
     assert again < max(0.5 * cold, 15)
@@ -249,13 +270,16 @@ def test_train_as_it_is_compiles_fits_learns_and_starts_warm_the_second_time(ful
     assert ended[-1]["attention"] == second["attention"] and ended[-1]["compiled"] is True
 
 
-def test_an_isolated_run_of_the_night_sees_its_card(full_size):
-    isolation = night.Isolation.here(full_size / "cache")
+def test_an_isolated_run_of_the_night_sees_its_card():
+    from autoresearch.night.settings import local_slots
+    from autoresearch.night.worker import Isolation
+
+    isolation = Isolation.here()
     code = "import torch; print(torch.ones(4, device='cuda').sum().item())"
     done = subprocess.run(
         [*isolation.prefix, sys.executable, "-c", code],
         capture_output=True,
         text=True,
-        env={**os.environ, **night.slots()[0]},
+        env={**os.environ, **local_slots()[0]},
     )
     assert done.stdout == "4.0\n", done.stderr

@@ -78,6 +78,19 @@ def test_the_loss_never_holds_tokens_times_vocabulary(monkeypatch):
     assert largest == 2**14 < N * vocabulary / 16
 
 
+def test_the_pieces_are_of_one_size_so_that_one_is_compiled(monkeypatch):
+    monkeypatch.setitem(loss.LOGITS_PER_PIECE, "cpu", 24 * V)
+    sizes = []
+
+    def piece(x, *arguments):
+        sizes.append(len(x))
+        return loss.cross_entropy_piece(x, *arguments)
+
+    targets = torch.zeros(60, dtype=torch.int64)
+    softcap_cross_entropy(torch.randn(60, 16), torch.randn(V, 16), targets, 15, piece)
+    assert sizes == [20, 20, 20]  # not 24, 24, 12
+
+
 @pytest.mark.parametrize("cap", [0, -1, 100])
 def test_a_cap_whose_exponential_float32_does_not_hold_is_refused(cap):
     with pytest.raises(AssertionError, match=f"cap {cap} must be above 0 and at most 64"):

@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from forks import Forks
+from forks import Forks, assert_failed
 
 from autoresearch.kit import report
 from autoresearch.referee.clock import clock
@@ -108,6 +108,41 @@ def test_the_rate_is_that_of_the_steps_since_the_last_line(monkeypatch, capsys):
     assert [re.search(r"([\d,]+) tokens/s", line)[1] for line in lines] == ["2,000", "2,000"]
 
 
+# ------------------------------------------------------------------------------------- summary
+
+
+def test_the_summary_counts_tokens_and_the_share_of_the_peak(monkeypatch, capsys):
+    monkeypatch.setenv("AUTORESEARCH_SPLIT", "test")
+    monkeypatch.setattr(type(clock), "elapsed", property(lambda self: 10.0))
+    monkeypatch.setattr(report, "device_name", lambda device: "NVIDIA A100-SXM4-80GB")
+    monkeypatch.setattr(report, "fingerprint", lambda: "0123456789ab")
+    progress = report.Progress(tokens_per_step=2**20, budget=10)
+    for i in range(5):
+        progress.add(i / 5, torch.tensor(3.0))
+    progress.close()
+    report.summary(
+        1.5,
+        progress,
+        torch.device("cpu"),
+        parameters=50_300_000,
+        flops_per_token=3e8,
+        depth=8,
+        attention="flex",
+        batch=32,
+        compiled=True,
+        dtype="bfloat16",
+    )
+    log = capsys.readouterr().out
+    assert "mfu_percent is 0" not in log
+    pairs = [line.split(": ") for line in log.split("---\n")[1].splitlines()]
+    assert pairs[0] == ["test_bpb", "1.500000"]
+    values = dict(pairs)
+    # 5 x 2^20 tokens x 3e8 / 10 s / 312e12
+    assert values["mfu_percent"] == f"{100 * 5 * 2**20 * 3e8 / 10 / 312e12:.2f}" == "50.41"
+    assert (values["total_tokens_M"], values["num_params_M"]) == ("5.2", "50.3")
+    assert (values["compiled"], values["device_batch_size"]) == ("yes", "32")
+
+
 # ------------------------------------------------------------------------------- how a run ends
 
 
@@ -162,12 +197,10 @@ report.guard(main)
     assert ("Traceback" in ran.log) == ("above" in ran.lines[-1] or "nvidia-smi" in ran.lines[-1])
 
 
-def assert_failed(ran, *words):
-    assert ran.code == 1, ran.log
-    assert ran.lines[-1].startswith("FAIL: "), ran.log
-    assert sum(line.startswith("FAIL: ") for line in ran.lines) == 1, ran.log
-    assert "_bpb" not in ran.log
-    assert all(word in ran.lines[-1] for word in words), ran.log
+def test_garbage_is_not_collected_while_importing_compiling_and_training(processes):
+    python = "import gc, os; from autoresearch.kit import report; report.begin()\n"
+    python += "print(gc.isenabled(), os.environ['TORCH_DYNAMO_RUN_GC_AFTER_COMPILE'])"
+    assert processes.run("import sys; sys.argv = ['train.py']\n" + python).log == "False 0\n"
 
 
 def test_a_score_ends_the_process_at_once_with_0(processes):
