@@ -152,9 +152,6 @@ def begun(nodes, tmp_path_factory) -> ClusterLab:
     lab = ClusterLab.made(tmp_path_factory.mktemp("begun") / "it")
     (lab.root / "autoresearch/referee/provenance.py").write_text(PROVENANCE)
     lab.git("commit", "-qam", "cluster")
-    fingerprint = "from autoresearch.referee.manifest import fingerprint as f; print(f())"
-    command = [sys.executable, "-c", fingerprint]
-    subprocess.run(command, cwd=lab.root, env=lab.env, check=True, capture_output=True)
     lab.env["RAY_ADDRESS"] = nodes.address
     lab.say("begin")
     lab.until(lambda: len(lab.records()) == 3)
