@@ -39,7 +39,8 @@ from autoresearch.night.settings import TARGET, setting
 
 PAUSE = 0.05  # seconds between two looks at files that others write
 COMMAND_PATIENCE = 10  # seconds a command waits for another one
-RESERVED_TAGS = ("command", "compiled", "supervisor")  # our own names in .night
+# Our own names in .night.
+RESERVED_TAGS = "command compiled engine.json ray.log supervisor supervisor.log".split()
 
 
 class Night:
