@@ -238,8 +238,9 @@ def _journal(report: NightReport) -> Iterator[Finding]:
         return
     rows = [(row.commit[:7], f"{row.score or 0:.6f}", row.status) for row in report.rows]
     records = [(r["commit"][:7], f"{r['score'] or 0:.6f}", r["status"]) for r in report.records]
-    unknown = [row.n for row, key in zip(report.rows, rows) if key not in records]
-    lost = [record["n"] for record, key in zip(report.records, records) if key not in rows]
+    recorded, told = set(records), set(rows)
+    unknown = [row.n for row, key in zip(report.rows, rows) if key not in recorded]
+    lost = [record["n"] for record, key in zip(report.records, records) if key not in told]
     if unknown:
         yield Finding(False, f"rows that the night did not write so: experiments {some(unknown)}")
     if lost:

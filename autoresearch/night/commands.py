@@ -60,13 +60,13 @@ def begin(night: Night):
         named = ", ".join(others[:5])
         raise Fail(f"changed and not committed: {named}: commit it, or git checkout it, then begin")
     check_results(night)
-    edits = (
+    uncommitted = (
         f"{TARGET.file} has edits: git commit them as the baseline, "
         f"or git checkout {TARGET.file}, then begin"
     )
     if git("symbolic-ref", "-q", "--short", "HEAD", check=False) != night.branch:
         if changed:
-            raise Fail(edits)
+            raise Fail(uncommitted)
         exists = git("rev-parse", "-q", "--verify", f"refs/heads/{night.branch}", check=False)
         git("switch", "-q", *([] if exists else ["-c"]), night.branch)
     for folder in (night.queue, night.done):
@@ -76,7 +76,7 @@ def begin(night: Night):
     scored = [r for r in night.records() if r["kind"] == "baseline" and r["score"] is not None]
     there = [*scored, *(e.asked for e in night.open() if e.is_baseline)]
     if changed and not there:
-        raise Fail(edits)
+        raise Fail(uncommitted)
     baseline = there[0]["commit"] if there else git("rev-parse", "HEAD")
     for seed in BASELINE_SEEDS:
         if seed not in [asked["seed"] for asked in there]:
@@ -320,9 +320,9 @@ def bring(night: Night, what: str):
     if record["kind"] == "confirm":
         raise Fail(f"{what} is a confirmation's run: it has no change; night.py bring best")
     night.sync_branch()
-    commit, tip, edits = record["commit"], night.tip(), night.edits()
-    there = night.repo.file_at(tip) if edits is None else edits
-    place = f"the best, {tip[:7]}" if edits is None else "your edits"
+    commit, tip, edited = record["commit"], night.tip(), night.edits()
+    there = night.repo.file_at(tip) if edited is None else edited
+    place = f"the best, {tip[:7]}" if edited is None else "your edits"
     parent = night.repo.git("rev-parse", f"{commit}^")
     content = merged(there, night.repo.file_at(parent), night.repo.file_at(commit))
     if content is None:

@@ -199,7 +199,7 @@ class RayEngine:
     def bring_home(self, experiment: Experiment, k: int, run: dict, said: dict):
         """Log, progress and ledger, and at last end-K.json: with it the run has ended."""
         folder, records = experiment.folder, said.get("ledger", [])
-        log = said.get("log", b"")
+        log = said.get("log", b"dropped: what it printed stayed on its node\n")
         write_atomically(folder / f"run-{k}.log", log)
         write_atomically(folder / f"progress-{k}.jsonl", said.get("progress", b""))
         for record in records:  # no git on the node: the commit is known here

@@ -30,10 +30,9 @@ from autoresearch.night.worker import (
 )
 from autoresearch.referee.ledger import ledger_path, read_ledger
 
-DEVICE_TIMEOUT = (
-    300  # seconds in which the node must name its device; torch alone may take a minute
-)
+DEVICE_TIMEOUT = 300  # seconds to name the device in; importing torch alone may take a minute
 FREE = 256 << 20  # bytes that the node's temporary folder must have
+LOG_BYTES = 8 << 20  # of the end of a log that come home
 
 PREFLIGHT = """
 import json
@@ -67,7 +66,7 @@ def run_on_node(order: dict, code: bytes) -> dict:
         environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
         environment["OMP_NUM_THREADS"] = str(max(1, os.cpu_count() // int(gpus)))  # Ray sets 1
         said = watched(folder, environment, order["run"]["id"])
-        said |= {name: (folder / name).read_bytes() for name in said.pop("files", [])}
+        said |= {n: (folder / n).read_bytes()[-LOG_BYTES:] for n in said.pop("files", [])}
         return {**host, **said, "retries": retries}
     finally:
         shutil.rmtree(folder, ignore_errors=True)

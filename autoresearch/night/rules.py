@@ -258,7 +258,7 @@ def next_step(
 
 
 def _after_loss(runs: list[dict]) -> Record | Again:
-    """A run that was cut off runs again, but not for ever."""
+    """A run that was cut off runs again, MAX_CUT_OFFS - 1 times."""
     why = runs[-1]["lost"]
     before = [run for run in runs if run.get("again", "").startswith(CUT_OFF)]
     if len(before) + 1 < MAX_CUT_OFFS:
@@ -267,10 +267,11 @@ def _after_loss(runs: list[dict]) -> Record | Again:
 
 
 def _after_conflict(runs: list[dict], history: History, conflict: str) -> Record:
-    """A change that does not go on top of the best.
+    """A change that cannot be put on top of the best.
 
-    One that had not run yet is rejected. One that won on an older best is compared with the present
-    one by its score: the night never keeps a worse file than the best one that it has measured.
+    One that has not run is rejected. One that won on an older best is compared with the present best
+    by its score, and becomes the best itself where it is better by more than the noise: the night
+    never keeps a worse file than the best one it has measured.
     """
     why = f"{CONFLICT}: {conflict}"
     won = [run for run in runs if run.get("again", "").startswith(BEST_MOVED)]
@@ -303,7 +304,7 @@ def _after_end(asked: dict, runs: list[dict], history: History) -> Record | Agai
         status = "crash" if asked["kind"] == "confirm" else "discard"
         return Record(status, f"twice {why}", run, not_comparable=why)
     slow = slow_share(run, history.rates.get(run["commit"], []))
-    doubt = _doubted_rate(asked, run, history, slow)
+    doubt = _doubted_rate(run, history, slow)
     if doubt and not any(earlier.startswith(SLOW) for earlier in before):
         return Again(doubt)
     if asked["kind"] == "confirm":
@@ -320,12 +321,13 @@ def _counted(runs: list[dict], commit: str, history: History) -> dict | None:
     return max(comparable or scored, key=lambda run: rate(run) or 0, default=None)
 
 
-def _doubted_rate(asked: dict, run: dict, history: History, slow: float | None) -> str | None:
+def _doubted_rate(run: dict, history: History, slow: float | None) -> str | None:
+    """Why a run is measured once more for its tokens a second; None where it is not."""
     if slow:
         return f"{SLOW} ({slow:.0%} of its expected rate)"
     base = kept_as(run["base"], history.records)
     beside = (rate(run) or 0) / (rate(base) or math.inf)
-    if asked["kind"] == "try" and 0 < beside < VERY_SLOW_RATIO:
+    if 0 < beside < VERY_SLOW_RATIO:
         return f"{SLOW}, by the machine or by the change ({beside:.0%} of the best's rate)"
     return None
 

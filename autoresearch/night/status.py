@@ -200,15 +200,15 @@ def what_next(night: Night) -> str:
     """What the agent should type next."""
     records, experiments = night.records(), night.open()
     if night.stopped():
-        return "the night was stopped (night.py stop); who stopped it goes on with night.py begin"
+        return "the night was stopped by the human (night.py stop); night.py begin, theirs to type, continues it"
     if rules.best_of(records) is None and not any(e.is_baseline for e in experiments):
         return "the baseline gave no score (see above): tell the human, or mend it and say begin"
     waiting = [e for e in experiments if e.asked["kind"] == "try" and e.state() == "waiting"]
-    edits = night.edits() is not None
+    edited = night.edits() is not None
     if len(waiting) >= capacity(night):
-        kept = f"; {TARGET.file} keeps its edits until then" if edits else ""
+        kept = f"; {TARGET.file} keeps its edits until then" if edited else ""
         return f"the queue is full: night.py wait{kept}"
-    if edits:
+    if edited:
         return (
             f'{TARGET.file} has edits: finish them, then night.py try "..."; or night.py bring best'
         )

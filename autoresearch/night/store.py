@@ -39,7 +39,8 @@ from autoresearch.night.settings import TARGET, setting
 
 PAUSE = 0.05  # seconds between two looks at files that others write
 COMMAND_PATIENCE = 10  # seconds a command waits for another one
-RESERVED_TAGS = ("command", "compiled", "supervisor")  # our own names in .night
+# Our own names in .night.
+RESERVED_TAGS = "command compiled engine.json ray.log supervisor supervisor.log".split()
 
 
 class Night:
@@ -187,7 +188,7 @@ class Night:
         self.repo.git("update-ref", f"refs/autoresearch/{self.tag}/{name}", commit)
 
     def record(self, experiment: Experiment, step: rules.Record):
-        """Writes the experiment's one line: from here on it has ended, whatever is cut off after."""
+        """Writes the experiment's line of the journal. With it the experiment has ended."""
         asked, run = experiment.asked, step.run or {}
         runs = experiment.runs()
         score = run.get("score") if step.status != "crash" else None
@@ -220,7 +221,7 @@ class Night:
         self.archive(experiment)
 
     def archive(self, experiment: Experiment):
-        """The row, and the folder out of the queue. Said again after a kill, it does what is missing."""
+        """Writes the row and moves the folder out of the queue. Idempotent."""
         if not experiment.is_confirm:
             records = self.records()
             own = next(r for r in reversed(records) if r["n"] == experiment.n)

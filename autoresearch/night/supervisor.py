@@ -1,8 +1,8 @@
 """
 The detached process that works through the queue: queue -> engine -> rules.next_step -> store.
 
-One a repository, by the lock `.night/supervisor`. All it knows is in the night's files: killed at any
-line, the next one goes on. The engine that starts the runs is handed in.
+One a repository, by the lock `.night/supervisor`. All its state is in the night's files: after a kill
+at any line, the next one continues. The engine that starts the runs is handed in.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Supervisor:
         self.limit = time_limit()
 
     def work(self):
-        """Until nothing runs and nothing can start. It looks rarely while nothing moves."""
+        """Works until nothing runs and nothing can start; looks less often while nothing changes."""
         self.night.recover()
         pause = 0.0
         while True:
@@ -55,7 +55,7 @@ class Supervisor:
         return not self.engine.slots() and self.night.can_work()
 
     def turn(self) -> bool:
-        """One look at the queue. Returns whether anything moved."""
+        """Looks once at the queue. Returns whether anything changed."""
         self.night.keep_engine_state(len(self.engine.slots()), self.engine.words())
         moved = False
         for experiment in self.night.open():
@@ -89,7 +89,7 @@ class Supervisor:
             self.night.record(experiment, step)
 
     def process_finished(self) -> bool:
-        """Decides what has ended; the baseline first and as a whole, for all is measured by it."""
+        """Decides what has ended: the baseline first and as a whole, because all else is compared with it."""
         experiments = self.night.open()
         ended = [e for e in experiments if e.state() == "ended"]
         baseline = [e for e in experiments if e.is_baseline]
@@ -116,7 +116,7 @@ class Supervisor:
     # starting
 
     def fill_slot(self) -> bool:
-        """Starts one run, the first that waits; what ends meanwhile may move the best."""
+        """Starts at most one run. Another may end before the next one starts, and move the best."""
         if self.night.stopped():
             return False
         experiments = self.night.open()
@@ -192,7 +192,7 @@ def capacity(night: Night) -> int:
 
 
 def supervise(make_engine: Callable[[Night], object]):
-    """Holds the lock, works, and looks once more after letting go of it."""
+    """Holds the lock and works; looks once more after releasing it, for what was queued meanwhile."""
     night = Night()
     while True:
         with night.lock("supervisor", 1) as ours:  # a command that looks holds it for a moment

@@ -354,4 +354,4 @@ class LocalEngine:
         return "lost", rules.CUT_OFF
 
     def close(self):
-        """Nothing to let go of: the watchers hold what runs."""
+        """Nothing to release: each run belongs to its watcher."""

@@ -117,6 +117,7 @@ def honest(folder: Path, by_hand: bool) -> Lab:
     (folder / "autoresearch").mkdir(parents=True)
     for name in ("prepare.py", "autoresearch/common.py"):
         (folder / name).write_bytes(LOCKED)
+    (folder / "program.md").write_text("- tag: test\n")
     make_repository(folder, "autoresearch/test")
     base = lab.commit("the lab\n")
     lab.experiment(base, 1.0, "keep", "baseline")
@@ -304,6 +305,11 @@ class Falsify:
         lab.ledger[-1]["imported"]["/tmp/helper.py"] = "0" * 16
         return ["imported, and not in the commit: /tmp/helper.py (in "]
 
+    def import_a_helper_from_the_first_run_on(lab):
+        for run in lab.ledger[1::2]:
+            run["imported"]["helper.py"] = "0" * 16
+        return ["imported, and not in the commit: helper.py (in "]
+
     def import_another_package_file(lab):
         lab.ledger[-1]["imported"]["autoresearch/common.py"] = "0" * 16
         return ["imported, and not in the commit: autoresearch/common.py (in "]
@@ -413,7 +419,8 @@ class Honest:
             lab.measure(number * 40, 0.5, by_night=False, **more)
 
     def edits_of_the_agent_and_the_human(lab):
-        (lab.folder / "train.py").write_text("the next idea\n")
+        for name in ("train.py", "program.md"):
+            (lab.folder / name).write_text("the next idea\n")
 
     def baseline_and_winner_on_the_test_split_by_hand(lab):
         for commit in ("HEAD", "HEAD~3"):
@@ -448,6 +455,12 @@ def test_a_displaced_best_must_have_been_beaten_and_named(lab):
     assert words in lab.audit()
     del lab.records[-1]["displaced"]
     assert any("kept, but not on the branch" in line for line in lab.audit())
+
+
+def test_a_repository_that_was_moved_is_still_audited(lab_by_hand):
+    for line in lab_by_hand.ledger:
+        line["repo"] = "/before"
+    assert lab_by_hand.audit()[1:] == SAME
 
 
 def test_older_ledgers_lack_fields_and_are_no_doubt(lab_by_hand):

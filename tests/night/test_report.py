@@ -22,6 +22,8 @@ def test_the_noise_floor_of_a_log_without_its_night_is_that_of_its_baseline(tmp_
         Row(3, "aaaaaaa", 1.2, None, "discard", "an idea that was never committed"),
     ]
     assert NightReport(tmp_path, rows).noise_floor() == pytest.approx(0.0004)
+    records = [{"commit": "b" * 40, "score": score} for score in (1.0, 1.0007)]
+    assert NightReport(tmp_path, rows, records=records).noise_floor() == pytest.approx(0.0007)
     rows = [dataclasses.replace(row, commit="none") for row in rows]
     assert NightReport(tmp_path, rows).noise_floor() is None
 
@@ -77,7 +79,12 @@ def night(tmp_path, *runs: dict, slow: str = "") -> NightReport:
         if "began" in run:
             started[name] = {"id": name, **{"kind": "try", **run}, **times}
         if "batch" in run:
-            line = {"run": name, "split": "val", "commit": "a" * 40, "startup_seconds": 30.0}
+            line = {
+                "run": name,
+                "split": run.get("split", "val"),
+                "commit": "a" * 40,
+                "startup_seconds": 30.0,
+            }
             ledger.append({**line, "event": "start", "time": utc(START + run["batch"])})
             if "scored" in run:
                 ledger.append({**line, "event": "end", "time": utc(START + run["scored"])})
@@ -103,6 +110,7 @@ WHOLE = {"began": 0, "batch": 40, "ended": 360, "scored": 350}
         ([{**WHOLE, "again": "stopped"}], (0.1, 1, 100, 0, 360, 0)),
         ([{**WHOLE, "again": "the best moved; ..."}], (0.1, 1, 100, 40, 0, 0)),
         ([WHOLE, {**WHOLE, "kind": "confirm"}], (0.1, 1, 100, 40, 0, 0)),
+        ([WHOLE, {"batch": 900, "scored": 950, "split": "test"}], (0.1, 1, 100, 40, 0, 0)),
         ([WHOLE, {"began": 500}], (0.1, 1, 72, 40, 0, 140)),  # has just begun
     ],
 )

@@ -223,26 +223,10 @@ HISTORIES = {  # gains; steps; the branch; fates; which runs started on what
         "D1 B1 C1 A1 E1", dict(B1="keep 30 2", A1="keep 42 2", E1="keep 51 1"),
         "A1 on -, B1 on -, C1 on -, D1 on -, B1 on D1, C1 on B1, A1 on C1, E1 on A1",
     ),
-    "one ends while another's second run lasts": (
-        {"A1": 5, "B1": 10, "C1": 3, "A1+C1": 5.5},
-        "tries A1 B1 C1; end A1; end B1; end C1; end B1; end C1",
-        "A1 B1", dict(B1="keep 15 2", C1="discard 5.5 2 runs: the best moved; on .* better by 0.0005"),
-        "A1 on -, B1 on -, C1 on -, B1 on A1, C1 on A1",
-    ),
     "the best moves twice under one run, which runs again once": (
         dict(A1=5, B1=10, C1=3),
         "tries A1 C1; end A1; tries B1; end B1; end C1; end C1",
         "A1 B1 C1", dict(C1="keep 18 2"), "A1 on -, C1 on -, B1 on A1, C1 on B1",
-    ),
-    "a second run that is not better is no win": (
-        {"A1": 5, "B1": 4, "A1+B1": 5},
-        "tries A1 B1; end A1 B1; end B1",
-        "A1", dict(B1="discard 5 2 runs: equal to the best"), "A1 on -, B1 on -, B1 on A1",
-    ),
-    "within the noise of its own base there is no second run": (
-        dict(A1=5, B1=0.5),
-        "tries A1 B1; end A1; end B1",
-        "A1", dict(B1="discard 0.5 1 runs: the best moved; on .* within the noise"), "A1 on -, B1 on -",
     ),
     "simpler code is compared with the best that it stood on, then with the new one": (
         {"A1": 5, "B1": 0, "C1": 0, "A1+B1": 4.5, "A1+C1": 3},
@@ -294,11 +278,6 @@ HISTORIES = {  # gains; steps; the branch; fates; which runs started on what
         dict(A1=5, B1=10),
         "tries A1 B1; slow B1; end A1; end B1; slow B1; end B1",
         "A1 B1", dict(B1="keep 15 4"), "A1 on -, B1 on -, B1 on -, B1 on A1, B1 on A1",
-    ),
-    "two that go well alone and break together": (
-        dict(A1=5, B1=5.5),
-        "tries A1 B1; end A1; end B1; breaks B1",
-        "A1", dict(B1="crash - 2 runs: it broke"), "A1 on -, B1 on -, B1 on A1",
     ),
     "what the engine loses runs again, twice": (
         dict(A1=5, B1=2),

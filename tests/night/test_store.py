@@ -1,0 +1,198 @@
+"""What the night remembers, as files: the journal, the rows, the agent's branch; and git's plumbing."""
+
+import json
+import os
+import shutil
+import subprocess
+
+import pytest
+
+from autoresearch.common import write_json
+from autoresearch.night import rules, settings
+from autoresearch.night.repo import Repository, merged
+from autoresearch.night.store import Experiment, Night
+
+pytestmark = pytest.mark.skipif(not shutil.which("git"), reason="needs git")
+
+
+@pytest.fixture
+def night(tmp_path, monkeypatch):
+    """A night in a repository of its own, on its branch, with nothing queued."""
+    monkeypatch.setattr(settings, "PAGE", tmp_path / "program.md")
+    (tmp_path / "program.md").write_text("- tag: nov21\n- goal: -\n- slots:\n")
+    (tmp_path / "train.py").write_text("x = 1\n")
+    (tmp_path / "train.py.txt").write_text("a neighbour\n")
+    (tmp_path / ".gitignore").write_text("results.tsv\n.night/\n")
+    identity = ["-c", "user.name=x", "-c", "user.email=x@x"]
+    for words in ("init -q -b autoresearch/nov21 --template=", "add -A", "commit -qm lab"):
+        subprocess.run(["git", *identity, *words.split()], cwd=tmp_path, check=True)
+    night = Night(tmp_path)
+    night.queue.mkdir(parents=True)
+    night.done.mkdir()
+    return night
+
+
+def ended(night: Night, status="keep", score=1.0, text=b"x = 2\n", **more) -> Experiment:
+    """An experiment on the branch's tip, recorded."""
+    tip = night.tip()
+    commit = night.repo.commit_file(text, tip, "an idea")
+    n = night.enqueue("try", commit, tip, "an idea", 42)
+    [experiment] = [e for e in night.open() if e.n == n]
+    run = dict(id=f"run{n}", commit=commit, base=tip, began="2026-01-01T00:00:00Z", score=score)
+    write_json(experiment.folder / "run-1.json", run)
+    night.record(experiment, rules.Record(status, "why", {**run, **more}))
+    return Experiment.at(night.done / str(n))
+
+
+def test_an_experiment_s_state_is_what_its_files_say(night):
+    tip = night.tip()
+    night.enqueue("try", tip, tip, "an idea", 42, simpler=True, expect=-0.1)
+    [experiment] = night.open()
+    assert (experiment.n, experiment.state(), experiment.runs()) == (1, "waiting", [])
+    assert experiment.asked["simpler"] and experiment.asked["expect"] == -0.1
+    write_json(experiment.folder / "run-1.json", {"id": "a"})
+    assert experiment.state() == "cut off"
+    experiment.again("cut off")
+    assert experiment.state() == "waiting" and experiment.runs()[0]["again"] == "cut off"
+    write_json(experiment.folder / "run-2.json", {"id": "b"})
+    assert len(experiment.runs()) == 2 and experiment.path("run.log").name == "run-2.log"
+    write_json(experiment.folder / "end-2.json", {"code": 0, "score": 1.0})
+    assert experiment.state() == "ended" and experiment.runs()[1]["score"] == 1.0
+    assert Experiment.at(experiment.folder).runs() == experiment.runs()  # all of it is in the files
+    assert not experiment.dropped()
+    (experiment.folder / "drop").touch()
+    assert experiment.dropped()
+
+
+def test_a_torn_line_of_the_journal_is_ignored_and_ended_by_the_next(night):
+    ended(night, score=1.0)
+    with open(night.journal, "ab") as file:
+        file.write(b'{"n": 2, "kind": "try", "sta')  # a power cut
+    assert [record["n"] for record in Night(night.root).records()] == [1]
+    ended(night, score=0.9)
+    assert [r["score"] for r in night.records()] == [1.0, 0.9]
+    assert [r["score"] for r in Night(night.root).records()] == [1.0, 0.9]
+
+
+def test_a_record_killed_before_its_row_is_archived_by_the_next_supervisor_once(night):
+    ended(night)
+    rows = night.results.read_text()
+    # as if it had been killed after the journal's line, or after the row
+    for cut in (rows.splitlines()[0] + "\n", rows):
+        os.replace(night.done / "1", night.queue / "1")
+        night.results.write_text(cut)
+        again = Night(night.root)
+        again.recover()
+        assert night.results.read_text() == rows and (night.done / "1").is_dir()
+        assert again.open() == [] and len(again.records()) == 1
+
+
+def test_a_confirmation_has_no_row_and_is_no_record_of_the_night(night):
+    tip = night.tip()
+    ended(night)
+    night.enqueue("confirm", tip, tip, "confirms the best, seed 45", 45)
+    [experiment] = night.open()
+    assert experiment.split == "test"
+    run = dict(id="c", commit=tip, base=tip, score=1.1)
+    night.record(experiment, rules.Record("scored", "on the test split", run))
+    assert [r["n"] for r in night.records()] == [1] and [r["n"] for r in night.confirmed()] == [2]
+    assert [r["n"] for r in night.ended()] == [1, 2] and night.next_number() == 3
+    assert len(night.results.read_text().splitlines()) == 2
+
+
+def test_a_record_holds_what_the_page_and_the_audit_read(night):
+    base = ended(night, score=1.0, tokens=1000, training_seconds=10.0)
+    first = night.records()[0]
+    night.sync_branch()
+    ended(night, score=0.9, text=b"x = 3\n", memory_gb=2.0, retried=["cut off: Ray lost it"])
+    record = night.records()[1]
+    assert (record["base"], record["base_rate"]) == (first["commit"], 100.0)
+    assert record["got"] == pytest.approx(-0.1) and record["memory_gb"] == 2.0
+    assert record["again"] == ["cut off: Ray lost it"] and "displaced" not in record
+    assert (record["run"], record["k"], record["kind"]) == ("run2", 1, "try")
+    [run] = [run for run in night.timed_runs() if run["n"] == base.n]
+    assert (run["kind"], run["id"]) == ("try", "run1")
+
+
+def test_the_branch_and_the_file_go_to_the_best_but_an_edit_in_progress_stays(night):
+    baseline = night.tip()
+    ended(night, score=1.0)
+    night.edited.write_text("x = 'mine'\n")
+    night.sync_branch()
+    assert night.tip() == baseline and night.edited.read_text() == "x = 'mine'\n"
+    assert night.edits() == b"x = 'mine'\n"
+    night.edited.unlink()  # deleted is no edit
+    night.sync_branch()
+    assert night.tip() == night.records()[0]["commit"] and night.edited.read_text() == "x = 2\n"
+    assert night.edits() is None
+    night.edited.write_text("x = 9\n")
+    night.repo.git("add", "train.py")  # somebody's index
+    night.edited.write_text("x = 2\n")
+    night.sync_branch()
+    assert night.repo.git("status", "--porcelain") == ""
+
+
+def test_the_branch_follows_a_best_that_displaced_another_and_that_one_keeps_its_ref(night):
+    ended(night, score=1.0)
+    first = night.records()[0]["commit"]
+    # both on the baseline: the branch has not moved in between
+    ended(night, score=0.9, text=b"x = 3\n")
+    night.sync_branch()
+    second = night.records()[1]["commit"]
+    assert night.tip() == second
+    assert night.repo.git("rev-parse", "refs/autoresearch/nov21/1") == first
+    assert night.repo.git("merge-base", "--is-ancestor", first, second, check=False) is None
+    assert "not-of-the-night" not in night.repo.git("show-ref")
+
+
+def test_rates_and_conditions_are_those_of_all_runs(night):
+    ended(night, tokens=1000, training_seconds=10.0)
+    commit = night.records()[0]["commit"]
+    night.enqueue("try", commit, commit, "again", 42)
+    [experiment] = night.open()
+    run = dict(id="a", commit=commit, tokens=500, training_seconds=10.0)
+    write_json(experiment.folder / "run-1.json", run)
+    assert night.rates() == {commit: [100.0, 50.0]}
+    assert night.baseline_conditions() == {}
+    with open(night.journal, "a") as journal:
+        for fell_back in (["slow", "attention"], []):
+            record = dict(n=3, kind="baseline", score=1.0, commit="c", status="discard")
+            more = dict(conditions={"fell_back": fell_back}, base="c")
+            journal.write(json.dumps({**record, **more}) + "\n")
+    assert night.baseline_conditions() == {"fell_back": []}
+
+
+def test_changes_of_neighbouring_lines_merge_and_of_one_line_do_not():
+    base = b"a = 1\nb = 2\nc = 3\nd = 4\n"
+    one, other = base.replace(b"b = 2", b"b = 20"), base.replace(b"c = 3\n", b"")
+    assert merged(one, base, other) == b"a = 1\nb = 20\nd = 4\n"
+    assert merged(one, base, base.replace(b"b = 2", b"b = 21")) is None
+    assert merged(base, base, base + b"e") == base + b"e"  # no newline at its end
+
+
+def test_a_commit_touches_the_file_alone_and_neither_tree_index_nor_branch(night):
+    repo, tip = night.repo, night.tip()
+    commit = repo.commit_file(b"x = 5\n", tip, "a\tmessage")
+    assert repo.git("diff", "--name-only", tip, commit) == "train.py"
+    assert repo.file_at(commit) == b"x = 5\n" and night.tip() == tip
+    assert repo.git("status", "--porcelain") == "" and night.edited.read_text() == "x = 1\n"
+    assert repo.is_file_of(b"x = 5\n", [tip, commit]) and not repo.is_file_of(b"x = 5\n", [tip])
+
+
+def test_the_same_change_on_another_file_has_the_same_id(night):
+    repo, text = night.repo, b"def f():\n    a = 1\n\n\ndef g():\n    b = 1\n"
+    base = repo.commit_file(text, night.tip(), "base")
+    other = repo.commit_file(b"# longer\n\n" + text, base, "other")
+
+    def id_of(parent: str, old: bytes, new: bytes) -> str:
+        changed = repo.file_at(parent).replace(old, new)
+        return repo.change_id(parent, repo.commit_file(changed, parent, "change"))
+
+    assert id_of(base, b"a = 1", b"a = 2") == id_of(other, b"a = 1", b"a = 2")
+    assert id_of(base, b"a = 1", b"a = 2") != id_of(base, b"a = 1", b"a = 3")
+    assert id_of(base, b"a = 1", b"a = 2") != id_of(base, b"b = 1", b"b = 2")
+
+
+def test_an_empty_setting_is_none_and_the_file_is_named(night):
+    assert settings.setting("slots", "4") == "4" and settings.setting("goal") == "-"
+    assert night.repo == Repository(night.root, "train.py")
