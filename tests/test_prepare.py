@@ -481,6 +481,25 @@ def test_a_mistyped_option_is_one_line(cache, arguments, words):
     assert not cache.exists()
 
 
+@pytest.mark.parametrize(
+    "typed, corpus, num_shards, settings",
+    [
+        ("", "climbmix", 10, (2048, 8192, 20_971_520, 300)),
+        ("--num-shards -1 --time-budget 60", "climbmix", -1, (2048, 8192, 20_971_520, 60)),
+        ("--data notes --seq-len 512", "text", 10, (512, 8192, 20_971_520, 300)),
+        ("--demo --vocab-size 999 --force", "demo", 10, (256, 999, 262_144, 300)),
+    ],
+)
+def test_what_is_fixed_for_each_corpus(cache, monkeypatch, typed, corpus, num_shards, settings):
+    asked = []
+    monkeypatch.setattr(prepare, "prepare", lambda *arguments: asked.append(arguments))
+    prepare.main(typed.split())
+    names = ("seq_len", "vocab_size", "eval_tokens", "time_budget")
+    data = Path("notes") if corpus == "text" else None
+    force = "--force" in typed
+    assert asked == [(corpus, data, num_shards, dict(zip(names, settings)), force)]
+
+
 # ---- where it cannot write
 
 
@@ -592,6 +611,36 @@ def test_a_second_one_at_the_same_time(larger, cache):
     process.send_signal(signal.SIGCONT)
     process.communicate(timeout=60)
     assert process.returncode == 0 and manifest_in(cache) == undisturbed
+
+
+# ---- what the tokenizer learns from, and how much is scored
+
+
+def test_the_tokenizer_learns_from_the_start_of_each_document_and_all_of_a_plain_text(
+    tmp_path, monkeypatch
+):
+    long = ["a" * 25_000, "b" * 10_000, "c" * 9]
+    put(tmp_path / "long.jsonl", "".join(json.dumps({"text": text}) + "\n" for text in long))
+    passages = tuple(documents.passages_of(put(tmp_path / "plain.txt", "d" * 25_000)))
+    sources = [
+        documents.Source("long.jsonl", "train", tmp_path / "long.jsonl"),
+        documents.Source("val.jsonl", "val", tmp_path / "long.jsonl"),
+        documents.Source("plain.txt", "train", passages=passages),
+    ]
+    whole = [("a", 10_000), ("b", 10_000), ("c", 9), ("d", 10_000), ("d", 10_000), ("d", 5000)]
+    for most, expected in ((10**9, whole), (30_000, [*whole[:3], ("d", 9991)])):
+        monkeypatch.setattr(prepare, "TOKENIZER_CHARS", most)
+        learned = list(prepare.tokenizer_text(sources))
+        assert [(part[0], len(part)) for part in learned] == expected
+
+
+def test_as_many_rows_are_scored_as_the_evaluation_tokens_fill(prepared):
+    """2,048 tokens in rows of 64; of what is one pass over the split, no more than there is."""
+    manifest = prepared.manifest()
+    assert manifest["eval_rows"]["val"] == 32
+    rows = prepared.count_rows(prepared.set_dir(), manifest["tokens"], 65, 10**6)
+    tokens = sum(entry["tokens"]["val"] for entry in manifest["tokens"])
+    assert 32 < rows["val"] <= tokens // 65
 
 
 # ---- plain text in rows

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from miniature import MINIATURE, WORDS, write_texts
 
@@ -104,6 +104,7 @@ def sides(data: Path) -> dict[str, str]:
     st.dictionaries(st.binary(min_size=2, max_size=2), st.integers(1, 400), max_size=60),
     st.sampled_from([["val", "test"], ["val"], ["test"]]),
 )
+@example({b"%02d" % number: 100 for number in range(20)}, ["val", "test"])
 def test_a_share_is_never_missed(sizes, wanted):
     drawn = text.draw(sizes, wanted)
     share = sum(sizes.values()) / 20
