@@ -200,7 +200,7 @@ def what_next(night: Night) -> str:
     """What the agent should type next."""
     records, experiments = night.records(), night.open()
     if night.stopped():
-        return "the night was stopped by the human (night.py stop); night.py begin, theirs to type, continues it"
+        return "the night was stopped (night.py stop); the human continues it with night.py begin"
     if rules.best_of(records) is None and not any(e.is_baseline for e in experiments):
         return "the baseline gave no score (see above): tell the human, or mend it and say begin"
     waiting = [e for e in experiments if e.asked["kind"] == "try" and e.state() == "waiting"]
