@@ -604,6 +604,7 @@ def test_ctrl_c_at_random_moments(larger, cache):
 
 def test_a_second_one_at_the_same_time(larger, cache):
     data, undisturbed = larger
+    put(cache / "lock", "123456789")  # the number of an earlier one
     process = start(data, cache)
     process.send_signal(signal.SIGSTOP)  # so that it holds the lock for as long as it takes
     with pytest.raises(Fail, match=rf"process {process.pid}\) is working in .*AUTORESEARCH_CACHE"):

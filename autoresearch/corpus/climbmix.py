@@ -185,7 +185,7 @@ def save(reply, part: Path, have: int, progress: Progress):
             progress.add(len(block))
     size = part.stat().st_size
     if total is not None and size != total:
-        raise DownloadError(f"{size:,} of {total:,} bytes arrived", discard=size > total)
+        raise DownloadError(f"{size:,} of {total:,} bytes arrived")
 
 
 SHARD_TOKEN_BYTES = 125_000_000  # of tokens: 250 million characters, 4 a token, 2 bytes a token

@@ -104,6 +104,7 @@ def sides(data: Path) -> dict[str, str]:
     st.dictionaries(st.binary(min_size=2, max_size=2), st.integers(1, 400), max_size=60),
     st.sampled_from([["val", "test"], ["val"], ["test"]]),
 )
+@example({b"0": 1, b"1": 1, b"2": 19}, ["val", "test"])
 @example({b"%02d" % number: 100 for number in range(20)}, ["val", "test"])
 def test_a_share_is_never_missed(sizes, wanted):
     drawn = text.draw(sizes, wanted)

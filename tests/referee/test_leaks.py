@@ -511,6 +511,45 @@ def test_what_stays_possible(monkeypatch):
     assert bits < 0.9 * honest
 
 
+@pytest.mark.parametrize(
+    "moved, refused",
+    [
+        ([0.06, -0.06], True),  # moved either way
+        ([0.04, -0.04], False),
+        ([-0.006, -0.006], True),  # to the better
+        ([-0.004, -0.004], False),
+        ([0.04, 0.04], False),  # to the worse, a little
+    ],
+)
+def test_how_far_rows_run_again_may_move(moved, refused):
+    refuses(refused, leakcheck.LeakCheck._judge_state, np.array(moved))
+
+
+@pytest.mark.parametrize(
+    "hidden, shown, count, refused",
+    [
+        (3.03, 3.0, 24, True),  # what cut rows lose
+        (3.01, 3.0, 24, False),
+        (5.0, 5.0, 24, True),  # the same loss both times, but far above all others
+        (5.0, 5.0, 12, False),  # too few to say so
+        (4.0, 4.0, 24, False),
+    ],
+)
+def test_how_much_more_hidden_targets_may_cost(hidden, shown, count, refused):
+    """All targets: mean 3, deviation 1."""
+    everywhere = np.array([2.0, 4.0] * 100)
+    costs = np.full(count, hidden), np.full(count, shown)
+    refuses(refused, leakcheck.LeakCheck._judge_leak, *costs, everywhere)
+
+
+def refuses(refused, judge, *losses):
+    if refused:
+        with pytest.raises(Fail):
+            judge(*losses)
+    else:
+        judge(*losses)
+
+
 def test_the_rows_that_check_look_like_the_others():
     """Every call has one shape; a cut row comes in an earlier call than its own, and parts after the cut."""
     rows = text(40, 65)

@@ -96,12 +96,14 @@ def test_imported_files_are_those_that_no_package_brought(prepared, tmp_path, mo
         here / "inner" / "helper_of_mine.py": b"a = 1\n",
         tmp_path / "elsewhere" / "helper_of_theirs.py": b"b = 2\n",
         tmp_path / "compiled" / "made_by_the_compiler.py": b"c = 3\n",
+        tmp_path / "autoresearch" / "kit" / "part_of_the_kit.py": b"d = 4\n",
     }
     for path, content in contents.items():
         path.parent.mkdir(parents=True)
         path.write_bytes(content)
         monkeypatch.syspath_prepend(path.parent)
     (here / "train.py").write_text("")
+    monkeypatch.setattr(provenance, "ROOT", tmp_path)
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "compiled"))
     before = set(imported_files(here / "train.py"))
     for path in contents:
