@@ -1,22 +1,22 @@
 """
-prepare.py: text -> tokenizer -> tokens -> rows -> bits per byte. What two scores have in common.
-Nobody edits it during research.
+prepare.py: text -> tokenizer -> tokens -> rows -> bits per byte. Two scores have this in common,
+so nobody edits it during research.
 
     uv run prepare.py               climbmix, for a real GPU
     uv run prepare.py --data DIR    your own text
     uv run prepare.py --demo        offline, for any machine
 
-The rooms, in this order:
+In this order:
 - tokenizer: byte-pair encoding (rustbpe trains, tiktoken encodes), stored as data
 - tokens: every document is encoded once, into flat uint16 files read through a memory map
 - rows: best-fit packing. No padding, every row starts with BOS, rows do not depend on the batch size
 - batches: the loader that hands out training rows and starts the clock
 - the score: bits per byte from the model's logits
-- prepare(): the map of a preparation, and the command line
+- prepare(): the steps of a preparation, and the command line
 
-What hardens it stands in autoresearch/: corpus (downloads, files of text, splits) runs once, before
-any run; referee (manifest, clock, ledger, leak check) is locked like this file. Both this file's
-source and the manifest make the fingerprint: same fingerprint, comparable scores.
+The rest is in autoresearch/: corpus (downloads, text files, splits) runs once, before any run;
+referee (manifest, clock, ledger, leak check) runs in every run and is locked like this file. The
+fingerprint covers the manifest, this file and the referee: same fingerprint, comparable scores.
 
 `train.py` imports MAX_SEQ_LEN, TIME_BUDGET (both from the manifest), Tokenizer, make_dataloader,
 evaluate_bpb and clock. Importing this file starts nothing.
@@ -24,8 +24,8 @@ evaluate_bpb and clock. Importing this file starts nothing.
 
 from __future__ import annotations
 
+import argparse
 import base64
-import functools
 import hashlib
 import itertools
 import math
@@ -51,13 +51,12 @@ from autoresearch.common import (
 )
 from autoresearch.corpus.cache import (
     another_set,
-    disk_failure,
     lock,
     prepared_before,
     put_in_place,
     unfinished_set,
 )
-from autoresearch.corpus.climbmix import climbmix
+from autoresearch.corpus.climbmix import TEST_SHARD, climbmix
 from autoresearch.corpus.documents import BLANK_LINE, Passage, Source, well_formed
 from autoresearch.corpus.report import Progress, in_parallel, print_table, require_rows, total
 from autoresearch.corpus.text import demo, own_text
@@ -66,24 +65,16 @@ from autoresearch.referee.leakcheck import EvalModel, LeakCheck, on_device
 from autoresearch.referee.manifest import FORMAT, SPLITS, fingerprint, manifest, set_dir
 from autoresearch.referee.provenance import training_device
 
-# isort: off
-# DELETE with the old train.py and night.py, which ask for these names here.
-from autoresearch.common import parse_signed, signed  # noqa: F401
-from autoresearch.referee.ledger import read_ledger  # noqa: F401
-from autoresearch.referee.provenance import device_name, driver_version  # noqa: F401
-
-Stop = Fail
-
-
-def describe_run(attention: str, compiled: bool, dtype: str, fell_back: list[str]):
-    clock.describe(attention=attention, compiled=compiled, dtype=dtype, fell_back=fell_back)
-
-
-# isort: on
-
-# What is fixed for each corpus; the command line overrides, the manifest remembers. Lengths in
-# tokens, the budget in seconds.
+# What makes two scores comparable, beside the text. The command line overrides it, the manifest
+# records it, and nothing changes it later.
 # fmt: off
+SETTINGS = {
+    #             smallest   largest  meaning
+    "seq_len":     (16,  1 << 20, "tokens that the model sees at once"),
+    "vocab_size":  (260, 1 << 16, "different tokens"),
+    "eval_tokens": (1,   1 << 40, "tokens that are scored"),
+    "time_budget": (1,   1 << 20, "seconds of training"),
+}
 PRESETS = {
     "climbmix": dict(seq_len=2048, vocab_size=8192, eval_tokens=40 * 524_288, time_budget=300),
     "text":     dict(seq_len=2048, vocab_size=8192, eval_tokens=40 * 524_288, time_budget=300),
@@ -148,38 +139,22 @@ class Tokenizer:
         by_rank = sorted(trainer.get_mergeable_ranks(), key=lambda pair: pair[1])
         return cls([bytes(token) for token, _ in by_rank])
 
-    @functools.cached_property
-    def sha256(self) -> str:
-        return hashlib.sha256(self.to_bytes()).hexdigest()
-
     def to_bytes(self) -> bytes:
         lines = [base64.b64encode(token) + b" %d\n" % i for i, token in enumerate(self.ranks)]
         return b"".join(lines)
 
     @classmethod
-    def from_directory(cls, directory: str | Path | None = None) -> Tokenizer:
-        """The prepared tokenizer, checked against the manifest, or the one in `directory`.
-
-        Raises Fail on damage.
-        """
-        path = Path(directory or set_dir()) / "tokenizer.tiktoken"
-        try:
-            raw = path.read_bytes()
-            if directory is None:
-                if hashlib.sha256(raw).hexdigest() != manifest()["tokenizer_sha256"]:
-                    raise ValueError("not the one that was prepared")
-            return cls(parse_ranks(raw))
-        except (OSError, ValueError) as error:
-            raise Fail(
-                f"{path} is damaged or missing ({error}): "
-                "run the same `uv run prepare.py ...` with --force"
-            ) from None
+    def from_directory(cls) -> Tokenizer:
+        """The prepared tokenizer. Raises Fail where it is damaged or missing."""
+        path = set_dir() / "tokenizer.tiktoken"
+        lines = read_checked(path, manifest()["tokenizer_sha256"]).splitlines()
+        return cls([base64.b64decode(line.split()[0]) for line in lines])
 
     def encode(self, text: str | list[str], prepend: int | str | None = None) -> list:
         """Ids of a text, or a list of them for a list of texts.
 
-        prepend: an id or a special token's name to stand in front. Special tokens spelled in a text
-        are plain text there. A lone surrogate is encoded as U+FFFD.
+        prepend: an id, or a special token's name, to put in front. The names of special tokens in a
+        text are plain text. A lone surrogate is encoded as U+FFFD.
         """
         if not isinstance(text, str):
             return [self.encode(one, prepend) for one in text]
@@ -206,17 +181,16 @@ class Tokenizer:
         return len(self.ranks)
 
 
-def parse_ranks(raw: bytes) -> list[bytes]:
-    """The tokens of a tokenizer's file, by rank. Raises ValueError on damage."""
-    lines = [line.split(b" ") for line in raw.splitlines()]
-    ranks = [base64.b64decode(token, validate=True) for token, _ in lines]
-    if [int(rank) for _, rank in lines] != list(range(len(ranks))):
-        raise ValueError("its ranks are not in order")
-    if len(set(ranks)) < len(ranks) or b"" in ranks:
-        raise ValueError("a token is doubled or empty")
-    if not set(ranks) >= {bytes([byte]) for byte in range(256)}:
-        raise ValueError("single bytes are missing")
-    return ranks
+def read_checked(path: Path, sha256: str) -> bytes:
+    """A file of the prepared set. Raises Fail where it is damaged or missing."""
+    content = path.read_bytes() if path.exists() else b""
+    if hashlib.sha256(content).hexdigest() != sha256:
+        raise damaged(path)
+    return content
+
+
+def damaged(path: Path) -> Fail:
+    return Fail(f"{path} is damaged or missing: run the same `uv run prepare.py ...` with --force")
 
 
 def train_tokenizer(sources: list[Source], vocab_size: int) -> Tokenizer:
@@ -361,33 +335,27 @@ def encode_all(
 def open_tokens(directory: Path, entry: dict, verify: bool) -> tuple[np.ndarray, np.ndarray]:
     """(uint16 tokens as a memory map, int64 index) of a manifest entry; see write_tokens.
 
-    The index and the size are always checked, the tokens' sha256 with `verify`: for the scored
-    splits. Raises Fail on damage.
+    verify: check the tokens' sha256 as well, as for the scored splits. The index and the size are
+    always checked. Raises Fail on damage.
     """
     path = directory / (entry["name"] + ".bin")
-    try:
-        raw = path.with_suffix(".idx").read_bytes()
-        if hashlib.sha256(raw).hexdigest() != entry["index_sha256"]:
-            raise ValueError("not the index that was written")
-        if path.stat().st_size != 2 * sum(entry["tokens"].values()):
-            raise ValueError("not the size that was written")
-        tokens = np.empty(0, dtype=np.uint16)
-        if path.stat().st_size:  # as a plain view: slicing np.memmap itself is slow
-            tokens = np.asarray(np.memmap(path, dtype=np.uint16, mode="r"))
-        if verify and hashlib.sha256(tokens).hexdigest() != entry["sha256"]:
-            raise ValueError("not the tokens that were written")
-    except (OSError, ValueError) as error:
-        raise Fail(
-            f"{path} is damaged or missing ({error}): "
-            "run the same `uv run prepare.py ...` with --force"
-        ) from None
-    return tokens, np.frombuffer(raw, dtype=np.int32).reshape(-1, 3).astype(np.int64)
+    raw = read_checked(path.with_suffix(".idx"), entry["index_sha256"])
+    index = np.frombuffer(raw, dtype=np.int32).reshape(-1, 3).astype(np.int64)
+    count = sum(entry["tokens"].values())
+    if not path.exists() or path.stat().st_size != 2 * count:
+        raise damaged(path)
+    if not count:  # an empty file cannot be mapped
+        return np.empty(0, dtype=np.uint16), index
+    tokens = np.asarray(np.memmap(path, dtype=np.uint16, mode="r"))  # slicing np.memmap is slow
+    if verify and hashlib.sha256(tokens).hexdigest() != entry["sha256"]:
+        raise damaged(path)
+    return tokens, index
 
 
 def check_prepared(split: str):
-    """What a run would notice only after minutes: is everything there to train on and to score?
+    """Raises Fail where a file is damaged or missing, or the split is too small for a row.
 
-    Raises Fail where a file is damaged or missing, or the split is too small for a row.
+    A run calls it first: it would notice only after minutes.
     """
     prepared = manifest()
     if not prepared["eval_rows"][split]:
@@ -484,10 +452,7 @@ def pack_batches(packer: Packer, B: int, T: int, vocab_size: int, pinned: bool):
     rows = np.empty((B, T + 1), dtype=np.uint16)
     while count := packer.fill(rows):
         if rows[:count].max() >= vocab_size:
-            raise Fail(
-                "the token cache holds ids beyond the vocabulary: "
-                "run the same `uv run prepare.py ...` with --force"
-            )
+            raise damaged(set_dir())  # training tokens are not verified by their sha256
         batch = torch.empty((2, count, T), dtype=torch.int64, pin_memory=pinned)
         view = batch.numpy()
         view[0] = rows[:count, :-1]
@@ -510,8 +475,7 @@ def make_dataloader(tokenizer: Tokenizer, B: int, T: int, split: str, device=Non
     prepared = manifest()
     vocab_size = tokenizer.get_vocab_size()
     if vocab_size != prepared["vocab_size"]:
-        expected = prepared["vocab_size"]
-        raise ValueError(f"a vocabulary of {vocab_size}: the prepared set has {expected}")
+        fail(f"a vocabulary of {vocab_size}: the prepared set has {prepared['vocab_size']}")
     device = device or training_device()
     packer = Packer(set_dir(), prepared["tokens"], "train", T + 1, repeat=True)
     batches = pack_batches(packer, B, T, vocab_size, pinned=device.type == "cuda")
@@ -583,12 +547,7 @@ def scored_rows(split: str) -> np.ndarray:
     if not count:
         fail(f"the {split} split is too small for one row of {T + 1} tokens")
     rows = np.empty((count, T + 1), dtype=np.uint16)
-    packer = Packer(set_dir(), prepared["tokens"], split, T + 1, repeat=False)
-    again = "run the same `uv run prepare.py ...` with --force"
-    if packer.fill(rows) < count:
-        raise Fail(f"the {split} split has fewer rows than its manifest says: {again}")
-    if rows.max() >= prepared["vocab_size"]:
-        raise Fail(f"the token cache holds ids beyond the vocabulary: {again}")
+    Packer(set_dir(), prepared["tokens"], split, T + 1, repeat=False).fill(rows)
     return rows
 
 
@@ -615,8 +574,6 @@ def bits_per_byte(
     losses = check.judge(losses)  # (n, T) nats, those of `rows`
 
     target_bytes = token_bytes[rows[:, 1:]]  # (n, T)
-    if not target_bytes.any():
-        fail("no target has a byte: no score")
     nats = losses[target_bytes > 0].sum(dtype=np.float64)
     return float(nats / math.log(2) / target_bytes.sum())
 
@@ -647,23 +604,21 @@ def cross_entropy(logits, targets: np.ndarray):
 # ------------------------------------------------------------------------------- prepare(): the map
 
 
-def prepare(corpus: str, data: Path | None, num_shards: int, settings: dict, force: bool):
+def prepare(corpus: str, data: Path | None, settings: dict, force: bool):
     """Fills the cache: text, tokenizer, tokens, and last the manifest that describes them.
 
-    The same again does nothing. With `force` a set is made whatever is there, beside it, and takes
-    its place when it is whole. One that was killed starts over; finished downloads are kept.
+    The same command again does nothing. With `force` a new set is made beside the old one and
+    replaces it when it is complete. A killed preparation starts over; finished downloads are kept.
     """
     began = time.monotonic()
     request = {"corpus": corpus, **settings}
-    if corpus == "climbmix":
-        request["num_shards"] = num_shards
     old = None if force else prepared_before(request)
-    if old and corpus == "climbmix":  # its files are fixed: the same words are the same text
+    if old and corpus == "climbmix":  # its text is fixed: the same request is the same set
         return say_it_is_there()
 
     # 1. Text: the files, downloaded where they are missing, and the split of each document.
     if corpus == "climbmix":
-        sources = climbmix(num_shards)
+        sources = climbmix(settings["num_shards"])
         how_split = "split by shard: the last two are val and test"
     elif corpus == "demo":
         sources, how_split = demo()
@@ -680,23 +635,24 @@ def prepare(corpus: str, data: Path | None, num_shards: int, settings: dict, for
 
     # 2. The tokenizer, from training text only.
     tokenizer = train_tokenizer(sources, settings["vocab_size"])
-    write_atomically(directory / "tokenizer.tiktoken", tokenizer.to_bytes())
+    content = tokenizer.to_bytes()
+    write_atomically(directory / "tokenizer.tiktoken", content)
 
     # 3. Every document as tokens.
     row_length = settings["seq_len"] + 1
     entries = encode_all(directory, sources, tokenizer, row_length)
 
-    # 4. The rows to score, and what there is to train on.
+    # 4. The rows of the score.
     eval_rows = count_rows(directory, entries, row_length, settings["eval_tokens"])
     print(how_split)
-    print_table(sources, entries, eval_rows, row_length)
+    print_table(entries, eval_rows, row_length)
     require_rows(entries, eval_rows, row_length)
 
-    # 5. The manifest: with it the set is there.
+    # 5. The manifest. From now on the set is prepared.
     described |= {
         **settings,
         "vocab_size": tokenizer.get_vocab_size(),
-        "tokenizer_sha256": tokenizer.sha256,
+        "tokenizer_sha256": hashlib.sha256(content).hexdigest(),
         "tokens": entries,
         "eval_rows": eval_rows,
     }
@@ -712,14 +668,11 @@ def say_it_is_there():
     """Raises Fail where a file of the prepared set is damaged or missing."""
     Tokenizer.from_directory()
     check_prepared("val")
-    corpus = manifest()["corpus"]
-    print(
-        f"already prepared in {cache_dir()}: {corpus}, fingerprint {fingerprint()}; nothing to do"
-    )
+    print(f"already prepared in {cache_dir()}: fingerprint {fingerprint()}; nothing to do")
 
 
 def count_rows(directory: Path, entries: list[dict], row_length: int, eval_tokens: int) -> dict:
-    """{split: the rows that its score is made of}."""
+    """{split: rows in its score}, of val and test."""
     wanted = max(1, eval_tokens // (row_length - 1))
     eval_rows = {}
     for split in ("val", "test"):
@@ -730,17 +683,18 @@ def count_rows(directory: Path, entries: list[dict], row_length: int, eval_token
 
 # ------------------------------------------------------------------------------------- command line
 
-# setting: (what it is, smallest, largest)
-SETTINGS = {
-    "seq_len": ("tokens that the model sees at once", 16, 1 << 20),
-    "vocab_size": ("different tokens", 260, 1 << 16),
-    "eval_tokens": ("tokens that are scored", 1, 1 << 40),
-    "time_budget": ("seconds of training", 1, 1 << 20),
-}
 
+def whole_number(smallest: int, largest: int):
+    """A type for argparse."""
 
-def option(name: str) -> str:
-    return "--" + name.replace("_", "-")
+    def parse(text: str) -> int:
+        number = int(text)
+        if not smallest <= number <= largest:
+            raise argparse.ArgumentTypeError(f"{text} is not from {smallest} to {largest}")
+        return number
+
+    parse.__name__ = "whole number"  # for argparse's own message where the text is no number
+    return parse
 
 
 def command_line() -> Parser:
@@ -755,28 +709,29 @@ def command_line() -> Parser:
     )
     corpus.add_argument(
         "--data",
-        type=lambda path: Path(path).expanduser(),  # `--data=~/notes` is not the shell's to expand
+        type=Path,
         metavar="DIR",
         help="your own *.parquet (column text), *.jsonl (field text), *.txt, *.md below DIR, "
         "or one such file",
     )
     corpus.add_argument(
         "--num-shards",
-        type=int,
+        type=whole_number(-1, TEST_SHARD),
         default=10,
         metavar="N",
         help="climbmix training shards (default 10; -1: all 6,541)",
     )
-    for name, (meaning, _, _) in SETTINGS.items():
-        usual, for_demo = PRESETS["climbmix"][name], PRESETS["demo"][name]
-        default = f"{usual:,}" if usual == for_demo else f"{usual:,}, for the demo {for_demo:,}"
+    for name, (smallest, largest, meaning) in SETTINGS.items():
         parser.add_argument(
-            option(name), type=int, metavar="N", help=f"{meaning} (default {default})"
+            "--" + name.replace("_", "-"),
+            type=whole_number(smallest, largest),
+            metavar="N",
+            help=f"{meaning} (default {PRESETS['climbmix'][name]}, demo {PRESETS['demo'][name]})",
         )
     parser.add_argument(
         "--force",
         action="store_true",
-        help="replace what the cache holds (downloads and the ledger are kept)",
+        help="replace the prepared set (downloads and the ledger are kept)",
     )
     return parser
 
@@ -788,26 +743,23 @@ def main(argv: list[str] | None = None):
         corpus = "demo"
     elif args.data:
         corpus = "text"
-    settings = dict(PRESETS[corpus])
-    for name, (_, smallest, largest) in SETTINGS.items():
-        given = getattr(args, name)
-        if given is not None:
-            settings[name] = given
-        if not smallest <= settings[name] <= largest:
-            raise Fail(f"{option(name)} {settings[name]}: it must be from {smallest} to {largest}")
-    if args.num_shards == 0 or args.num_shards < -1:
-        raise Fail(f"--num-shards {args.num_shards}: it must be at least 1, or -1 for all")
+    settings = {name: getattr(args, name) or PRESETS[corpus][name] for name in SETTINGS}
+    if corpus == "climbmix":
+        settings["num_shards"] = args.num_shards
     try:
         with lock(cache_dir()):
-            prepare(corpus, args.data, args.num_shards, settings, args.force)
-    except OSError as error:
-        raise disk_failure(error) from None
+            prepare(corpus, args.data, settings, args.force)
+    except OSError as error:  # the disk is full, a folder may not be written to, ...
+        raise Fail(
+            f"{error}; downloads are kept. Free some space, mend the permissions or set "
+            "AUTORESEARCH_CACHE to another folder, then run the same command again"
+        ) from None
 
 
 if __name__ == "__main__":
 
     def interrupted(*_):
-        # At once, whatever threads still do: nothing unfinished has its final name.
+        # At once, whatever the threads are doing: nothing unfinished has its final name.
         os.write(2, b"\nFAIL: interrupted; downloads are kept: run the same command again\n")
         os._exit(130)
 
@@ -816,4 +768,4 @@ if __name__ == "__main__":
         main()
     except Fail as failure:
         print(failure, file=sys.stderr, flush=True)
-        os._exit(1)
+        os._exit(1)  # without waiting for threads

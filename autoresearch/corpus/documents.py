@@ -26,58 +26,46 @@ def well_formed(text: str) -> str:
 
 
 def read_parquet(path: Path):
-    """Yields (row group, text)."""
+    """Yields (row group, text). Raises Fail, naming the file."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         file = pq.ParquetFile(path)
-        names = file.schema_arrow.names
-        if "text" not in names:
-            raise Fail(f"{path} has no column `text`, only: {', '.join(names)[:200]}")
         for group in range(file.num_row_groups):
             for rows in file.iter_batches(row_groups=[group], columns=["text"], batch_size=1024):
-                for text in rows.column(0).cast(pa.string()).to_pylist():
+                for text in rows.column("text").cast(pa.string()).to_pylist():
                     if text:
                         yield group, text
-    except (pa.ArrowException, OSError, UnicodeError) as error:
-        reason = str(error)[:200]
-        raise Fail(
-            f"{path} is not readable as parquet ({reason}): replace it or remove it"
-        ) from None
+    except (pa.ArrowException, KeyError, OSError, UnicodeError) as error:
+        raise Fail(f"{path} is no readable parquet file with a column `text` ({error})") from None
 
 
 def read_jsonl(path: Path):
-    """Yields (0, text): the whole file is one group."""
+    """Yields (0, text): the whole file is one row group. Raises Fail, naming the line."""
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
-            place = f"{path}, line {number}"
             try:
-                record = json.loads(line)
-                text = well_formed(record["text"])
+                text = well_formed(json.loads(line)["text"])
             except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-                if isinstance(error, KeyError):
-                    raise Fail(f"{place} has no `text`, only: {', '.join(record)[:200]}") from None
                 kind = type(error).__name__
-                raise Fail(f"{place}: not a JSON object with a string `text` ({kind})") from None
+                raise Fail(
+                    f"{path}, line {number}: not a JSON object with a string `text` ({kind})"
+                ) from None
             if text:
                 yield 0, text
 
 
 READERS = {".parquet": read_parquet, ".jsonl": read_jsonl}
-SUFFIXES = (*READERS, ".txt", ".md")  # the last two are plain text
-
-
-def kind_of(path: Path) -> str:
-    return path.suffix.lower()
+PLAIN_TEXT = (".txt", ".md")
 
 
 # ------------------------------------------------------------------------------------- plain text
 
-PASSAGE_BYTES = 1 << 16  # a longer plain text is cut into passages of so much
-LOOK_AHEAD = 1 << 12  # bytes further on, in which a blank line to cut at is looked for
+PASSAGE_BYTES = 1 << 16  # a longer plain text is cut into passages of about this length
+LOOK_AHEAD = 1 << 12  # bytes beyond, in which a blank line to cut at is looked for
 
 BLANK_LINE = re.compile(rb"\n\s*\n")
 LINE_END = re.compile(rb"\n")
@@ -90,59 +78,46 @@ class Passage:
     path: Path
     start: int
     end: int
-    digest: bytes  # sha256 of the text, without a byte order mark; or of the digests of its parts
+    digest: bytes  # sha256 of the text, or of the digests of the passages that were joined
 
     def text(self) -> str:
         with open(self.path, "rb") as file:
             file.seek(self.start)
-            raw = file.read(self.end - self.start)
-        if self.start == 0:
-            raw = raw.removeprefix(codecs.BOM_UTF8)
-        try:
-            return raw.decode()
-        except UnicodeDecodeError as error:
-            raise Fail(f"{self.path} is no longer UTF-8 ({error.reason})") from None
+            return file.read(self.end - self.start).decode()
 
 
 def passages_of(path: Path) -> list[Passage]:
-    """The whole file, or where it is longer than PASSAGE_BYTES pieces of about that length."""
-    if path.stat().st_size == 0:
+    """The whole file, or pieces of about PASSAGE_BYTES where it is longer. No byte order mark."""
+    if path.stat().st_size == 0:  # mmap refuses an empty file
         return []
-    found = []
-    start = 0
+    passages = []
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
+        start = len(codecs.BOM_UTF8) if text[:3] == codecs.BOM_UTF8 else 0
         while start < len(text):
             end = cut_place(text, start + PASSAGE_BYTES)
-            raw = text[start:end]
-            if start == 0:
-                raw = raw.removeprefix(codecs.BOM_UTF8)
-            found.append(Passage(path, start, end, hashlib.sha256(raw).digest()))
+            passages.append(Passage(path, start, end, hashlib.sha256(text[start:end]).digest()))
             start = end
-    return found
+    return passages
 
 
 def cut_place(text, place: int) -> int:
-    """Where a blank line ends, the first from byte `place` on; else a line; else a character."""
-    if place >= len(text):
-        return len(text)
+    """The end of the first blank line from byte `place` on, else of a line, else of a character."""
     for end in (BLANK_LINE, LINE_END):
         found = end.search(text, place, place + LOOK_AHEAD)
         if found:
             return found.end()
     while place < len(text) and text[place] & 0xC0 == 0x80:  # inside a character of UTF-8
         place += 1
-    return place
+    return min(place, len(text))
 
 
 def is_utf8(path: Path) -> bool:
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    with open(path, "rb") as file:
-        try:
-            while block := file.read(1 << 20):
-                decoder.decode(block)
-            decoder.decode(b"", final=True)
-        except UnicodeDecodeError:
-            return False
+    try:
+        with open(path, encoding="utf-8") as file:
+            while file.read(1 << 20):
+                pass
+    except UnicodeDecodeError:
+        return False
     return True
 
 
@@ -151,10 +126,10 @@ def is_utf8(path: Path) -> bool:
 
 @dataclass(eq=False)
 class Source:
-    """What is encoded as one: a parquet or jsonl file, or a bundle of plain text."""
+    """Documents that are encoded together: a parquet or jsonl file, or a bundle of plain text."""
 
     name: str
-    split: str | None  # None: split_of says it of each document
+    split: str | None  # None: `split_of` decides for each document
     path: Path | None = None  # None for a bundle
     passages: tuple[Passage, ...] = ()  # of a bundle
     # The split of a document, by the sha256 of its text; None leaves it out.
@@ -162,7 +137,7 @@ class Source:
 
     def read(self):
         """Yields (row group, text) of a parquet or jsonl file, in its order."""
-        return READERS[kind_of(self.path)](self.path)
+        return READERS[self.path.suffix.lower()](self.path)
 
     def documents(self):
         """Yields (split, row group, text), in order. Raises Fail, naming file and place."""
@@ -177,14 +152,12 @@ class Source:
             if split:
                 yield split, group, text
 
-    def files(self) -> set[Path]:
-        return {self.path} if self.path else {passage.path for passage in self.passages}
-
     def describe(self) -> dict:
-        """What the manifest says of it."""
-        record = {"name": self.name, "split": self.split}
+        """Its entry in the manifest's `files`."""
         if self.path:
-            return {**record, "size": self.path.stat().st_size, "sha256": sha256_of(self.path)}
-        size = sum(passage.end - passage.start for passage in self.passages)
-        digest = hashlib.sha256(b"".join(passage.digest for passage in self.passages))
-        return {**record, "size": size, "sha256": digest.hexdigest()}
+            size, sha256 = self.path.stat().st_size, sha256_of(self.path)
+        else:
+            size = sum(passage.end - passage.start for passage in self.passages)
+            digests = b"".join(passage.digest for passage in self.passages)
+            sha256 = hashlib.sha256(digests).hexdigest()
+        return {"name": self.name, "split": self.split, "size": size, "sha256": sha256}
