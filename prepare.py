@@ -57,12 +57,20 @@ from autoresearch.corpus.cache import (
     unfinished_set,
 )
 from autoresearch.corpus.climbmix import TEST_SHARD, climbmix
-from autoresearch.corpus.documents import BLANK_LINE, Passage, Source, well_formed
+from autoresearch.corpus.documents import Passage, Source, cut_to_rows, well_formed
 from autoresearch.corpus.report import Progress, in_parallel, print_table, require_rows, total
 from autoresearch.corpus.text import demo, own_text
 from autoresearch.referee.clock import clock, fail
 from autoresearch.referee.leakcheck import EvalModel, LeakCheck, on_device
-from autoresearch.referee.manifest import FORMAT, SPLITS, fingerprint, manifest, set_dir
+from autoresearch.referee.manifest import (
+    FORMAT,
+    SPLITS,
+    damaged,
+    fingerprint,
+    manifest,
+    read_checked,
+    set_dir,
+)
 from autoresearch.referee.provenance import training_device
 
 # What makes two scores comparable, beside the text. The command line overrides it, the manifest
@@ -181,18 +189,6 @@ class Tokenizer:
         return len(self.ranks)
 
 
-def read_checked(path: Path, sha256: str) -> bytes:
-    """A file of the prepared set. Raises Fail where it is damaged or missing."""
-    content = path.read_bytes() if path.exists() else b""
-    if hashlib.sha256(content).hexdigest() != sha256:
-        raise damaged(path)
-    return content
-
-
-def damaged(path: Path) -> Fail:
-    return Fail(f"{path} is damaged or missing: run the same `uv run prepare.py ...` with --force")
-
-
 def train_tokenizer(sources: list[Source], vocab_size: int) -> Tokenizer:
     began = time.monotonic()
     with ThreadPoolExecutor(1) as pool:  # so that Ctrl-C is heard meanwhile
@@ -203,11 +199,11 @@ def train_tokenizer(sources: list[Source], vocab_size: int) -> Tokenizer:
 
 
 TOKENIZER_CHARS = 1_000_000_000  # of training text is what the tokenizer learns from
-TOKENIZER_DOC_CHARS = 10_000  # of one document at most
+TOKENIZER_DOC_CHARS = 10_000  # of one document at most; plain text has no documents of its own
 
 
 def tokenizer_text(sources: list[Source]):
-    """Yields the first TOKENIZER_CHARS of training text, each document cut."""
+    """Yields training text, up to TOKENIZER_CHARS in all."""
     left = TOKENIZER_CHARS
     for source in sources:
         if source.split not in (None, "train"):
@@ -215,50 +211,16 @@ def tokenizer_text(sources: list[Source]):
         for split, _, text in source.documents():
             if split != "train":
                 continue
-            # Of plain text everything: there a document is no measure.
-            learned = TOKENIZER_DOC_CHARS if source.path else len(text)
-            for start in range(0, min(len(text), learned), TOKENIZER_DOC_CHARS):
-                if left <= 0:
-                    return
+            end = TOKENIZER_DOC_CHARS if source.path else len(text)
+            for start in range(0, min(len(text), end), TOKENIZER_DOC_CHARS):
                 part = text[start : start + min(TOKENIZER_DOC_CHARS, left)]
+                if not part:
+                    return
                 left -= len(part)
                 yield part
 
 
 # ------------------------------------------------------------------------------------------- tokens
-
-PASSAGE_SLACK = 0.05  # plain text is cut into passages of a row, or so much more up to a blank line
-
-
-def cut_to_rows(tokenizer: Tokenizer, text: str, size: int) -> list[np.ndarray]:
-    """A text's tokens, cut into passages of `size` or a little more, so that packed rows are full.
-
-    Cut in tokens, so exactly, and encoded only once. A passage ends with a blank line where one
-    comes within PASSAGE_SLACK, else with a line, else anywhere.
-    """
-    ids = tokenizer.encode_array(text)
-    raw = text.encode()
-    ends = np.cumsum(tokenizer.token_bytes[ids])  # (tokens,) bytes up to the end of each
-    blank_lines = np.array([match.end() for match in BLANK_LINE.finditer(raw)], dtype=np.int64)
-    lines = np.flatnonzero(np.frombuffer(raw, dtype=np.uint8) == ord("\n")) + 1
-    places = []  # for each kind of end: how many tokens stand before, rising
-    for found in (blank_lines, lines):
-        last = ends.searchsorted(found)
-        places.append((last + 1)[ends[last] == found])  # most ends are a token's end
-    slack = int(PASSAGE_SLACK * size)
-    cut = []
-    start = 0
-    while len(ids) - start > size + slack:
-        end = least = start + size
-        for candidates in places:
-            i = candidates.searchsorted(least)
-            if i < len(candidates) and candidates[i] <= least + slack:
-                end = int(candidates[i])
-                break
-        cut.append(ids[start:end])
-        start = end
-    cut.append(ids[start:])
-    return cut
 
 
 def encode_source(source: Source, tokenizer: Tokenizer, row_length: int, pool, progress: Progress):
@@ -292,29 +254,23 @@ def write_tokens(path: Path, encoded, tokenizer: Tokenizer) -> dict:
     """
     bos = [tokenizer.get_bos_token_id()]
     index = []
-    size = dict.fromkeys(SPLITS, 0)
+    count = {what: dict.fromkeys(SPLITS, 0) for what in ("documents", "bytes", "tokens")}
     with open(path.with_suffix(".bin"), "wb") as file:
         for split, group, ids in encoded:
             file.write(np.concatenate([bos, ids]).astype(np.uint16).data)
             index.append((SPLITS.index(split), group, len(ids) + 1))
-            size[split] += int(tokenizer.token_bytes[ids].sum())
+            count["documents"][split] += 1
+            count["bytes"][split] += int(tokenizer.token_bytes[ids].sum())  # of text
+            count["tokens"][split] += len(ids) + 1
         file.flush()
         os.fsync(file.fileno())
-    index = np.array(index, dtype=np.int32).reshape(-1, 3)
-    write_atomically(path.with_suffix(".idx"), index.tobytes())
-    entry = {
+    write_atomically(path.with_suffix(".idx"), np.array(index, dtype=np.int32).tobytes())
+    return {
         "name": path.name,
         "sha256": sha256_of(path.with_suffix(".bin")),
         "index_sha256": sha256_of(path.with_suffix(".idx")),
-        "documents": {},
-        "bytes": size,  # of text
-        "tokens": {},
+        **count,
     }
-    for place, split in enumerate(SPLITS):
-        lengths = index[index[:, 0] == place, 2]
-        entry["documents"][split] = len(lengths)
-        entry["tokens"][split] = int(lengths.sum())
-    return entry
 
 
 def encode_all(
@@ -393,8 +349,7 @@ class Packer:
 
     def _batches(self, directory: Path, entries, split: str, repeat: bool):
         """Yields (epoch, tokens, firsts, lengths) of up to BATCH_DOCS documents of a row group."""
-        epochs = itertools.count(1) if repeat and entries else [1]
-        for epoch in epochs:
+        for epoch in itertools.count(1) if repeat else [1]:
             for entry in entries:
                 tokens, index = open_tokens(directory, entry, verify=split != "train")
                 ends = np.cumsum(index[:, 2])
@@ -443,20 +398,18 @@ class Packer:
 
 
 def pack_batches(packer: Packer, B: int, T: int, vocab_size: int, pinned: bool):
-    """Yields (int64 (2, rows, T): inputs and targets, epoch), fresh memory each time.
-
-    rows is B, or fewer in the last batch of a single pass.
-    """
+    """Yields (int64 (2, B, T): inputs and targets, epoch) for ever, fresh memory each time."""
     import torch
 
     rows = np.empty((B, T + 1), dtype=np.uint16)
-    while count := packer.fill(rows):
-        if rows[:count].max() >= vocab_size:
+    while True:
+        packer.fill(rows)
+        if rows.max() >= vocab_size:
             raise damaged(set_dir())  # training tokens are not verified by their sha256
-        batch = torch.empty((2, count, T), dtype=torch.int64, pin_memory=pinned)
+        batch = torch.empty((2, B, T), dtype=torch.int64, pin_memory=pinned)
         view = batch.numpy()
-        view[0] = rows[:count, :-1]
-        view[1] = rows[:count, 1:]
+        view[0] = rows[:, :-1]
+        view[1] = rows[:, 1:]
         yield batch, packer.epoch
 
 

@@ -15,6 +15,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from autoresearch.common import Fail, sha256_of
 
 # ------------------------------------------------------------------------------- parquet and jsonl
@@ -119,6 +121,40 @@ def is_utf8(path: Path) -> bool:
     except UnicodeDecodeError:
         return False
     return True
+
+
+PASSAGE_SLACK = 0.05  # a passage is a row, or so much more up to a blank line
+
+
+def cut_to_rows(tokenizer, text: str, size: int) -> list[np.ndarray]:
+    """A text's tokens, cut into passages of `size` or a little more, so that packed rows are full.
+
+    It is cut in tokens, so the length is exact and the text is encoded once. A passage ends with a
+    blank line if there is one within PASSAGE_SLACK, else with a line, else anywhere.
+    """
+    ids = tokenizer.encode_array(text)
+    raw = text.encode()
+    ends = np.cumsum(tokenizer.token_bytes[ids])  # (tokens,) bytes up to the end of each
+    blank_lines = np.array([match.end() for match in BLANK_LINE.finditer(raw)], dtype=np.int64)
+    lines = np.flatnonzero(np.frombuffer(raw, dtype=np.uint8) == ord("\n")) + 1
+    places = []  # for each kind of end: how many tokens stand before, rising
+    for found in (blank_lines, lines):
+        last = ends.searchsorted(found)
+        places.append((last + 1)[ends[last] == found])  # most ends are a token's end
+    slack = int(PASSAGE_SLACK * size)
+    cut = []
+    start = 0
+    while len(ids) - start > size + slack:
+        end = least = start + size
+        for candidates in places:
+            i = candidates.searchsorted(least)
+            if i < len(candidates) and candidates[i] <= least + slack:
+                end = int(candidates[i])
+                break
+        cut.append(ids[start:end])
+        start = end
+    cut.append(ids[start:])
+    return cut
 
 
 # ----------------------------------------------------------------------------------------- sources

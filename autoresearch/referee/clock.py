@@ -1,8 +1,7 @@
 """
 A run's time and its end: the budget, the watchdog, and the one place where a run fails.
 
-The clock belongs to locked code. It starts with the first training batch that is handed out and
-stops when the score is asked for.
+The clock starts with the first training batch and stops when the score is asked for.
 """
 
 from __future__ import annotations
@@ -27,10 +26,10 @@ _now = time.monotonic  # bound here: whatever is done to `time` later, the clock
 
 
 class Clock:
-    """The run's time. `elapsed`, `progress`, `expired` and `note_loss` are for everybody.
+    """The run's time. Everybody may use `elapsed`, `progress`, `expired` and `note_loss`.
 
-    All else is called by prepare.py alone. A step ends when the loop reads `elapsed` or `progress`:
-    a loop reads once a step, so gradient accumulation, which draws several batches, is one step.
+    A step ends when the loop reads one of the first three, so the batches that a gradient is
+    accumulated over are one step.
     """
 
     __slots__ = (
@@ -53,14 +52,14 @@ class Clock:
         self._tokens = 0  # handed out, as are the batches
         self._batches = 0
         self._steps = 0
-        self._looked = True  # has the loop read the clock since the last batch?
+        self._looked = True  # has the loop read the clock since it drew the last batch?
         self._step_began = None
         self._longest_step = 0.0  # seconds
         self._pace = []  # [seconds, tokens handed out before]
         self._losses = []  # noted since the last sample
         self._next_sample = 0.0  # seconds
-        self._conditions = {}  # what changes a run's speed without being its code
-        self._set_lock = None  # on the prepared set, so that nobody replaces it meanwhile
+        self._conditions = {}
+        self._set_lock = None  # while it is held, prepare.py does not replace the prepared set
 
     @property
     def elapsed(self) -> float:
@@ -91,7 +90,7 @@ class Clock:
     # ------------------------------------------------------------------ called by prepare.py alone
 
     def expect(self, device):
-        """A training loader exists. The first one starts the watchdog; no other ever touches it."""
+        """A training loader exists. The first one begins the run and starts the watchdog."""
         if self._budget is None:
             self._device = device
             self._run = describe_run(self._script, self._script_sha256, device)
@@ -102,7 +101,7 @@ class Clock:
             report_phase("compiling")
 
     def describe(self, **conditions):
-        """Into the ledger from now on: what changes a run's speed without being its code."""
+        """Adds to the ledger's lines what changes a run's speed without being its code."""
         self._conditions |= conditions
 
     def hand_out(self, tokens: int):
@@ -121,10 +120,10 @@ class Clock:
         self._tokens += tokens
 
     def _start(self):
-        if self._run is not None:  # None where a failure has ended it already
+        if self._run is not None:  # None: the run has failed, and somebody caught it
             self._run["startup_seconds"] = round(_now() - self._made, 1)
             append_record({"event": "start", **self._run, **self._conditions, "time": utc()})
-        if self._device is not None and self._device.type == "cuda":
+        if self._device.type == "cuda":
             import torch
 
             torch.cuda.reset_peak_memory_stats()
@@ -145,18 +144,16 @@ class Clock:
         """Stops the clock. Raises Fail for a run that gets no score whatever its model is."""
         if self._ended is not None:
             fail("this run has been scored already: one score for one training")
+        if self._run is None or self._began is None:
+            fail(
+                "no training batch was drawn, or the run has failed: a score is for what a run "
+                'learned from make_dataloader(tokenizer, B, T, "train")'
+            )
         if device.type != "cpu":  # queued work is training too
             import torch
 
             torch.accelerator.synchronize(device)
         self._ended = _now()
-        self._device = device
-        self._run = self._run or describe_run(self._script, self._script_sha256, device)
-        if self._began is None:
-            fail(
-                "no training batch was drawn: a score is for what a run learned from "
-                'make_dataloader(tokenizer, B, T, "train")'
-            )
         self._sample(self._seconds())
         report_phase("scoring")
         tolerance = max(self._longest_step, 0.01 * self._budget)
@@ -165,16 +162,15 @@ class Clock:
                 f"trained {round(self._seconds(), 1):g} s on a {self._budget} s budget: "
                 "stop before the step that would not fit"
             )
-        began_with = self._run["fingerprint"]
-        ends_with = fingerprint()
-        if ends_with != began_with:
+        now, before = fingerprint(), self._run["fingerprint"]
+        if now != before:
             fail(
                 "the prepared set or the code that measures was changed during the run: its "
-                f"fingerprint is {ends_with}, this run began with {began_with}. Run again"
+                f"fingerprint is {now}, this run began with {before}. Run again"
             )
 
     def end(self, **result):
-        """The run's last line in the ledger: score=..., or failure=... . A run ends once."""
+        """Writes the run's last line in the ledger, with score=... or failure=... . Only once."""
         run = self._run
         self._run = None
         self.unlock()
@@ -214,18 +210,18 @@ def training_limit(budget: float) -> float:
 
 
 def arm_watchdog(seconds: float):
-    """Ends this process so many seconds from now, whatever hangs, and shows on stderr where.
+    """Ends this process after so many seconds, whatever hangs, with exit code 1 and a traceback.
 
-    A process has one such timer: to arm it again replaces it. It fires in a thread of C that needs
-    no GIL, and exits with 1; the ledger then has the run's start and no end, and children live on.
-    Nobody calls it off: a process that hangs after its score must end too.
+    Each call replaces the one before. The timer is a thread of C that needs no GIL. Nobody stops
+    it: a process that hangs after its score must end too. Children live on, and the ledger has no
+    end of this run.
     """
     faulthandler.dump_traceback_later(seconds, exit=True, file=2)
 
 
 def report_phase(phase: str, **values):
-    """A line for the night's display, into the file that $AUTORESEARCH_PROGRESS names, if any."""
+    """Appends a line for the night to the file that $AUTORESEARCH_PROGRESS names, if any."""
     path = os.environ.get("AUTORESEARCH_PROGRESS")
     if path:
-        with contextlib.suppress(OSError), open(path, "a") as file:  # nothing depends on it
+        with contextlib.suppress(OSError), open(path, "a") as file:  # no reason to lose a run
             file.write(json.dumps({"phase": phase, "time": utc(), **values}) + "\n")

@@ -1,8 +1,8 @@
 """
-The leak check: is the score what the model knows?
+The leak check: does the score measure what the model has learned?
 
-A model gets no score if it reads what it must tell (later tokens, other rows of the batch), if it
-learns or keeps state while it is scored, or if it answers the same input differently.
+A model gets no score if it reads later tokens or other rows of the batch, if it learns or keeps
+state while it is scored, or if the same input gets different logits.
 """
 
 from __future__ import annotations
@@ -17,58 +17,61 @@ import numpy as np
 
 from autoresearch.referee.clock import fail
 
-# What each check adds: a share of the scored rows (exact probes: of the calls), and the least.
+# Rows that each check adds, as a share of the scored rows (exact: calls, of all calls), and the least.
 CUT_SHARE, MIN_CUT_ROWS = 0.0125, 24
 AGAIN_SHARE, MIN_AGAIN_ROWS = 0.004, 8
 EXACT_SHARE, MIN_EXACT_CALLS, MIN_EXACT_PROBES = 0.008, 2, 8
 
-# What is no longer rounding, in nats a target. Honest models on a CPU: 0, FFT convolution under 1e-5.
-MOVED_NATS = 0.05  # rows again, on average, either way
-GAINED_NATS = 0.005  # rows again, on average, to the better: what learning does
-LOST_NATS = 0.02  # cut rows, on average: what a leak gains is lost there
+# More than rounding, in nats a target. Honest models on a CPU: 0, FFT convolution under 1e-5.
+MOVED_NATS = 0.05  # rows again, mean absolute change
+GAINED_NATS = 0.005  # rows again, mean gain: a model that learns gains
+LOST_NATS = 0.02  # cut rows, mean loss: a leak gains as much in whole rows
 # Cut rows against all targets, in standard deviations of their mean. In 4 million draws from real
 # losses: 6.3 at most with 16 rows, 5.5 with 32, 5.7 with 128. Fewer rows are no sample.
 UNLIKE_SIGMAS, UNLIKE_ROWS = 7, 16
 
 CONTINUATION_WINDOW = 1 << 20  # tokens, in which another continuation is looked for
-_draw = random.SystemRandom()  # no seed's: what cannot be foreseen cannot be fitted
+_draw = random.SystemRandom()  # without a seed: a place that can be foreseen can be fitted
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A row of the stream that the model is given."""
+    """A row of the stream that the model is scored on."""
 
-    when: float  # in scored rows: entries come in this order
+    when: float  # entries are sorted by it; of a scored row, its number
     kind: str  # "scored", "cut" or "again"
     row: int
     cut: int = 0  # the position whose target is hidden from a cut row
 
 
 class LeakCheck:
-    """Is the score what the model knows? Not if it reads what it must tell, or learns meanwhile.
+    """Mixes a few checking rows into the scored ones, at places that nobody can foresee.
 
-    Among the rows that are scored stand a few that only check, at places that nobody can foresee:
-    - Cut rows. A row whose turn comes in a later call, up to a random position; then the text of
-      another place that goes on after the same tokens. The target there cannot be read anywhere.
-      It must not cost more than it will in the whole row, where a model that leaks reads it; and
-      not more than targets do on average, which holds even if the model tells the same both times.
-    - Rows again. A row of an early call in a late one, in other company: if its losses moved, the
-      model keeps state: it counts its calls, remembers, or learns from what it is scored on.
-    - Exact probes, calls of their own: see ExactCheck. They find mistakes too small to matter.
+    - Cut rows: a row of a later call up to a random position, then the text of another place that
+      follows the same tokens. The target at that position is nowhere in the input. There its loss
+      must not be larger than in the whole row, where a leaking model reads it; nor much larger than
+      the mean of all targets, which holds even if the model answers the same both times.
+    - Rows again: a row of an early call in a late one, with other rows around it. If its losses
+      moved, the model keeps state: it counts its calls, remembers, or learns from what it is given.
+    - Exact probes, in calls of their own (ExactCheck): they find leaks too small for the losses.
 
     Not caught: a model that learns without autograd and answers every row that it has had before
-    as it did then; a leak that shuns places where a cut is likely, which it must find by itself,
+    as it did then; a leak that avoids places where a cut is likely, which it must find by itself,
     from the row alone; one that gains less than LOST_NATS and passes ExactCheck.
     """
 
     def __init__(self, rows: np.ndarray, token_bytes: np.ndarray, batch_size: int):
-        """rows: (n, T + 1). A batch is at most half of them: there is an early and a late."""
+        """rows: (n, T + 1). A batch is at most half of them, so that there are early and late calls."""
         self.rows = rows
         self.has_bytes = token_bytes > 0
         self.batch_size = max(1, min(batch_size, len(rows) // 2))
         self.stream = sorted(self._entries(), key=lambda entry: entry.when)
         self.exact = ExactCheck(rows.shape[1] - 1)
-        self.exact_calls = self._exact_calls()
+        # The first, where a plain mistake is found at once, and some that nobody can foresee.
+        calls = len(self.stream) // self.batch_size
+        enough = math.ceil(MIN_EXACT_PROBES / self.batch_size)
+        count = max(MIN_EXACT_CALLS, enough, int(EXACT_SHARE * calls))
+        self.exact_calls = {0, *_draw.sample(range(1, calls), min(count, calls) - 1)}
 
     def _entries(self) -> list[Entry]:
         n, B = len(self.rows), self.batch_size
@@ -91,13 +94,6 @@ class LeakCheck:
             entries.append(Entry(n, "again", _draw.choice(early)))
         return entries
 
-    def _exact_calls(self) -> set[int]:
-        """The first, where a plain mistake is found at once, and some that nobody can foresee."""
-        calls = len(self.stream) // self.batch_size
-        enough = math.ceil(MIN_EXACT_PROBES / self.batch_size)
-        count = max(MIN_EXACT_CALLS, enough, int(EXACT_SHARE * calls))
-        return {0, *_draw.sample(range(1, calls), min(count, calls) - 1)}
-
     def batches(self):
         """Yields (call, inputs, targets), both uint16 (B, T), each memory of its own."""
         B = self.batch_size
@@ -111,9 +107,9 @@ class LeakCheck:
             yield call, inputs, targets
 
     def _continuation(self, entry: Entry) -> np.ndarray:
-        """What is to stand after the cut: the text of another place after the same tokens.
+        """What replaces the text after the cut: another place's text after the same 4 tokens.
 
-        The same 4, or as many as are found, so that no token that does not fit tells of the cut.
+        Or after as many as are found. A token that does not fit would show the cut.
         """
         text = self.rows.ravel()
         cut = entry.row * self.rows.shape[1] + entry.cut
@@ -134,7 +130,7 @@ class LeakCheck:
 
     def judge(self, losses: np.ndarray) -> np.ndarray:
         """The losses (n, T) of `rows`, from those of the stream. Raises Fail if a check failed."""
-        # The stream is sorted by `when`, which for a scored row is its number: these are in order.
+        # The stream is sorted by `when`, so the scored rows are in their order.
         scored = losses[[entry.kind == "scored" for entry in self.stream]]
         moved, hidden, shown = [], [], []
         for entry, mine in zip(self.stream, losses):
@@ -144,44 +140,46 @@ class LeakCheck:
                 hidden.append(mine[entry.cut])
                 shown.append(scored[entry.row, entry.cut])
         if moved:
-            self._judge_state(np.array(moved))
+            judge_state(np.array(moved))
         if hidden:
             everywhere = scored[self.has_bytes[self.rows[:, 1:]]]
-            self._judge_leak(np.array(hidden), np.array(shown), everywhere)
+            judge_leak(np.array(hidden), np.array(shown), everywhere)
         return scored
 
-    @staticmethod
-    def _judge_state(moved: np.ndarray):
-        """moved: losses of rows run again, less those of the first time."""
-        distance, gain = np.abs(moved).mean(), -moved.mean()
-        if distance > MOVED_NATS or gain > GAINED_NATS:
-            fail(
-                "the model keeps state while it is scored: rows of early calls, run again in late "
-                f"ones, got other logits ({distance:.3f} nats a target): no score. The same input "
-                "must get the same answer"
-            )
 
-    @staticmethod
-    def _judge_leak(hidden: np.ndarray, shown: np.ndarray, everywhere: np.ndarray):
-        """Losses of the same targets in cut rows and in whole ones; everywhere: of all targets."""
-        lost = (hidden - shown).mean()
-        sigma = everywhere.std() / math.sqrt(len(hidden))
-        unlike = hidden.mean() - everywhere.mean() > UNLIKE_SIGMAS * sigma
-        if lost > LOST_NATS or (unlike and len(hidden) >= UNLIKE_ROWS):
-            fail(
-                f"the model sees the future: {len(hidden)} targets cost {hidden.mean():.3f} nats "
-                f"each where other text stands from there on, {shown.mean():.3f} where they stand "
-                f"themselves, and all targets {everywhere.mean():.3f}. Every position may only "
-                "read itself and earlier ones of its own row"
-            )
+def judge_state(moved: np.ndarray):
+    """moved: losses of rows given again minus those of the first time."""
+    distance, gain = np.abs(moved).mean(), -moved.mean()
+    if distance > MOVED_NATS or gain > GAINED_NATS:
+        fail(
+            "the model keeps state while it is scored: rows of early calls, given again in late "
+            f"ones, got other logits ({distance:.3f} nats a target): no score. The same input "
+            "must get the same answer"
+        )
+
+
+def judge_leak(hidden: np.ndarray, shown: np.ndarray, everywhere: np.ndarray):
+    """Losses of the same targets in cut rows and in whole ones; everywhere: of all targets."""
+    lost = (hidden - shown).mean()
+    sigma = everywhere.std() / math.sqrt(len(hidden))
+    unlike = hidden.mean() - everywhere.mean() > UNLIKE_SIGMAS * sigma
+    if lost > LOST_NATS or (unlike and len(hidden) >= UNLIKE_ROWS):
+        fail(
+            f"the model sees the future: {len(hidden)} targets cost {hidden.mean():.3f} nats each "
+            f"where other text follows, {shown.mean():.3f} in their own text, and all targets "
+            f"{everywhere.mean():.3f}. {ONLY_EARLIER}"
+        )
+
+
+ONLY_EARLIER = "Every position may only read itself and earlier ones of its own row"
 
 
 class ExactCheck:
     """Logits up to a position must not change when later tokens do, nor when other rows do.
 
     Every row of a batch is changed after a position of its own: to text from elsewhere in the
-    batch, or to one token repeated, which moves averages most. Of two neighbouring positions one
-    at least lies inside any block. Cost: one forward pass.
+    batch, or to one token repeated, which moves averages most. Positions are probed in pairs of
+    neighbours: at most one of two lies at the end of a block. Cost: one forward pass.
     Not caught: a leak at few positions, between those probed; one far below 1/100 of the signal;
     a model that recognises the probe, by the break in its text or because it has had the row.
     """
@@ -210,22 +208,21 @@ class ExactCheck:
     def __call__(self, model, inputs: np.ndarray, logits):
         """Probes once; logits: what model(inputs) gave. Raises Fail."""
         logits = logits.clone()  # a compiled model may return the same memory again
-        seen, largest = self._seen(model, inputs, logits)
+        seen = self._seen(model, inputs, logits)
         if seen is None:
             return
-        if (model(inputs) - logits).abs().max() > 0.1 * largest:
+        if (model(inputs) - logits).abs().max() > 0.1 * logits.float().std():
             fail(
                 "the model gives other logits for the same input: is dropout on in eval mode, "
                 "or a thread still training?"
             )
         fail(
             f"the model sees the future (position {seen}): its logits there change with later "
-            "tokens or with other rows of the batch. Every position may only read itself and "
-            "earlier ones of its own row"
+            f"tokens or with other rows of the batch. {ONLY_EARLIER}"
         )
 
-    def _seen(self, model, inputs, logits) -> tuple[int | None, float]:
-        """(a position whose logits change and must not, or None; the largest change of a logit)."""
+    def _seen(self, model, inputs, logits) -> int | None:
+        """A position whose logits change and must not."""
         (B, T), V = inputs.shape, logits.shape[-1]
         probes = list(itertools.islice(self.probes, B))
         changed_inputs = inputs.copy()
@@ -234,7 +231,7 @@ class ExactCheck:
             another = (int(inputs[row, min(p + 1, T - 1)]) + _draw.randrange(1, V)) % V
             changed_inputs[row, p + 1 :] = another if repeated else elsewhere[row, p + 1 :]
         changed_logits = model(changed_inputs)
-        seen, largest = None, 0.0
+        seen = None
         for row, (p, _) in enumerate(probes):
             before = logits[row, : p + 1].float()
             difference = changed_logits[row, : p + 1].float() - before
@@ -244,7 +241,6 @@ class ExactCheck:
             amount = difference.square().mean(-1).sqrt() / spread
             if not amount.isfinite().all():
                 fail("the model's logits are not finite: no score")
-            largest = max(largest, difference.abs().max().item())
             # some leaks are strongest right there, others everywhere
             self.near.append((max(amount[-1], amount.mean()).item(), p))
             if amount.max() > self.ANYWHERE:
@@ -252,11 +248,11 @@ class ExactCheck:
         if seen is None and len(self.near) >= MIN_EXACT_PROBES:
             if sum(amount for amount, _ in self.near) > self.NEAR * len(self.near):
                 seen = max(self.near)[1]
-        return seen, largest
+        return seen
 
 
 class EvalModel:
-    """A model as the evaluation calls it: its passes counted, itself held to what a score needs."""
+    """The model under evaluation: counts its forward passes, checks its output, forbids learning."""
 
     def __init__(self, model, vocab_size: int):
         self.model = model
@@ -271,28 +267,24 @@ class EvalModel:
         logits = self.model(given)
         shape = (*inputs.shape, self.vocab_size)
         if type(logits) is not type(given) or logits.shape != shape:
-            what = type(logits).__name__
-            if hasattr(logits, "shape"):
-                what += f" {tuple(logits.shape)}"
             fail(
-                f"model(inputs) returned {what}, not logits of shape "
+                f"model(inputs) returned {type(logits).__name__} "
+                f"{tuple(getattr(logits, 'shape', ()))}, not logits of shape "
                 f"(batch, sequence, vocabulary) = {shape} in a plain Tensor"
             )
         return logits
 
     @contextlib.contextmanager
     def eval_mode(self):
-        """In eval mode, without gradients; afterwards mode and torch's generators are as before.
+        """Eval mode without gradients; restores the mode and torch's random generators.
 
-        Raises Fail if the weights are not, or if autograd is asked to prepare a backward pass.
+        Raises Fail if the weights changed, or if autograd prepares a backward pass.
         """
         import torch
 
         mode, before = self.model.training, self._weights()
         devices = [self.device] if self.device.type == "cuda" else []
-        no_graph = torch.autograd.graph.saved_tensors_hooks(
-            self._refuse_to_learn, lambda kept: kept
-        )
+        no_graph = torch.autograd.graph.saved_tensors_hooks(refuse_to_learn, lambda kept: kept)
         try:
             self.model.eval()
             with torch.no_grad(), torch.random.fork_rng(devices), no_graph:
@@ -311,12 +303,13 @@ class EvalModel:
         sums = [p.detach().flatten().view(torch.uint8).sum() for p in self.model.parameters()]
         return torch.stack(sums)
 
-    def _refuse_to_learn(self, tensor):
-        """Called where autograd keeps a tensor for a backward pass, which scoring never needs."""
-        fail(
-            "the model prepares a backward pass while it is scored: all learning is on the clock, "
-            "before the score is asked for"
-        )
+
+def refuse_to_learn(tensor):
+    """Autograd calls it when it keeps a tensor for a backward pass, which scoring never needs."""
+    fail(
+        "the model prepares a backward pass while it is scored: all learning is on the clock, "
+        "before the score is asked for"
+    )
 
 
 def on_device(array: np.ndarray, device):

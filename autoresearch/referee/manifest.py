@@ -17,11 +17,23 @@ from autoresearch.common import ROOT, Fail, cache_dir, canonical, parse_signed
 
 FORMAT = 1  # of the cache; raised when its files, or the rules that made them, are no longer these
 SPLITS = ("train", "val", "test")  # in the token cache's index, by their place here
+AGAIN = "run the same `uv run prepare.py ...` with --force"
+
+
+def damaged(path: Path) -> Fail:
+    return Fail(f"{path} is damaged or missing: {AGAIN}")
+
+
+def read_checked(path: Path, sha256: str) -> bytes:
+    """A file of the prepared set. Raises Fail where it is damaged or missing."""
+    content = path.read_bytes() if path.exists() else b""
+    if hashlib.sha256(content).hexdigest() != sha256:
+        raise damaged(path)
+    return content
 
 
 def load_manifest(path: Path) -> dict:
-    """The manifest in a file. Raises Fail, with the command to type, where there is none or damage."""
-    again = "run the same `uv run prepare.py ...` again with --force"
+    """The manifest in a file. Raises Fail where there is none, or where it is damaged."""
     try:
         record = parse_signed(path.read_bytes())
     except FileNotFoundError:
@@ -30,11 +42,10 @@ def load_manifest(path: Path) -> dict:
             "`uv run prepare.py --data DIR` (your text) or `uv run prepare.py --demo` "
             "(any machine, offline); an interrupted one continues"
         ) from None
-    except (ValueError, OSError) as error:
-        raise Fail(f"{path} is damaged ({error}): {again}") from None
-    found = record.get("format")
-    if found != FORMAT:
-        raise Fail(f"{path} has format {found}, this prepare.py reads {FORMAT}: {again}")
+    except ValueError:
+        raise damaged(path) from None
+    if record.get("format") != FORMAT:
+        raise Fail(f"{path} is of another version of prepare.py: {AGAIN}")
     return record
 
 
@@ -54,7 +65,7 @@ def read_manifest(path: Path) -> MappingProxyType:
 def manifest() -> MappingProxyType:
     """What is prepared, read once and read-only: editing it raises TypeError.
 
-    Raises Fail, with the command to type, where nothing is, or where it is damaged.
+    Raises Fail, with the command to type, where nothing is prepared or the manifest is damaged.
     """
     return read_manifest(cache_dir() / "manifest.json")
 
@@ -67,7 +78,7 @@ def set_dir() -> Path:
 def fingerprint() -> str:
     """12 hex digits of the manifest and of the source that measures, both as they are on disk now.
 
-    Scores with one fingerprint can be compared.
+    Same fingerprint, comparable scores.
     """
     record = load_manifest(cache_dir() / "manifest.json")
     digest = hashlib.sha256(canonical(record))

@@ -11,17 +11,16 @@ import platform
 import re
 import resource
 import site
-import subprocess
 import sys
 import sysconfig
 import uuid
-import warnings
 from pathlib import Path
 from types import ModuleType
 
 from autoresearch.common import ROOT, Fail, environment, git, seed, sha256_of, split_name, utc
 from autoresearch.referee.manifest import fingerprint, manifest, measuring_sources
 
+NVIDIA_CARD = Path("/dev/nvidia0")
 NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 AMD_DRIVER = Path("/sys/module/amdgpu/version")
 
@@ -29,47 +28,25 @@ AMD_DRIVER = Path("/sys/module/amdgpu/version")
 def training_device():
     """CUDA (torch calls ROCm so too), Apple's MPS, or the CPU.
 
-    Raises Fail where a card is there that torch cannot use: a CPU would train for hours unnoticed.
+    Raises Fail where there is a card that torch cannot use: a CPU would train for hours unnoticed.
     The demo is made for a CPU, and $AUTORESEARCH_DEVICE=cpu asks for one.
     """
     import torch
 
-    wanted = os.environ.get("AUTORESEARCH_DEVICE", "")
-    if wanted not in ("", "cpu"):
-        raise Fail(
-            f"AUTORESEARCH_DEVICE is {wanted!r}: only `cpu` means something, otherwise leave it out"
-        )
-    if wanted == "cpu":
+    if environment("AUTORESEARCH_DEVICE", "any", "cpu|any") == "cpu":
         return torch.device("cpu")
-    with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("always")
-        usable = torch.cuda.is_available()
-    if usable:
+    if torch.cuda.is_available():
         return torch.device("cuda")
     if torch.backends.mps.is_available():
         return torch.device("mps")
-    if manifest()["corpus"] != "demo" and (card := _unusable_card(torch)):
-        why = " ".join(str(said[0].message).split()) if said else "torch does not say why"
+    is_hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    if NVIDIA_CARD.exists() and not is_hidden and manifest()["corpus"] != "demo":
         raise Fail(
-            f"{card}, but torch {torch.__version__} cannot use it ({why[:300]}). Install a driver "
-            f"for CUDA {torch.version.cuda} or newer from https://www.nvidia.com/drivers, or train "
-            "on the processor with AUTORESEARCH_DEVICE=cpu"
+            f"there is an NVIDIA card, but torch {torch.__version__} cannot use it. Install a "
+            f"driver for CUDA {torch.version.cuda} or newer from https://www.nvidia.com/drivers, "
+            "or train on the processor with AUTORESEARCH_DEVICE=cpu"
         )
     return torch.device("cpu")
-
-
-def _unusable_card(torch) -> str | None:
-    """What shows an NVIDIA card that is meant to be used by a torch that is built for one."""
-    if not torch.version.cuda or os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
-        return None
-    if Path("/dev/nvidia0").exists():
-        return "there is an NVIDIA card (/dev/nvidia0)"
-    try:
-        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=20)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    cards = [line for line in listed.stdout.splitlines() if line.startswith("GPU ")]
-    return f"there is an NVIDIA card ({cards[0]})" if cards else None
 
 
 def device_name(device) -> str:
