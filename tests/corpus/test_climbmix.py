@@ -7,13 +7,11 @@ import os
 import random
 import shutil
 import socket
-import struct
 import subprocess
 import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from types import MappingProxyType
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -31,7 +29,7 @@ CONSTANTS = dict(
     FIRST_PAUSE=0.01,
     CONNECT_TIMEOUT=2,
     READ_TIMEOUT=0.4,
-    MAX_TRIES=4,
+    TRIES=4,
     SHARD_TOKEN_BYTES=1000,
 )
 NAMES = [f"shard_{number:05d}.parquet" for number in range(5)]
@@ -53,27 +51,21 @@ FILES = {name: shard(number) for number, name in enumerate(NAMES)}
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Serves FILES with ranges and X-Linked-ETag, unless the hub misbehaves.
+    """Serves FILES with ranges and X-Linked-ETag, unless `hub.misbehave(self, nth)` answers.
 
-    That is, unless `server.hub.misbehave(self, nth request of the file)` answers.
+    nth: how often this file has been asked for before.
     """
 
     protocol_version = "HTTP/1.1"
 
     def do_GET(self):
         hub = self.server.hub
-        self.name = self.path.rpartition("/")[2]
-        self.body, self.start = FILES.get(self.name), 0
+        self.name = self.path.partition("?")[0].rpartition("/")[2]
+        self.body = FILES.get(self.name)
         with hub.lock:
-            nth = sum(name == self.name for _, name, _, _ in hub.requests)
-            hub.requests.append(
-                (
-                    self.server.server_port,
-                    self.name,
-                    self.headers.get("Range"),
-                    self.headers.get("Authorization"),
-                )
-            )
+            nth = hub.asked_for(self.name)
+            asked = (self.headers.get("Range"), self.headers.get("Authorization"))
+            hub.requests.append((self.server.server_port, self.name, *asked))
         hub.asked.set()
         try:
             if not hub.misbehave(self, nth):
@@ -82,47 +74,29 @@ class Handler(BaseHTTPRequestHandler):
             self.close_connection = True
 
     def honest(self, **how):
-        if self.body is None:
-            return self.reply(404, b"")
-        if wanted := self.headers.get("Range"):
-            self.start = int(wanted.removeprefix("bytes=").removesuffix("-"))
-            if self.start >= len(self.body):
-                return self.reply(416, b"", {"Content-Range": f"bytes */{len(self.body)}"})
-            of = f"bytes {self.start}-{len(self.body) - 1}/{len(self.body)}"
-            return self.reply(206, self.body[self.start :], {"Content-Range": of}, **how)
-        self.reply(200, self.body, **how)
+        wanted = self.headers.get("Range")
+        if not wanted:
+            return self.reply(200, self.body, **how)
+        start = int(wanted.removeprefix("bytes=").removesuffix("-"))
+        if start >= len(self.body):
+            return self.reply(416, b"")
+        of = f"bytes {start}-{len(self.body) - 1}/{len(self.body)}"
+        self.reply(206, self.body[start:], {"Content-Range": of}, **how)
 
-    def reply(
-        self,
-        status,
-        body,
-        headers=MappingProxyType({}),
-        cut=None,
-        reset=False,
-        pause=0.0,
-        piece=1 << 20,
-        hang=0.0,
-        length=None,
-    ):
-        """Sends the body, or its first `cut` bytes, in pieces with pauses, and then hangs up."""
+    def reply(self, status, body, headers=None, cut=None, pause=0.0, piece=1 << 20, hang=0.0):
+        """Sends the body in pieces with pauses; or its first `cut` bytes, and then hangs up."""
         self.send_response(status)
-        self.send_header("Content-Length", str(len(body) if length is None else length))
-        if self.body is not None and "X-Linked-ETag" not in headers:
-            self.send_header("X-Linked-ETag", '"' + hashlib.sha256(self.body).hexdigest() + '"')
-        for key, value in headers.items():
-            self.send_header(key, value)
+        etag = {"X-Linked-ETag": f'"{hashlib.sha256(self.body).hexdigest()}"'}
+        for key, value in {"Content-Length": len(body), **etag, **(headers or {})}.items():
+            self.send_header(key, str(value))
         self.end_headers()
-        sent = body[: len(body) if cut is None else cut]
+        sent = body[:cut]
         for i in range(0, len(sent), piece):
             self.wfile.write(sent[i : i + piece])
-            self.server.hub.sent += len(sent[i : i + piece])
             time.sleep(pause)
         time.sleep(hang)
-        if reset:
-            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        if reset or cut is not None:
-            self.wfile.flush()
-            self.close_connection = True
+        self.wfile.flush()
+        self.close_connection = cut is not None
 
     def log_message(self, *_):
         pass
@@ -132,15 +106,16 @@ class Hub:
     """Two servers, as the hub has: one that is asked, one that it may redirect to."""
 
     def __init__(self):
-        self.misbehave, self.requests, self.sent = lambda request, nth: False, [], 0
-        self.lock, self.asked = threading.Lock(), threading.Event()
+        self.misbehave = lambda request, nth: False
+        self.requests = []  # (port, name, range, authorization)
+        self.lock = threading.Lock()
+        self.asked = threading.Event()
         self.servers = [ThreadingHTTPServer(("127.0.0.1", 0), Handler) for _ in range(2)]
         for server in self.servers:
-            server.hub, server.daemon_threads = self, True
+            server.hub = self
+            server.daemon_threads = True
             server.handle_error = lambda *_: None
-            threading.Thread(
-                target=server.serve_forever, kwargs=dict(poll_interval=0.02), daemon=True
-            ).start()
+            threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
         self.ports = [server.server_port for server in self.servers]
         self.url = f"http://127.0.0.1:{self.ports[0]}"
 
@@ -151,6 +126,15 @@ class Hub:
 
     def asked_for(self, name: str) -> int:
         return sum(requested == name for _, requested, _, _ in self.requests)
+
+    def redirect(self, request, query: str = "") -> bool:
+        """From the first server to the second."""
+        if request.server.server_port != self.ports[0]:
+            return False
+        path = request.path.partition("?")[0] + query
+        location = f"http://127.0.0.1:{self.ports[1]}{path}"
+        request.reply(302, b"", {"Location": location})
+        return True
 
 
 SETTINGS = ("HF_ENDPOINT", "AUTORESEARCH_CACHE", "NO_PROXY")
@@ -183,59 +167,48 @@ def assert_whole(numbers=(0, 1, 3, 4)):
 
 
 def first(times, act):
-    """Misbehaviour of the first `times` replies for shard 0."""
-    return lambda request, nth: request.name == NAMES[0] and nth < times and (act(request), True)[1]
+    """Misbehaviour in the first `times` replies for shard 0."""
+
+    def misbehave(request, nth):
+        if request.name != NAMES[0] or nth >= times:
+            return False
+        act(request)
+        return True
+
+    return misbehave
 
 
 def wrong(request):
     request.reply(200, bytes(len(request.body)))
 
 
-def range_only(act):
+def cut_then(act):
     """A first reply cut in the middle; then, as long as a range is asked for, `act`."""
 
-    def misbehave(request, nth):
-        if request.name != NAMES[0]:
-            return False
-        if nth == 0:
-            request.honest(cut=len(request.body) // 2)
-        elif "Range" in request.headers:
+    def answer(request):
+        if "Range" in request.headers:
             act(request)
         else:
-            return False
-        return True
+            cut = len(request.body) // 2 if request.server.hub.asked_for(NAMES[0]) == 1 else None
+            request.honest(cut=cut)
 
-    return misbehave
-
-
-def from_another_byte(request):
-    place = f"bytes 9-{len(request.body) - 1}/{len(request.body)}"
-    request.reply(206, request.body[9:], {"Content-Range": place})
+    return first(3, answer)
 
 
 RECOVERS = {
-    "drops mid-file": first(1, lambda r: r.honest(cut=len(r.body) // 2, reset=True)),
-    "drops at once": first(2, lambda r: r.honest(cut=0)),
-    "drops again and again, but moves on": first(6, lambda r: r.honest(cut=20_000)),
-    "sends too few bytes": first(2, lambda r: r.honest(cut=-7)),
-    "sends too many bytes": first(1, lambda r: r.reply(200, r.body + b"more")),
+    "drops mid-file": first(2, lambda r: r.honest(cut=20_000)),
     "sends wrong bytes once": first(1, wrong),
-    "sends a page instead": first(1, lambda r: r.reply(200, b"<html>please log in</html>")),
-    "ignores a range": range_only(lambda r: r.reply(200, r.body)),
-    "ignores a range and drops": range_only(
-        lambda r: r.reply(
-            200, r.body, cut=len(r.body) // 4 if r.server.hub.asked_for(r.name) < 4 else None
-        )
+    "sends a page instead": first(
+        1, lambda r: r.reply(200, b"<html>please log in</html>", {"X-Linked-ETag": ""})
     ),
-    "answers 416 to a range": range_only(lambda r: r.reply(416, b"")),
-    "answers 416 with another size": range_only(
-        lambda r: r.reply(416, b"", {"Content-Range": "bytes */5"})
+    "ignores a range": cut_then(lambda r: r.reply(200, r.body)),
+    "answers 416 to a range": cut_then(lambda r: r.reply(416, b"")),
+    "continues at another byte": cut_then(
+        lambda r: r.reply(206, r.body[9:], {"Content-Range": f"bytes 9-{len(r.body)}/*"})
     ),
-    "continues at another byte": range_only(from_another_byte),
-    "answers 206 without a place": range_only(lambda r: r.reply(206, r.body[9:])),
     "answers 500 three times": first(3, lambda r: r.reply(500, b"oops")),
     "stalls before the reply": first(1, lambda r: time.sleep(20)),
-    "stalls mid-file": first(1, lambda r: r.honest(cut=5000, hang=20)),
+    "stalls mid-file": first(1, lambda r: r.honest(cut=20_000, hang=20)),
     "is slow": first(1, lambda r: r.honest(piece=10_000, pause=0.05)),
 }
 
@@ -246,29 +219,25 @@ def test_right_bytes_in_spite_of_a_server_that(hub, name):
     began = time.monotonic()
     sources = climbmix(2)
     assert time.monotonic() - began < 10  # well before a stalled server hangs up
+    expected = {0: "train", 1: "train", 4: "val", 3: "test"}
     assert [(source.name, source.split) for source in sources] == [
-        (NAMES[0], "train"),
-        (NAMES[1], "train"),
-        (NAMES[4], "val"),
-        (NAMES[3], "test"),
+        (NAMES[number], split) for number, split in expected.items()
     ]
     assert_whole()
     assert all(hub.asked_for(NAMES[number]) == 1 for number in (1, 3, 4))
+    ranges = [wanted for _, name, wanted, _ in hub.requests if wanted]
     if name == "is slow":
         assert hub.asked_for(NAMES[0]) == 1
-    if name == "ignores a range":  # what it sends instead is the whole file
-        assert hub.asked_for(NAMES[0]) == 2
-    if name == "drops again and again, but moves on":  # what had arrived was not sent again
-        whole = sum(len(FILES[NAMES[number]]) for number in (0, 1, 3, 4))
-        assert hub.sent < whole + 6 * 20_000 - 3 * (1 << 14)
-        assert max(int(range[6:-1]) for _, _, range, _ in hub.requests if range) >= 3 * (1 << 14)
+    if name == "drops mid-file":  # each goes on where the one before ended, up to a block
+        first, second = (int(wanted[6:-1]) for wanted in ranges)
+        assert 0 < first < second and second >= 2 * (20_000 - (1 << 14))
     hub.requests.clear()
     hub.misbehave = lambda request, nth: False
-    climbmix(3)  # one more: what is whole is not fetched again
+    climbmix(3)  # one more: what is complete is not fetched again
     assert {requested for _, requested, _, _ in hub.requests} == {NAMES[2]}
 
 
-@pytest.mark.parametrize("wanted", [-1, 3, 99])
+@pytest.mark.parametrize("wanted", [-1, 3])
 def test_all_shards(hub, wanted):
     splits = {NAMES[0]: "train", NAMES[1]: "train", NAMES[2]: "train"}
     splits.update({NAMES[4]: "val", NAMES[3]: "test"})
@@ -277,24 +246,17 @@ def test_all_shards(hub, wanted):
     assert_whole(range(5))
 
 
-PAGE = b"\n<!DOCTYPE html><html>" * 99
 FAILS = {
-    "sends wrong bytes always": (first(99, wrong), "its sha256 is wrong, after 4 tries"),
+    "sends wrong bytes always": (wrong, "its sha256 is wrong, after 4 tries; what has arrived"),
     "sends a login page always": (
-        first(99, lambda r: r.reply(200, PAGE, {"X-Linked-ETag": ""})),
-        "no parquet file with a column `text` (a login page?), after 4 tries",
+        lambda r: r.reply(200, b"<html>" * 99, {"X-Linked-ETag": ""}),
+        "no readable parquet file with a column `text`",
     ),
-    "answers 500 always": (first(99, lambda r: r.reply(500, b"")), "answered 500, after 4 tries"),
-    "has no such file": (first(99, lambda r: r.reply(404, b"")), "answered 404: check"),
-    "wants another token": (first(99, lambda r: r.reply(401, b"")), "check HF_TOKEN"),
-    "stalls always": (first(99, lambda r: r.honest(cut=0, hang=20)), "127.0.0.1 broke"),
-    "drops always": (first(99, lambda r: r.honest(cut=0)), "127.0.0.1 broke"),
-    "ignores a range and drops always": (
-        first(99, lambda r: r.reply(200, r.body, cut=r.body and random.randrange(9000))),
-        "after 4 tries; what has arrived is kept: run the same command again",
-    ),
+    "answers 500 always": (lambda r: r.reply(500, b""), "answered 500, after 4 tries"),
+    "has no such file": (lambda r: r.reply(404, b""), "answered 404: check HF_TOKEN"),
+    "stalls always": (lambda r: r.honest(cut=0, hang=20), "after 4 tries"),
     "redirects in a circle": (
-        first(9999, lambda r: r.reply(302, b"", {"Location": r.path})),
+        lambda r: r.reply(302, b"", {"Location": r.path}),
         "TooManyRedirects",
     ),
 }
@@ -303,16 +265,15 @@ FAILS = {
 @pytest.mark.parametrize("name", FAILS)
 def test_a_clear_word_about_a_server_that(hub, name, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", TOKEN)
-    hub.misbehave, reason = FAILS[name]
+    act, reason = FAILS[name]
+    hub.misbehave = first(10**6, act)
     with pytest.raises(Fail) as failure:
         climbmix(2)
     assert NAMES[0] in str(failure.value) and reason in str(failure.value)
     assert "\n" not in str(failure.value) and TOKEN not in str(failure.value)
+    if "redirects" not in name:
+        assert hub.asked_for(NAMES[0]) == (1 if "404" in reason else 4)
     assert not (shards() / NAMES[0]).exists()
-    if "tries" in reason and "page" in name:
-        assert hub.asked_for(NAMES[0]) == 4
-    if reason.startswith(("answered 404", "check")):
-        assert hub.asked_for(NAMES[0]) == 1
     hub.misbehave = lambda request, nth: False
     time.sleep(0.3)  # threads of the failed call end with the process; here they share it
     kept = {path.name for path in shards().glob("*.parquet")}
@@ -337,32 +298,13 @@ def test_a_failure_does_not_wait_for_slow_neighbours(hub):
     assert time.monotonic() - began < 1
 
 
-def test_a_complete_part_only_lacked_its_name(hub):
-    shards().mkdir()
-    (shards() / (NAMES[0] + ".part")).write_bytes(FILES[NAMES[0]])
-    climbmix(1)
-    assert_whole((0, 3, 4))
-    asked = {wanted for _, name, wanted, _ in hub.requests if name == NAMES[0]}
-    assert asked == {f"bytes={len(FILES[NAMES[0]])}-"}  # for what lies behind its end: nothing
-
-
-def test_a_complete_part_of_another_file_is_fetched_again(hub):
-    shards().mkdir()
-    (shards() / (NAMES[0] + ".part")).write_bytes(bytes(len(FILES[NAMES[0]])))
-    climbmix(1)
-    assert_whole((0, 3, 4))
-
-
 def test_the_sha256_of_a_redirect_counts(hub):
     """The hub's own reply has it; the store that it redirects to says nothing."""
 
     def misbehave(request, nth):
-        if request.server.server_port == hub.ports[0]:
-            location = f"http://127.0.0.1:{hub.ports[1]}{request.path}"
-            request.reply(302, b"", {"Location": location})
-        else:  # at first another shard, as whole as this one
-            first = request.name == NAMES[0] and hub.asked_for(NAMES[0]) == 2
-            body = FILES[NAMES[1]] if first else request.body
+        if not hub.redirect(request):  # at first another shard, as whole as this one
+            is_first = request.name == NAMES[0] and nth == 1
+            body = FILES[NAMES[1]] if is_first else request.body
             request.reply(200, body, {"X-Linked-ETag": ""})
         return True
 
@@ -375,20 +317,15 @@ def test_the_sha256_of_a_redirect_counts(hub):
 
 
 @pytest.mark.parametrize(
-    "asked, least", [("1", 0.9), ("Sat, 21 Nov 2026 00:00:00 GMT", 0), ("soon", 0)]
+    "asked, paused", {"3": 3, "86400": 300, "soon": 2, "Sat, 21 Nov 2026 00:00:00 GMT": 2}.items()
 )
-def test_retry_after(hub, asked, least):
+def test_retry_after(hub, monkeypatch, asked, paused):
+    pauses = []
+    monkeypatch.setattr(room, "FIRST_PAUSE", 2)
+    monkeypatch.setattr(room.time, "sleep", lambda seconds: seconds >= 2 and pauses.append(seconds))
     hub.misbehave = first(1, lambda r: r.reply(429, b"", {"Retry-After": asked}))
-    began = time.monotonic()
     climbmix(1)
-    assert least < time.monotonic() - began < 5
-    assert_whole((0, 3, 4))
-
-
-def test_the_longest_wait_a_server_may_ask(hub, monkeypatch):
-    monkeypatch.setattr(room, "MAX_RETRY_AFTER", 0.05)
-    hub.misbehave = first(2, lambda r: r.reply(503, b"", {"Retry-After": "86400"}))
-    climbmix(1)
+    assert pauses == [paused]
     assert_whole((0, 3, 4))
 
 
@@ -398,13 +335,12 @@ def test_a_dead_line_gets_a_minute_with_growing_pauses(tmp_path, monkeypatch, ca
     monkeypatch.setattr(room.time, "sleep", pauses.append)
 
     def fetch(name, part, progress):
-        raise room.DownloadError("silence")
+        raise room.Broken("silence")
 
     monkeypatch.setattr(room, "fetch", fetch)
     with pytest.raises(Fail, match="a: silence, after 6 tries"):
         room.download(tmp_path / "a", room.Progress("downloaded", 1))
-    assert len(pauses) == 5 and 25 < sum(pauses) < 70
-    assert all(2 <= later / before <= 8 for before, later in zip(pauses, pauses[2:]))
+    assert pauses == [2, 4, 8, 16, 32]
     assert capsys.readouterr().err.count("a: silence; trying again in ") == 5
 
 
@@ -414,31 +350,20 @@ def unused_port() -> int:
         return free.getsockname()[1]
 
 
-@pytest.mark.parametrize("reason", ["Connection refused", "Name or service not known"])
-def test_nobody_there_ends_at_once(hub, monkeypatch, capsys, reason):
-    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{unused_port()}")
-    host = "127.0.0.1"
-    if "Name" in reason:
-        host = "no.such.host"
-        monkeypatch.setenv("HF_ENDPOINT", f"http://{host}")
-
-        def getaddrinfo(*_, **__):
-            raise socket.gaierror(socket.EAI_NONAME, reason)
-
-        monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
-    words = rf"shard_0000.*{host} cannot be reached \({reason}\).*HF_ENDPOINT.*--demo"
-    with pytest.raises(Fail, match=words):
-        climbmix(2)
-    assert not capsys.readouterr().err  # no try is announced
-
-
-def test_a_host_that_was_there_is_tried_again(hub, monkeypatch, tmp_path):
+@pytest.mark.parametrize("began", [False, True])
+def test_nobody_there_ends_at_once_but_a_host_that_was_there_is_tried_again(
+    hub, monkeypatch, tmp_path, capsys, began
+):
     """A router that starts again refuses connections for a while."""
     progress = room.Progress("downloaded", 1)
-    progress.add(1)
     monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{unused_port()}")
-    with pytest.raises(Fail, match="cannot be reached.* after 4 tries; what has arrived is kept"):
+    words = r"cannot be reached \(ConnectionError\).*HF_ENDPOINT.*--demo"
+    if began:
+        progress.add(1)
+        words = r"connection broke \(ConnectionError\), after 4 tries; what has arrived is kept"
+    with pytest.raises(Fail, match=words):
         room.download(tmp_path / "shard", progress)
+    assert ("trying again" in capsys.readouterr().err) == began
 
 
 # ---- disk and settings
@@ -456,23 +381,8 @@ def test_space_is_looked_at_before_the_first_byte(hub, monkeypatch):
     climbmix(1)
 
 
-def test_what_has_arrived_needs_no_more_space(hub, monkeypatch):
-    usage = shutil.disk_usage(cache_dir())
-    total = sum(len(FILES[NAMES[number]]) for number in (0, 3, 4))
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=total))
-    shards().mkdir()
-    (shards() / (NAMES[0] + ".part")).write_bytes(FILES[NAMES[0]][:20_000])
-    climbmix(1)
-    assert_whole((0, 3, 4))
-
-
 @pytest.mark.parametrize(
-    "setting",
-    [
-        dict(HF_ENDPOINT="localhost:80"),
-        dict(HF_ENDPOINT="http://[::1"),
-        dict(HF_TOKEN="hf_verysecret\nü€"),
-    ],
+    "setting", [dict(HF_ENDPOINT="localhost:80"), dict(HF_TOKEN="hf_verysecret\nü€")]
 )
 def test_settings_that_cannot_work_fail_at_once(hub, monkeypatch, setting):
     monkeypatch.setattr(room, "FIRST_PAUSE", 60)
@@ -506,41 +416,40 @@ def as_typed(*arguments, cache, **environment) -> subprocess.CompletedProcess:
 
 
 def test_the_token_goes_to_its_host_only(hub, tmp_path):
-    def redirect(request, nth):
-        if request.server.server_port == hub.ports[0]:
-            location = f"http://127.0.0.1:{hub.ports[1]}{request.path}?signature=alsosecret"
-            request.reply(302, b"", {"Location": location})
-            return True
-        request.name = request.name.partition("?")[0]
-        request.body = FILES[request.name]
-        broken = request.name == NAMES[0] and "Range" not in request.headers
-        request.honest(cut=20_000 if broken else None)
+    def misbehave(request, nth):
+        if not hub.redirect(request, "?signature=alsosecret"):
+            request.honest(cut=20_000 if nth == 1 else None)
         return True
 
-    hub.misbehave = redirect
+    hub.misbehave = misbehave
     small = ["--num-shards", "2", "--seq-len", "64", "--vocab-size", "300", "--eval-tokens", "1024"]
     done = as_typed(*small, cache=tmp_path / "cache", HF_TOKEN=TOKEN)
     assert done.returncode == 0, done.stderr
     assert_whole()
     for port, expected in zip(hub.ports, (f"Bearer {TOKEN}", None)):
         assert {sent for asked, _, _, sent in hub.requests if asked == port} == {expected}
+    assert any(wanted for _, _, wanted, _ in hub.requests)
     prepared = json.loads((tmp_path / "cache" / "manifest.json").read_bytes())
-    assert [(entry["name"], entry["sha256"]) for entry in prepared["files"]] == [
-        (NAMES[number], hashlib.sha256(FILES[NAMES[number]]).hexdigest()) for number in (0, 1, 4, 3)
-    ]
-    assert [
-        [split for split, count in entry["tokens"].items() if count] for entry in prepared["tokens"]
-    ] == [["train"], ["train"], ["val"], ["test"]]
-    assert [range for _, name, range, _ in hub.requests if name == NAMES[0] and range]
+    for entry, tokens, number in zip(prepared["files"], prepared["tokens"], (0, 1, 4, 3)):
+        assert entry["name"] == NAMES[number]
+        assert entry["sha256"] == hashlib.sha256(FILES[NAMES[number]]).hexdigest()
+        holding = [split for split, count in tokens["tokens"].items() if count]
+        assert holding == [entry["split"]]
+    assert [entry["split"] for entry in prepared["files"]] == ["train", "train", "val", "test"]
     hub.requests.clear()
     again = as_typed(*small, cache=tmp_path / "cache", HF_TOKEN=TOKEN)
     assert again.returncode == 0 and "nothing to do" in again.stdout and not hub.requests
-    hub.misbehave = lambda r, nth: (r.reply(401, TOKEN.encode()), True)[1]
+    hub.misbehave = refused_always
     refused = as_typed("--num-shards", "3", "--force", cache=tmp_path / "cache", HF_TOKEN=TOKEN)
     assert refused.returncode == 1
     assert refused.stderr.splitlines()[-1].startswith("FAIL: shard_00002.parquet: ")
     for run in (done, again, refused):
         assert TOKEN not in run.stdout + run.stderr and "alsosecret" not in run.stdout + run.stderr
+
+
+def refused_always(request, nth):
+    request.reply(401, TOKEN.encode())
+    return True
 
 
 DOWNLOAD = """
@@ -550,14 +459,19 @@ climbmix.climbmix(3)
 """
 
 
-def test_killed_fifteen_times(hub, tmp_path):
+def slowly(request, nth):
+    request.honest(piece=700, pause=0.005)
+    return True
+
+
+def test_killed_eight_times(hub, tmp_path):
     """In the middle of its transfers; then nothing is fetched twice, and all of it is right."""
     draw = random.Random(1)
-    hub.misbehave = lambda r, nth: (r.honest(piece=700, pause=0.005), True)[1]
+    hub.misbehave = slowly
     script = tmp_path / "download.py"
     script.write_text(DOWNLOAD.format(constants=CONSTANTS))
     killed = 0
-    for _ in range(15):
+    for _ in range(8):
         hub.asked.clear()
         process = start_forked(script, **{name: os.environ[name] for name in SETTINGS})
         assert hub.asked.wait(20), script.with_suffix(".log").read_text()
@@ -567,7 +481,7 @@ def test_killed_fifteen_times(hub, tmp_path):
         killed += process.exitcode == -9
         if process.exitcode == 0:  # all there: take one away, so that there is something to kill
             (shards() / draw.choice(NAMES)).unlink()
-    assert killed >= 12
+    assert killed >= 6
     time.sleep(0.1)
     kept = {path.name for path in shards().glob("*.parquet")}
     for name in kept:
