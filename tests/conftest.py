@@ -1,4 +1,4 @@
-"""What the tests share: a miniature prepared set, and the two scripts run as a user types them."""
+"""What the tests share: a miniature prepared set, and a clock of their own."""
 
 import faulthandler
 import os

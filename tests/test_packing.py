@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -23,7 +24,6 @@ from miniature import ROOT, WORDS, run
 import prepare as module
 
 CPU = torch.device("cpu")
-opened = module.open_tokens
 
 
 def brute_force(groups: list[list[list[int]]], row_length, repeat, batch_docs=128, pool_docs=1000):
@@ -140,27 +140,11 @@ def test_packer_at_its_real_size(tmp_path):
     sources = random_sources(draw, [*range(1, 90), 300, 700], sources=2, groups=3, documents=1200)
     entries = write(tmp_path, sources)
     assert sum(map(len, groups_of(sources, 0))) > 1500  # more than a pool
-    packer, rows = (
-        module.Packer(tmp_path, entries, "train", 257, repeat=True),
-        np.empty((900, 257), dtype=np.uint16),
-    )
+    packer = module.Packer(tmp_path, entries, "train", 257, repeat=True)
+    rows = np.empty((900, 257), dtype=np.uint16)
     assert packer.fill(rows) == 900
     wanted = list(itertools.islice(brute_force(groups_of(sources, 0), 257, True), 900))
     assert rows.tolist() == [row for row, _ in wanted] and packer.epoch == wanted[-1][1] > 1
-
-
-@pytest.mark.parametrize("before", [2**16, 2**31, 2**32])
-def test_after_a_million_documents_the_packer_still_goes_by_the_rule(tmp_path, before):
-    """Of equal lengths the earliest, however large the numbers are that say so."""
-    draw = random.Random(4)
-    sources = [[(0, 0, [number] * draw.randrange(1, 12)) for number in range(1500)]]
-    entries = write(tmp_path, sources)
-    packer = module.Packer(tmp_path, entries, "train", 33, repeat=True)
-    packer.added = before - 500
-    rows = np.empty((300, 33), dtype=np.uint16)
-    assert packer.fill(rows) == 300
-    wanted = itertools.islice(brute_force(groups_of(sources, 0), 33, True), 300)
-    assert rows.tolist() == [row for row, _ in wanted]
 
 
 @pytest.fixture(scope="module")
@@ -217,18 +201,6 @@ def load(B: int, count: int) -> list[tuple[list[int], int]]:
     return rows[:count]
 
 
-def packed(split: str, B: int) -> list[list[int]]:
-    """All rows of one pass over a split, as the evaluation packs them."""
-    prepared = module.manifest()
-    packer = module.Packer(module.set_dir(), prepared["tokens"], split, 33, repeat=False)
-    rows = []
-    batches = module.pack_batches(packer, B, 32, prepared["vocab_size"], pinned=False)
-    for (inputs, targets), _ in batches:
-        assert (inputs[:, 1:] == targets[:, :-1]).all()
-        rows += torch.cat([inputs, targets[:, -1:]], dim=1).tolist()
-    return rows
-
-
 @pytest.mark.parametrize("B", [1, 5, 64])
 def test_loader_from_parquet_to_rows(on_parquet, B):
     total = sum(len(document) for group in on_parquet["train"] for document in group)
@@ -245,9 +217,7 @@ def test_loader_from_parquet_to_rows(on_parquet, B):
 @pytest.mark.parametrize("split", ["val", "test"])
 def test_held_out_splits_are_one_pass(on_parquet, split):
     wanted = [row for row, _ in brute_force(on_parquet[split], 33, repeat=False)]
-    assert module.manifest()["eval_rows"][split] == len(wanted)
-    for B in (1, 7, 4096):
-        assert packed(split, B) == wanted
+    assert module.scored_rows(split).tolist() == wanted
 
 
 def test_first_batch_comes_quickly(on_parquet):
@@ -314,18 +284,21 @@ def test_the_next_is_made_while_the_one_before_is_used():
     assert list(ahead) == [1, 2]
 
 
-@pytest.mark.parametrize("split", ["train", "val"])
-def test_an_id_beyond_the_vocabulary_is_found(parquet_cache, tmp_path, monkeypatch, split):
-    """One id in one place, that no checksum tells of."""
+def test_an_id_beyond_the_vocabulary_is_found(parquet_cache, tmp_path, monkeypatch):
+    """One id in one place of the training tokens, which no checksum verifies."""
     shutil.copytree(parquet_cache[0], tmp_path / "cache")
     monkeypatch.setenv("AUTORESEARCH_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(module, "open_tokens", lambda *of, verify: opened(*of, verify=False))
-    path = module.set_dir() / f"{dict(train=0, val=3)[split]:05d}.bin"
-    content = bytearray(path.read_bytes())
-    content[2:4] = module.manifest()["vocab_size"].to_bytes(2, "little")
-    path.write_bytes(content)
-    with pytest.raises(module.Fail, match="ids beyond the vocabulary: .*prepare.py ...` with --f"):
-        load(8, 2000) if split == "train" else module.scored_rows("val")
+    with open(module.set_dir() / "00000.bin", "r+b") as file:
+        file.seek(2)
+        file.write(module.manifest()["vocab_size"].to_bytes(2, "little"))
+    with pytest.raises(module.Fail, match="damaged or missing: .*prepare.py ...` with --force"):
+        load(8, 2000)
+
+
+def test_another_vocabulary_is_refused(prepared_copy):
+    other = SimpleNamespace(get_vocab_size=lambda: 5)
+    with pytest.raises(module.Fail, match="a vocabulary of 5: the prepared set has 300"):
+        module.make_dataloader(other, 2, 64, "train")
 
 
 ALIVE = """

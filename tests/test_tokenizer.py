@@ -3,8 +3,8 @@
 import base64
 import pickle
 import random
+import re
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -83,51 +83,33 @@ def test_a_million_characters(tokenizer, unit):
 
 def test_interface(tokenizer):
     bos = tokenizer.get_bos_token_id()
-    assert (
-        tokenizer.encode("the cat", prepend=bos)
-        == tokenizer.encode("the cat", prepend="<|reserved_0|>")
-        == [bos, *tokenizer.encode("the cat")]
-    )
-    assert tokenizer.encode(["a", "b c"], prepend=bos) == [
-        [bos, *tokenizer.encode("a")],
-        [bos, *tokenizer.encode("b c")],
-    ]
+    ids = tokenizer.encode("the cat")
+    assert tokenizer.encode("the cat", prepend=bos) == [bos, *ids]
+    assert tokenizer.encode("the cat", prepend="<|reserved_0|>") == [bos, *ids]
+    assert tokenizer.encode(["the cat", "a"], prepend=bos)[0] == [bos, *ids]
     assert tokenizer.encode([]) == []
 
 
 def test_vocabulary_rule(tokenizer):
     assert tokenizer.get_vocab_size() == 500 and len(tokenizer.ranks) == 496
-    assert [tokenizer.encoding.encode_single_token(name) for name in SPECIAL_TOKENS] == [
-        496,
-        497,
-        498,
-        499,
-    ]
+    specials = [tokenizer.encoding.encode_single_token(name) for name in SPECIAL_TOKENS]
+    assert specials == [496, 497, 498, 499]
     assert tokenizer.get_bos_token_id() == 496 and tokenizer.decode([496]) == "<|reserved_0|>"
     assert sorted(tokenizer.ranks[:256]) == [bytes([b]) for b in range(256)]
-    assert tokenizer.token_bytes.tolist() == [len(token) for token in tokenizer.ranks] + [
-        0,
-        0,
-        0,
-        0,
-    ]
-    assert all(
-        tokenizer.encoding.decode_single_token_bytes(i) == token
-        for i, token in enumerate(tokenizer.ranks)
-    )
-    numbers = Tokenizer.train([f"{i} " for i in range(1000, 3000)], 400).ranks
-    assert (
-        max(len(token) for token in numbers if any(48 <= byte < 58 for byte in token)) == 2
-    )  # digits in groups of one or two
+    for i, token in enumerate(tokenizer.ranks):
+        assert tokenizer.encoding.decode_single_token_bytes(i) == token
+        assert tokenizer.token_bytes[i] == len(token)
+    assert tokenizer.token_bytes[496:].tolist() == [0] * 4
     assert Tokenizer.train(["aaa"], 500).get_vocab_size() < 500  # nothing left to merge
 
 
+def test_digits_are_in_groups_of_one_or_two():
+    ranks = Tokenizer.train([f"{i} " for i in range(1000, 3000)], 400).ranks
+    assert max(len(token) for token in ranks if re.search(rb"\d", token)) == 2
+
+
 def test_training_is_reproducible(tokenizer):
-    assert (
-        Tokenizer.train(iter(texts()), 500).to_bytes()
-        == tokenizer.to_bytes()
-        != Tokenizer.train(texts(1, 30), 500).to_bytes()
-    )
+    assert Tokenizer.train(iter(texts()), 500).to_bytes() == tokenizer.to_bytes()
 
 
 def test_training_merges_the_most_frequent_pair():
@@ -147,16 +129,12 @@ def test_training_merges_the_most_frequent_pair():
     assert Tokenizer.train([text], 256 + 3 + 4).ranks[256:] == merges
 
 
-def test_file_round_trip(tokenizer, tmp_path):
-    (tmp_path / "tokenizer.tiktoken").write_bytes(tokenizer.to_bytes())
-    again = Tokenizer.from_directory(tmp_path)
-    assert again.ranks == tokenizer.ranks and np.array_equal(
-        again.token_bytes, tokenizer.token_bytes
-    )
-    for line, token in zip(
-        (tmp_path / "tokenizer.tiktoken").read_text().splitlines(), tokenizer.ranks
-    ):
-        assert base64.b64decode(line.split()[0]) == token
+def test_file_round_trip(prepared):
+    lines = (prepare.set_dir() / "tokenizer.tiktoken").read_text().splitlines()
+    tokenizer = Tokenizer.from_directory()
+    assert [base64.b64decode(line.split()[0]) for line in lines] == tokenizer.ranks
+    assert [int(line.split()[1]) for line in lines] == list(range(296))
+    assert tokenizer.to_bytes().decode().splitlines() == lines
 
 
 class Payload:
@@ -167,65 +145,15 @@ class Payload:
         return open, (str(self.mark), "w")
 
 
-@pytest.mark.parametrize(
-    "place", ["tokenizer.tiktoken", "tokenizer.pkl", "00000.idx", "00000.bin", "manifest.json"]
-)
+@pytest.mark.parametrize("place", ["tokenizer.tiktoken", "00000.idx", "00000.bin", "manifest.json"])
 def test_nothing_in_the_cache_runs_code(prepared_copy, tmp_path, place):
-    mark, directory = tmp_path / "it ran", prepare.set_dir()
-    target = tmp_path / "cache" / place if place == "manifest.json" else directory / place
-    target.write_bytes(pickle.dumps(Payload(mark)))
-    pickle.loads(target.read_bytes()).close()
+    mark = tmp_path / "it ran"
+    folder = prepare.cache_dir() if place == "manifest.json" else prepare.set_dir()
+    (folder / place).write_bytes(pickle.dumps(Payload(mark)))
+    pickle.loads((folder / place).read_bytes()).close()
     assert mark.exists()  # the payload works; now without it
     mark.unlink()
     read_manifest.cache_clear()
-    try:
+    with pytest.raises(Fail, match="damaged or missing: run the same `uv run prepare.py"):
         next(prepare.make_dataloader(Tokenizer.from_directory(), 2, 64, "train"))
-    except Fail as stop:
-        assert (
-            place != "tokenizer.pkl"
-            and str(stop).startswith("FAIL: ")
-            and "\n" not in str(stop)
-            and "uv run prepare.py" in str(stop)
-        )
-    else:
-        assert place == "tokenizer.pkl"
     assert not mark.exists()
-
-
-DAMAGE = {
-    "gone": None,
-    "empty": lambda raw: b"",
-    "cut": lambda raw: raw[: len(raw) // 2],
-    "bit": lambda raw: raw[:999] + bytes([raw[999] ^ 1]) + raw[1000:],
-    "not base64": lambda raw: b"$$$ 0\n" + raw,
-    "no rank": lambda raw: raw.replace(b" 7\n", b"\n"),
-    "rank": lambda raw: raw.replace(b" 7\n", b" x\n"),
-    "order": lambda raw: b"".join(reversed(raw.splitlines(True))),
-    "doubled": lambda raw: raw + raw.splitlines()[-1].split()[0] + b" 496\n",
-    "byte replaced": lambda raw: base64.b64encode(b"zqzqzq") + raw[raw.index(b" ") :],
-    "byte missing": lambda raw: b"".join(raw.split(b"\n", 1)[1:]),
-    "binary": lambda raw: bytes(range(256)) * 9,
-}
-
-
-@pytest.mark.parametrize("name", DAMAGE)
-def test_damage_gives_one_clear_line(tokenizer, tmp_path, prepared_copy, name):
-    raw = tokenizer.to_bytes()
-    path = tmp_path / "tokenizer.tiktoken"
-    if name != "gone":
-        path.write_bytes(DAMAGE[name](raw))
-    if name not in ("bit", "cut"):  # those are found by the checksum
-        with pytest.raises(Fail) as stop:
-            Tokenizer.from_directory(tmp_path)
-        assert (
-            str(stop.value).startswith("FAIL: ")
-            and "\n" not in str(stop.value)
-            and "uv run prepare.py" in str(stop.value)
-        )
-    prepared = prepared_copy.set_dir() / "tokenizer.tiktoken"
-    if name == "gone":
-        prepared.unlink()
-    else:
-        prepared.write_bytes(DAMAGE[name](prepared.read_bytes()))
-    with pytest.raises(Fail, match="tokenizer.tiktoken is damaged or missing"):
-        Tokenizer.from_directory()

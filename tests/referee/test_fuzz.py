@@ -4,8 +4,6 @@ import os
 import pickle
 import random
 
-import numpy as np
-import pytest
 import torch
 from miniature import draw_a_batch
 
@@ -79,43 +77,6 @@ def test_manifest(prepared_copy):
             assert is_clear(stop)
     read_manifest.cache_clear()
     assert prepare.manifest() == right
-
-
-def test_tokenizer(prepared_copy):
-    prepare = prepared_copy
-    right = prepare.Tokenizer.from_directory().ranks
-    for _ in damages(prepare.set_dir() / "tokenizer.tiktoken", seed=2):
-        try:
-            assert prepare.Tokenizer.from_directory().ranks == right
-        except prepare.Fail as stop:
-            assert is_clear(stop)
-
-
-def test_tokenizer_without_its_checksum(prepared_copy):
-    """The parser alone, as while preparing: whatever it accepts is a whole tokenizer."""
-    prepare = prepared_copy
-    path = prepare.set_dir() / "tokenizer.tiktoken"
-    for _ in damages(path, seed=5):
-        try:
-            tokenizer = prepare.Tokenizer.from_directory(path.parent)
-            assert tokenizer.decode(tokenizer.encode("any text \u20ac")) == "any text \u20ac"
-        except prepare.Fail as stop:
-            assert is_clear(stop)
-
-
-@pytest.mark.parametrize("suffix", [".bin", ".idx"])
-def test_token_cache(prepared_copy, suffix):
-    prepare = prepared_copy
-    entry = next(entry for entry in prepare.manifest()["tokens"] if entry["tokens"]["val"])
-    path = (prepare.set_dir() / entry["name"]).with_suffix(suffix)
-    opened = prepare.open_tokens(prepare.set_dir(), entry, verify=True)
-    right = [array.copy() for array in opened]
-    for _ in damages(path, seed=3):
-        try:
-            opened = prepare.open_tokens(prepare.set_dir(), entry, verify=True)
-            assert np.array_equal(opened[0], right[0]) and np.array_equal(opened[1], right[1])
-        except prepare.Fail as stop:
-            assert is_clear(stop)
 
 
 def test_ledger(prepared_copy):
