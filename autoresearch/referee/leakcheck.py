@@ -125,10 +125,9 @@ class LeakCheck:
             if not len(alike):
                 break
             places = alike
-        if len(places):
-            place = start + int(_draw.choice(places))
-        else:
-            place = _draw.randrange(len(text))
+        if not len(places):  # a token that stands nowhere else: any place that hides the target
+            places = np.flatnonzero(window[1:] != text[cut + 1])
+        place = start + int(_draw.choice(places)) if len(places) else _draw.randrange(len(text))
         length = self.rows.shape[1] - 2 - entry.cut
         return np.take(text, range(place + 1, place + 1 + length), mode="wrap")
 

@@ -30,7 +30,7 @@ CONSTANTS = dict(
     VAL_SHARD=4,
     FIRST_PAUSE=0.01,
     CONNECT_TIMEOUT=2,
-    READ_TIMEOUT=0.4,
+    READ_TIMEOUT=1.0,  # a busy machine needs so much
     MAX_TRIES=4,
     SHARD_TOKEN_BYTES=1000,
 )
