@@ -1,5 +1,6 @@
 """A miniature prepared set, and the scripts run as a user types them."""
 
+import json
 import multiprocessing
 import os
 import random
@@ -7,6 +8,9 @@ import runpy
 import subprocess
 import sys
 from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 ROOT = Path(__file__).resolve().parent.parent
 MINIATURE = "--seq-len 64 --vocab-size 300 --eval-tokens 2048 --time-budget 2".split()
@@ -23,6 +27,25 @@ def write_texts(directory: Path, files: int = 120, seed: int = 0) -> Path:
             paragraphs.append(" ".join(draw.choices(WORDS, k=draw.randrange(5, 60))) + ".\n")
         (directory / f"text{number:04d}.txt").write_text("\n".join(paragraphs))
     return directory
+
+
+def words(draw: random.Random, count: int) -> str:
+    return " ".join(draw.choices(WORDS, k=count))
+
+
+def put(path: Path, content: str | bytes) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+def put_jsonl(path: Path, texts: list[str]):
+    put(path, "".join(json.dumps({"text": text}) + "\n" for text in texts))
+
+
+def put_parquet(path: Path, texts: list, column: str = "text"):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table({column: texts}), path, row_group_size=100)
 
 
 def run(

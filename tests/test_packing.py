@@ -1,11 +1,9 @@
 """Packing against a packer that scans a list, and the loader's thread at work, in failure and at exit."""
 
-import gc
 import hashlib
 import itertools
 import os
 import random
-import re
 import shutil
 import subprocess
 import sys
@@ -220,15 +218,6 @@ def test_held_out_splits_are_one_pass(on_parquet, split):
     assert module.scored_rows(split).tolist() == wanted
 
 
-def test_first_batch_comes_quickly(on_parquet):
-    tokenizer, seconds = module.Tokenizer.from_directory(), []
-    for _ in range(3):
-        began = time.perf_counter()
-        next(module.make_dataloader(tokenizer, 128, 32, "train", CPU))
-        seconds.append(time.perf_counter() - began)
-    assert min(seconds) < 0.2
-
-
 def test_batches_are_not_overwritten(on_parquet):
     loader = module.make_dataloader(module.Tokenizer.from_directory(), 4, 32, "train", CPU)
     batches = [next(loader) for _ in range(40)]
@@ -236,20 +225,6 @@ def test_batches_are_not_overwritten(on_parquet):
     for _ in range(100):
         next(loader)
     assert all((batch[0] == copy).all() for batch, copy in zip(batches, copies))
-
-
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-def test_memory_does_not_grow_over_epochs(on_parquet):
-    loader = module.make_dataloader(module.Tokenizer.from_directory(), 64, 32, "train", CPU)
-
-    def after(epoch: int) -> int:
-        while next(loader)[2] < epoch:
-            pass
-        gc.collect()
-        return int(re.search(r"RssAnon:\s*(\d+) kB", open("/proc/self/status").read())[1])
-
-    early, late = after(5), after(45)
-    assert late - early < 1024  # kB; an epoch's documents are 100 kB of tokens and their index
 
 
 def test_exceptions_come_to_the_caller():

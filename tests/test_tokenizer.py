@@ -1,7 +1,6 @@
 """The tokenizer: round trips on hostile text, the vocabulary rule, files that are data and nothing else."""
 
 import base64
-import pickle
 import random
 import re
 
@@ -11,8 +10,7 @@ from hypothesis import strategies as st
 from miniature import WORDS
 
 import prepare
-from autoresearch.referee.manifest import read_manifest
-from prepare import SPECIAL_TOKENS, Fail, Tokenizer
+from prepare import SPECIAL_TOKENS, Tokenizer
 
 
 def texts(seed=0, count=300):
@@ -135,25 +133,3 @@ def test_file_round_trip(prepared):
     assert [base64.b64decode(line.split()[0]) for line in lines] == tokenizer.ranks
     assert [int(line.split()[1]) for line in lines] == list(range(296))
     assert tokenizer.to_bytes().decode().splitlines() == lines
-
-
-class Payload:
-    def __init__(self, mark):
-        self.mark = mark
-
-    def __reduce__(self):
-        return open, (str(self.mark), "w")
-
-
-@pytest.mark.parametrize("place", ["tokenizer.tiktoken", "00000.idx", "00000.bin", "manifest.json"])
-def test_nothing_in_the_cache_runs_code(prepared_copy, tmp_path, place):
-    mark = tmp_path / "it ran"
-    folder = prepare.cache_dir() if place == "manifest.json" else prepare.set_dir()
-    (folder / place).write_bytes(pickle.dumps(Payload(mark)))
-    pickle.loads((folder / place).read_bytes()).close()
-    assert mark.exists()  # the payload works; now without it
-    mark.unlink()
-    read_manifest.cache_clear()
-    with pytest.raises(Fail, match="damaged or missing: run the same `uv run prepare.py"):
-        next(prepare.make_dataloader(Tokenizer.from_directory(), 2, 64, "train"))
-    assert not mark.exists()

@@ -1,10 +1,8 @@
 """The ledger: whole lines whatever happens to its writers, and records or nothing to its readers."""
 
 import os
-import signal
 import subprocess
 import sys
-import time
 
 import pytest
 from miniature import ROOT
@@ -44,19 +42,6 @@ def test_parallel_writers_leave_whole_lines(ledger):
     assert written == [(n, i) for n in range(8) for i in range(125)]
 
 
-def test_killed_at_random_moments(ledger):
-    for pause in (0.0, 0.01, 0.03):
-        process = writer(ledger.parent, "killed", 10**6)
-        while not ledger.exists() or not ledger.stat().st_size:
-            time.sleep(0.01)
-        time.sleep(pause)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        append_record({"after": pause})
-        records, damaged = read_ledger()
-        assert records[-1] == {"after": pause} and damaged <= 1
-
-
 def test_a_torn_line_is_skipped_and_counted_and_nothing_sticks_to_it(ledger):
     whole = signed({"n": 1})
     for cut in range(1, len(whole) - 1):
@@ -75,18 +60,6 @@ def test_a_ledger_that_cannot_be_written_warns_and_the_run_goes_on(ledger, monke
     assert len(warnings) == 2
     for line in warnings:
         assert line.startswith("warning: the ledger") and "the run continues" in line
-
-
-def test_a_read_only_cache(ledger, capfd):
-    ledger.write_bytes(b"")
-    ledger.chmod(0o400)
-    ledger.parent.chmod(0o500)
-    try:
-        append_record({"n": 1})
-    finally:
-        ledger.parent.chmod(0o700)
-    if os.geteuid():  # root writes anyway
-        assert "warning: the ledger" in capfd.readouterr().err
 
 
 # ---- reading
@@ -123,20 +96,6 @@ def test_hostile_lines_are_skipped_and_counted(ledger):
     good = {"event": "end", "run": "a" * 12}
     ledger.write_bytes(b"\n".join([*HOSTILE, b"", signed(good)]))
     assert read_ledger() == ([good], len(HOSTILE))
-
-
-def test_twenty_thousand_lines_are_read_in_a_moment(ledger):
-    record = {
-        "event": "end",
-        "run": "a" * 12,
-        "pace": [[15.001 * i, 131072 * i] for i in range(19)],
-    }
-    record.update({f"field {i}": "some words of its value" for i in range(20)})
-    ledger.write_bytes(signed(record) * 20_000)
-    began = time.process_time()
-    records, damaged = read_ledger()
-    assert time.process_time() - began < 3  # about 1 on a quiet machine
-    assert (len(records), damaged) == (20_000, 0)
 
 
 def test_a_run_is_its_start_and_its_end_together(ledger):
