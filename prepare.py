@@ -224,7 +224,7 @@ def tokenizer_text(sources: list[Source]):
 
 
 def encode_source(source: Source, tokenizer: Tokenizer, row_length: int, pool, progress: Progress):
-    """Yields (split, row group, tokens) of its documents; of plain text, passages that fill rows.
+    """Yields (split, row group, tokens) of its documents. Plain text is cut to passages of a row.
 
     pool: threads for plain text.
     """
@@ -240,7 +240,7 @@ def encode_source(source: Source, tokenizer: Tokenizer, row_length: int, pool, p
         return cut_to_rows(tokenizer, text, row_length - 1)
 
     cut = [ids for rows in pool.map(encode_passage, source.passages) for ids in rows]
-    # Neighbours in a text are alike. In the order of their sha256 they do not follow each other.
+    # Neighbours in a text are alike. The order of their sha256 separates them.
     for ids in sorted(cut, key=lambda ids: hashlib.sha256(ids.tobytes()).digest()):
         yield source.split, 0, ids
 
@@ -311,7 +311,7 @@ def open_tokens(directory: Path, entry: dict, verify: bool) -> tuple[np.ndarray,
 def check_prepared(split: str):
     """Raises Fail where a file is damaged or missing, or the split is too small for a row.
 
-    A run calls it first: it would notice only after minutes.
+    A run calls it first: otherwise it would notice only after minutes.
     """
     prepared = manifest()
     if not prepared["eval_rows"][split]:
@@ -341,8 +341,8 @@ class Packer:
         self.row_length = row_length
         self.epoch = 1
         self.added = 0
-        # Sorted (length, -number added, tokens of its source, place of its first): each choice is
-        # a bisection, and of equal lengths the earliest stands last.
+        # Sorted (length, -number added, its source's tokens, place of its first token). A bisection
+        # finds the next document; of equal lengths the earliest added is last.
         self.pool = []
         holding = [entry for entry in entries if entry["tokens"][split]]
         self.batches = self._batches(directory, holding, split, repeat)
@@ -374,10 +374,7 @@ class Packer:
             self.pool.sort()
 
     def fill(self, rows: np.ndarray) -> int:
-        """Writes rows, uint16 (n, row_length).
-
-        Returns how many: fewer than n only at the end of a single pass.
-        """
+        """Fills rows, uint16 (n, row_length); returns how many: fewer at the end of a single pass."""
         pool = self.pool
         for number, row in enumerate(rows):
             filled = 0
@@ -388,8 +385,8 @@ class Packer:
                         return number
                 space = self.row_length - filled
                 shortest = pool[0][0]
-                longest = max(space, shortest)  # that may be taken: if none fits, the shortest is
-                place = bisect_left(pool, (longest + 1,)) - 1  # the last of that length or less
+                most = max(space, shortest)  # if none fits, the shortest is taken
+                place = bisect_left(pool, (most + 1,)) - 1  # the last one of at most that length
                 length, _, tokens, first = pool.pop(place)
                 length = min(length, space)
                 row[filled : filled + length] = tokens[first : first + length]
@@ -420,8 +417,9 @@ def make_dataloader(tokenizer: Tokenizer, B: int, T: int, split: str, device=Non
     """Yields (inputs, targets, epoch) of the train split for ever.
 
     Both are int64 (B, T) on `device` (default: training_device()); targets are the inputs shifted
-    by one; every row starts with BOS. The first batch starts the clock. The other splits are for
-    evaluate_bpb alone: Fail, as on a damaged cache.
+    by one; every row starts with BOS. The first batch starts the clock.
+
+    Raises Fail on a damaged cache, and for another split: only evaluate_bpb reads those.
     """
     if split != "train":
         fail(f"make_dataloader gives out only `train`, not `{split}`: that is for evaluate_bpb")
@@ -438,11 +436,11 @@ def make_dataloader(tokenizer: Tokenizer, B: int, T: int, split: str, device=Non
 
 
 def prefetch(batches):
-    """The batches, each made by a thread while the one before is used, the first from now on.
+    """The same batches; a thread makes each while the one before is used. It starts at once.
 
-    What the thread raises is raised here.
+    An exception in the thread is raised here.
     """
-    thread = ThreadPoolExecutor(1, thread_name_prefix="packer")  # ends when nobody holds it
+    thread = ThreadPoolExecutor(1, thread_name_prefix="packer")  # ends with its last reference
     coming = thread.submit(next, batches, None)
 
     def one_ahead(coming):
@@ -457,8 +455,7 @@ def on_the_clock(batches, device):
     for batch, epoch in batches:
         clock.hand_out(batch[0].numel())
         # From pinned memory the copy is asynchronous, and torch's host allocator gives that memory
-        # out again only when the copies that read it are done: nothing is overwritten while
-        # anything can still read it.
+        # out again only when the copies that read it are done, so no batch is overwritten early.
         inputs, targets = batch.to(device, non_blocking=True)
         yield inputs, targets, epoch
 
@@ -470,9 +467,9 @@ def evaluate_bpb(model, tokenizer: Tokenizer, batch_size: int) -> float:
     """Bits per byte of `model` on the scored split. Ends the clock and writes the ledger.
 
     model(inputs), int64 (B, T), returns logits (B, T, vocabulary size); B is batch_size, but at
-    most half the rows. It never sees the targets. The byte counts are the prepared tokenizer's,
-    whatever the one handed over says. The rows are the first evaluation tokens / T of the split's
-    packing, each once, so the score does not depend on B.
+    most half the rows. The model never sees the targets, and the byte counts are those of the
+    prepared tokenizer, not of the argument. The rows are the first evaluation tokens / T of the
+    split's packing, each once, so the score does not depend on B.
 
     Raises Fail, with the reason in the ledger, for a run over its budget, another vocabulary,
     logits that are not a plain finite tensor of that shape, a model that learns, is random or
@@ -494,7 +491,7 @@ def evaluate_bpb(model, tokenizer: Tokenizer, batch_size: int) -> float:
 
 
 def scored_rows(split: str) -> np.ndarray:
-    """The rows that a score is taken on, uint16 (n, T + 1). 42 MB for climbmix."""
+    """The rows of the score, uint16 (n, T + 1). 42 MB for climbmix."""
     prepared = manifest()
     T, count = prepared["seq_len"], prepared["eval_rows"][split]
     if not count:
@@ -507,11 +504,11 @@ def scored_rows(split: str) -> np.ndarray:
 def bits_per_byte(
     model: EvalModel, rows: np.ndarray, token_bytes: np.ndarray, batch_size: int
 ) -> float:
-    """The metric: (nats that all targets cost the model) / (ln 2 x the bytes they stand for).
+    """The metric: (sum of the targets' cross-entropy in nats) / (ln 2 x sum of their bytes).
 
     rows: (n, T + 1) tokens; inputs are a row without its last token, targets without its first.
     token_bytes: (V,). Targets of 0 bytes, the special tokens, are in neither sum.
-    Memory: the losses, 4 bytes a token (84 MB for climbmix), twice or so; logits of one batch.
+    Memory: the losses about twice, 4 bytes a token (84 MB for climbmix); logits of one batch.
     """
     check = LeakCheck(rows, token_bytes, batch_size)
     losses = []
@@ -534,9 +531,9 @@ def bits_per_byte(
 def cross_entropy(logits, targets: np.ndarray):
     """Nats, float32 (B, T): logsumexp of the logits minus the target's; NaN if one is not finite.
 
-    In pieces, so that memory stays small. The functions are those of torch's C library, which are
-    read-only: what is assigned to torch.nn.functional, torch or torch.Tensor does not reach them.
-    What is assigned to torch._C, or to names of this file, does.
+    In pieces, so that memory stays small. It calls torch's C functions: train.py shares the process
+    and could replace those of torch, torch.Tensor or torch.nn.functional. It could also replace
+    names of torch._C or of this file, which nothing here prevents.
     """
     import torch
 
@@ -554,7 +551,7 @@ def cross_entropy(logits, targets: np.ndarray):
     return C.reshape(C.cat(losses), logits.shape[:2])
 
 
-# ------------------------------------------------------------------------------- prepare(): the map
+# ------------------------------------------------------------------------- prepare(): all the steps
 
 
 def prepare(corpus: str, data: Path | None, settings: dict, force: bool):

@@ -98,18 +98,6 @@ def test_the_prepared_rows_score_as_by_hand(prepared, score, monkeypatch, split)
     assert end_of_the_ledger(prepared)["split"] == split
 
 
-def test_the_rows_are_the_first_of_the_packing(prepared):
-    """As make_dataloader hands out training rows, only from another split."""
-    rows = prepared.scored_rows("val")
-    entries = prepared.manifest()["tokens"]
-    packer = prepared.Packer(prepared.set_dir(), entries, "val", 65, repeat=False)
-    one = np.empty((1, 65), dtype=np.uint16)
-    for row in rows:
-        packer.fill(one)
-        assert (row == one[0]).all()
-    assert len(rows) == prepared.manifest()["eval_rows"]["val"]
-
-
 def test_the_ledger_counts_the_passes_and_seconds(prepared, score):
     model = Table(table())
     score(model)
@@ -196,15 +184,10 @@ class Flattering(torch.Tensor):
     "change, word",
     [
         (lambda z, x: z[:, :-1], "not logits of shape"),
-        (lambda z, x: z[..., :-1], "not logits of shape"),
-        (lambda z, x: z[:1], "not logits of shape"),
         (lambda z, x: z.flatten(0, 1), "not logits of shape"),
         (lambda z, x: (z, 0.5), "not logits of shape"),
-        (lambda z, x: None, "not logits of shape"),
         (lambda z, x: z.as_subclass(Flattering), "returned Flattering .* in a plain Tensor"),
-        (lambda z, x: nn.Parameter(z), "returned Parameter .* in a plain Tensor"),
         (lambda z, x: z * math.nan, "not finite"),
-        (lambda z, x: z + math.inf, "not finite"),
         (special(-math.inf), "not finite"),
         (special(math.nan), "not finite"),
         (lambda z, x: z.masked_fill(torch.arange(300) < 200, -math.inf), "not finite"),
@@ -239,8 +222,7 @@ def test_the_tokenizer_handed_over_does_not_say_how_many_bytes_a_token_has(prepa
 
 @pytest.mark.parametrize(
     "place, name",
-    [(F, "cross_entropy"), (F, "log_softmax"), (torch, "log_softmax"), (torch, "gather")]
-    + [(torch.Tensor, name) for name in ("log_softmax", "gather", "float", "__neg__", "__mul__")],
+    [(F, "log_softmax"), (torch, "gather"), (torch.Tensor, "float"), (torch.Tensor, "__mul__")],
 )
 def test_another_function_in_torch_changes_nothing(prepared, monkeypatch, place, name):
     z = torch.randn(2, 6, 5)

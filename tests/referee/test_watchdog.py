@@ -55,18 +55,9 @@ HANGS = {
         "next(loader)\nthreading.Thread(target=time.sleep, args=(60,)).start(); sys.exit(0)",
         limit=1,
     ),
-    "with new loaders": Agent(
-        "next(loader)\n"
-        "while True: time.sleep(0.1); next(loader := make_dataloader(tokenizer, 2, 64, 'train'))",
-        limit=1,
-    ),
 }
 TOO_LONG = {
     "hoards batches": Agent("batches = [next(loader) for _ in range(20)]\ntrain(3)"),
-    "stops the time": Agent(
-        "next(loader)\nfor name in ('time', 'monotonic', 'perf_counter'):\n"
-        "    setattr(time, name, lambda: 0.0)\ntrain(3)"
-    ),
 }
 AGENTS = {
     "honest": Agent("train(1); next(loader); train(0.6)\nnext(loader); train(0.6)"),
