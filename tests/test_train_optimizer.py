@@ -64,8 +64,8 @@ def test_orthogonalize_of_zero_is_zero():
 # --------------------------------------------------------------------------------------- AdamW
 
 
-@pytest.mark.parametrize("betas", [(0.8, 0.95), (0.96, 0.95)])
-def test_adamw_is_torchs_over_many_steps(betas):
+def test_adamw_is_torchs_over_many_steps():
+    betas = (0.96, 0.95)
     ours, theirs = draw(20, 8).requires_grad_(), draw(20, 8).double().requires_grad_()
     optimizer = MuonAdamW([adamw(ours, 0.02, betas=betas)], compiled=False)
     reference = torch.optim.AdamW([theirs], lr=0.02, betas=betas, eps=1e-10, weight_decay=0.1)
@@ -227,7 +227,7 @@ def test_equal_shapes_are_stepped_together():
 # ------------------------------------------------------------------------ schedules and groups
 
 
-def test_the_learning_lr_multiplier():
+def test_the_learning_rate_multiplier():
     hp = settings(WARMUP=0.1, WARMDOWN=0.5, FINAL_LR_FRAC=0.2)
     wanted = {0: 0, 0.05: 0.5, 0.1: 1, 0.3: 1, 0.5: 1, 0.75: 0.6, 1: 0.2}
     assert {p: pytest.approx(train.lr_multiplier(hp, p)) for p in wanted} == wanted

@@ -142,10 +142,3 @@ def test_a_kernel_that_does_not_load_is_the_reason(monkeypatch, capsys):
         "attention: flex, because FlashAttention 3 is not usable: "
         "RuntimeError: no build for this torch\n"
     )
-
-
-def test_a_function_of_ones_own_is_called_by_its_name():
-    def alibi(q, k, v, window):
-        return q
-
-    assert attention.describe(alibi) == ("alibi", None)

@@ -45,13 +45,6 @@ def test_a_line_holds_mean_and_rate_since_the_last(capsys, monkeypatch):
     assert 19 <= len(lines) <= 20
 
 
-def test_every_loss_is_noted_for_the_night(capsys, monkeypatch):
-    noted = []
-    monkeypatch.setattr(type(clock), "note_loss", lambda self, loss: noted.append(loss))
-    reported([6, 4, 5], 3, capsys)
-    assert noted == [6.0, 4.0, 5.0]
-
-
 class LossOnAGpu:
     """A loss that is there only when the device has got so far."""
 
