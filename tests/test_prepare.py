@@ -415,8 +415,8 @@ def test_what_is_prepared_is_shown_and_what_is_missing(cache, tmp_path, capsys):
     prepare.main(["--data", str(tmp_path / "data"), *SMALL])
     printed = capsys.readouterr()
     val, test, header, *table = printed.out.splitlines()[:6]
-    assert val == "val is what is named so: val.md"
-    assert test.startswith("test is what is named so: test/0.txt") and "and 3 more" in test
+    assert val == "val by name: val.md"
+    assert test.startswith("test by name: test/0.txt") and "and 3 more" in test
     assert header.split() == "split files documents MB tokens rows".split()
     prepared = prepare.manifest()
     for line, (split, files) in zip(table, dict(train=130, val=1, test=7).items()):

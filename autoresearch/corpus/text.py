@@ -231,7 +231,7 @@ def own_text(data: Path) -> tuple[list[Source], str]:
     for split in ("val", "test"):
         names = [name for name in named if named[name] == split]
         if names:
-            lines.append(f"{split} is what is named so: {some(names, 4)}")
+            lines.append(f"{split} by name: {some(names, 4)}")
         else:
             wanted.append(split)
     if wanted:

@@ -1,8 +1,8 @@
 """
-The leak check: is the score what the model knows?
+The leak check: a score must come from the model's weights and the tokens before each target.
 
-A model gets no score if it reads what it must tell (later tokens, other rows of the batch), if it
-learns or keeps state while it is scored, or if it answers the same input differently.
+A model gets no score if its logits depend on later tokens or on other rows of the batch, if it
+learns or keeps state while it is scored, or if the same input gets different logits.
 """
 
 from __future__ import annotations
@@ -45,20 +45,20 @@ class Entry:
 
 
 class LeakCheck:
-    """Is the score what the model knows? Not if it reads what it must tell, or learns meanwhile.
+    """Finds models that read their targets, or learn from them, while they are scored.
 
-    Among the rows that are scored stand a few that only check, at places that nobody can foresee:
-    - Cut rows. A row whose turn comes in a later call, up to a random position; then the text of
-      another place that goes on after the same tokens. The target there cannot be read anywhere.
-      It must not cost more than it will in the whole row, where a model that leaks reads it; and
-      not more than targets do on average, which holds even if the model tells the same both times.
-    - Rows again. A row of an early call in a late one, in other company: if its losses moved, the
-      model keeps state: it counts its calls, remembers, or learns from what it is scored on.
-    - Exact probes, calls of their own: see ExactCheck. They find mistakes too small to matter.
+    Among the scored rows it places a few that only check, at positions drawn anew for each run:
+    - Cut rows: a row of a later call up to a random position, then other text that follows the same
+      tokens elsewhere. The target at the cut is nowhere in the input. Its loss must not be higher
+      than in the whole row, where a leaking model reads it, nor far above the mean of all targets,
+      which catches a model that repeats its first answer.
+    - Repeated rows: a row of an early call again in a late one, in another batch. If its losses
+      moved, the model keeps state: it counts calls, remembers, or learns from what it is scored on.
+    - Exact probes, in calls of their own: see ExactCheck. They find leaks too small to gain much.
 
-    Not caught: a model that learns without autograd and answers every row that it has had before
-    as it did then; a leak that shuns places where a cut is likely, which it must find by itself,
-    from the row alone; one that gains less than LOST_NATS and passes ExactCheck.
+    Not caught: a model that learns without autograd and repeats its answer for every row it has
+    had before; a leak that avoids positions where a cut is likely, judged from the row alone; one
+    that gains less than LOST_NATS and passes ExactCheck.
     """
 
     def __init__(self, rows: np.ndarray, token_bytes: np.ndarray, batch_size: int):
@@ -125,10 +125,9 @@ class LeakCheck:
             if not len(alike):
                 break
             places = alike
-        if len(places):
-            place = start + int(_draw.choice(places))
-        else:
-            place = _draw.randrange(len(text))
+        if not len(places):  # a token that stands nowhere else: any place that hides the target
+            places = np.flatnonzero(window[1:] != text[cut + 1])
+        place = start + int(_draw.choice(places)) if len(places) else _draw.randrange(len(text))
         length = self.rows.shape[1] - 2 - entry.cut
         return np.take(text, range(place + 1, place + 1 + length), mode="wrap")
 

@@ -369,7 +369,7 @@ def test_a_person_sees_what_is_not_read_and_what_is_named(tmp_path):
     sources, how = text.own_text(tmp_path)
     assert how.splitlines() == [
         "not read: 2 .png, 1 empty, 1 without a suffix",
-        "test is what is named so: test/0.txt, test/1.txt, test/2.txt, test/3.txt and 3 more",
+        "test by name: test/0.txt, test/1.txt, test/2.txt, test/3.txt and 3 more",
         "split by the sha256 of each text: 5% of the bytes for val",
     ]
     assert sum(len(source.files()) for source in sources) == 37

@@ -331,6 +331,10 @@ def armed(monkeypatch):
     return limits
 
 
+def test_the_limit_of_a_run_is_twice_its_budget_or_five_minutes_more():
+    assert [clock_room.training_limit(budget) for budget in (2, 300, 1000)] == [302, 600, 2000]
+
+
 def test_only_the_first_loader_and_the_first_batch_arm_it(prepared_copy, armed):
     prepare = prepared_copy
     first, second = loader_of(prepare), loader_of(prepare)
