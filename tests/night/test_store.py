@@ -64,6 +64,19 @@ def test_an_experiment_s_state_is_what_its_files_say(night):
     assert experiment.dropped()
 
 
+def test_a_run_that_ends_between_two_looks_has_ended_and_was_not_cut_off(night, monkeypatch):
+    night.enqueue("try", night.tip(), night.tip(), "an idea", 42)
+    [experiment] = night.open()
+    write_json(experiment.folder / "run-1.json", {"id": "a"})
+
+    def ends_now(_):
+        write_json(experiment.folder / "end-1.json", {"code": 0})
+        return False
+
+    monkeypatch.setattr(Experiment, "alive", ends_now)
+    assert experiment.state() == "ended"
+
+
 def test_a_torn_line_of_the_journal_is_ignored_and_ended_by_the_next(night):
     ended(night, score=1.0)
     with open(night.journal, "ab") as file:
@@ -72,6 +85,12 @@ def test_a_torn_line_of_the_journal_is_ignored_and_ended_by_the_next(night):
     ended(night, score=0.9)
     assert [r["score"] for r in night.records()] == [1.0, 0.9]
     assert [r["score"] for r in Night(night.root).records()] == [1.0, 0.9]
+    # one that is being written is read once it is whole
+    with open(night.journal, "ab", buffering=0) as file:
+        file.write(b'{"n": 3, "kind": "try", ')
+        assert len(night.records()) == 2
+        file.write(b'"score": 0.8}\n')
+    assert [r["score"] for r in night.records()] == [1.0, 0.9, 0.8]
 
 
 def test_a_record_killed_before_its_row_is_archived_by_the_next_supervisor_once(night):
