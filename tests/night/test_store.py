@@ -7,8 +7,8 @@ import subprocess
 
 import pytest
 
-from autoresearch.common import write_json
-from autoresearch.night import rules, settings
+from autoresearch.common import Fail, write_json
+from autoresearch.night import commands, rules, settings
 from autoresearch.night.repo import Repository, merged
 from autoresearch.night.store import Experiment, Night
 
@@ -210,6 +210,20 @@ def test_the_same_change_on_another_file_has_the_same_id(night):
     assert id_of(base, b"a = 1", b"a = 2") == id_of(other, b"a = 1", b"a = 2")
     assert id_of(base, b"a = 1", b"a = 2") != id_of(base, b"a = 1", b"a = 3")
     assert id_of(base, b"a = 1", b"a = 2") != id_of(base, b"b = 1", b"b = 2")
+
+
+def test_a_change_that_is_queued_or_has_its_score_on_this_best_is_not_tried_again(night):
+    tip = night.tip()
+    night.enqueue("try", tip, tip, "an idea", 42, change="abc")
+    commands.check_new(night, "another", tip)
+    with pytest.raises(Fail, match="change of experiment 1, which has not ended"):
+        commands.check_new(night, "abc", tip)
+    [experiment] = night.open()
+    run = dict(id="a", commit=tip, base=tip, score=0.9)
+    night.record(experiment, rules.Record("discard", "why", run))
+    commands.check_new(night, "abc", "another best")
+    with pytest.raises(Fail, match="change of experiment 1 .discard, 0.900000"):
+        commands.check_new(night, "abc", tip)
 
 
 def test_an_empty_setting_is_none_and_the_file_is_named(night):
