@@ -20,6 +20,7 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from autoresearch.common import Fail, seed, split_name
+from autoresearch.kit.errors import first_line, out_of_memory
 from autoresearch.referee.clock import clock, fail
 from autoresearch.referee.manifest import fingerprint
 from autoresearch.referee.provenance import device_name, driver_version, peak_memory_mb
@@ -75,8 +76,6 @@ def explain(error: BaseException) -> str:
         return "interrupted: no score"
     if isinstance(error, SystemExit):
         return f"exit({error.code!r}) was called before the end of main(): no score"
-    from autoresearch.kit.errors import first_line, out_of_memory
-
     if out_of_memory(error):
         return (
             "out of memory: lower DEVICE_BATCH_SIZE (the tokens a step can stay), N_LAYER or N_EMBD"
