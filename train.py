@@ -7,15 +7,15 @@ The rule: all that a run knows comes from its own `train` batches, drawn while t
 No weights or statistics from disk, the network or an earlier run; no loader of another split;
 no state kept and nothing learned while it is scored; no helper files. prepare.py stays as it is.
 
-Notable, in the order of the sections:
-- settings: one constant a line; what differs by size stands in H100, GPU or CPU
+The sections:
+- settings: one constant a line; values that differ by size are in H100, GPU or CPU
 - model: grouped queries, rotary embedding, query/key norm, sliding windows, value embeddings,
   smear (a gated token shift), squared ReLU, softcap
 - optimizer: Muon (Polar Express, NorMuon, cautious decay) for matrices, AdamW for the rest
-- loop: compiling and warming up use dummy batches, off the clock, and leave no trace
+- loop: accumulate gradients, step, until the budget is spent
 
-autoresearch/kit has what is the same for every model (attention backends, loss in pieces, warm-up,
-progress, failures). Call it, or write your own here in its place.
+autoresearch/kit has the parts that any model needs (attention backends, loss in pieces, warm-up,
+progress, failures). Call it, or write your own here instead.
 """
 
 # ruff: noqa: E402  (report.begin comes before the imports that take seconds)
@@ -38,7 +38,6 @@ import prepare
 from autoresearch.kit import attention, warmup
 from autoresearch.kit.device import compute_dtype, pick_size, short, use_one_heap
 from autoresearch.kit.loss import cross_entropy_piece, softcap, softcap_cross_entropy
-from autoresearch.referee.clock import fail
 from autoresearch.referee.provenance import device_name, training_device
 from prepare import (
     Tokenizer,
@@ -338,16 +337,14 @@ class GPT(nn.Module):
 
     def counts(self) -> tuple[int, float]:
         """(parameters, FLOPs a token, forward and backward)."""
-
-        def count(*modules):
-            return sum(p.numel() for module in modules for p in module.parameters())
-
         matrices = [p for p in self.blocks.parameters() if p.ndim == 2]
-        multiplied = sum(p.numel() for p in matrices) + count(self.head, self.smear_gate)
+        matrices += [self.head.weight, self.smear_gate.weight]
+        multiplied = sum(p.numel() for p in matrices)
         attention_flops = 0
         for block in self.blocks:
             attention_flops += 12 * self.hp.N_EMBD * min(block.attention.window, self.seq_len)
-        return count(self), 6 * multiplied + attention_flops
+        parameters = sum(p.numel() for p in self.parameters())
+        return parameters, 6 * multiplied + attention_flops
 
 
 def build_model(
@@ -620,12 +617,6 @@ def main() -> float:
     size = SIZE or pick_size(device, manifest()["corpus"])
     hp = SIZES[size]
     T, budget = prepare.MAX_SEQ_LEN, prepare.TIME_BUDGET
-    assert hp.TOKENS_PER_STEP % T == 0, f"TOKENS_PER_STEP is no multiple of {T}, the sequence"
-    rows = hp.TOKENS_PER_STEP // T
-    wanted = min(hp.DEVICE_BATCH_SIZE, rows)
-    assert rows % wanted == 0, f"DEVICE_BATCH_SIZE {wanted} must divide the {rows} rows of a step"
-    eval_rows = manifest()["eval_rows"][split]  # fewer than a batch would compile once more
-    eval_wanted = max(1, min(hp.EVAL_BATCH_TOKENS // T, eval_rows))
     tokenizer = Tokenizer.from_directory()
     vocab_size = tokenizer.get_vocab_size()
 
@@ -636,67 +627,41 @@ def main() -> float:
     model.compile_parts()
     optimizer = MuonAdamW(param_groups(model))
     attention_name, attention_fell_back = attention.describe(attend)
-    n_params, flops_per_token = model.counts()
     print(
         f"{device_name(device)}: size {size}, {short(dtype)}, {attention_name} attention, "
-        f"{n_params / 1e6:.1f} M parameters, {hp.TOKENS_PER_STEP} tokens a step, "
+        f"{model.counts()[0] / 1e6:.1f} M parameters, {hp.TOKENS_PER_STEP} tokens a step, "
         f"{manifest()['corpus']}, fingerprint {fingerprint()}",
         flush=True,
     )
 
-    # Compile and warm up on dummy batches, off the clock.
-    generator = torch.Generator().manual_seed(0)
-
-    def dummy_batch(batch: int) -> Tensor:
-        return torch.randint(vocab_size, (batch, T), generator=generator).to(device)
-
-    def train_step(batch: int, passes: int):
-        model.train()
-        for _ in range(passes):
-            forward_backward(model, dummy_batch(batch), dummy_batch(batch), passes)
-        idle = [name for name, p in model.named_parameters() if p.grad is None]
-        if idle:
-            fail(f"no gradient reaches {', '.join(idle)}: use it in forward or remove it")
-        optimizer.step(lr_multiplier=0.0, momentum=0.0, decay_multiplier=0.0)
-
-    def score_step(batch: int):
-        model.eval()
-        with torch.no_grad():
-            model(dummy_batch(batch))
-
-    # The loader exists before the warm-up: its watchdog covers compiling too.
-    loader = make_dataloader(tokenizer, wanted, T, "train", device)
+    # Compile and warm up, off the clock. The loader's watchdog covers that too.
+    loader = make_dataloader(tokenizer, hp.DEVICE_BATCH_SIZE, T, "train", device)
     warm = warmup.fit(
-        train_step,
-        score_step,
-        restore=[*model.parameters(), *model.buffers(), *optimizer.state_tensors()],
-        rows=rows,
-        wanted=wanted,
-        eval_wanted=eval_wanted,
+        model,
+        forward_backward,
+        lambda: optimizer.step(lr_multiplier=0.0, momentum=0.0, decay_multiplier=0.0),
+        attend,
+        restore=optimizer.state_tensors(),
+        vocab_size=vocab_size,
+        seq_len=T,
+        tokens_per_step=hp.TOKENS_PER_STEP,
+        device_batch=hp.DEVICE_BATCH_SIZE,
+        eval_tokens=hp.EVAL_BATCH_TOKENS,
+        eval_rows=manifest()["eval_rows"][split],
         budget=budget,
-        remedy=lambda error: attention.shrink_blocks(attend, error),
     )
-    if warm.batch != wanted:
+    if warm.batch != hp.DEVICE_BATCH_SIZE:
         loader = make_dataloader(tokenizer, warm.batch, T, "train", device)
     conditions = {"attention": attention_name, "compiled": warm.compiled, "dtype": short(dtype)}
     fell_back = [reason for reason in (attention_fell_back, warm.fell_back) if reason]
-    clock.describe(**conditions, device_batch=warm.batch, fell_back=fell_back)
-    torch.manual_seed(seed())  # whatever draws in training draws as if nothing had warmed up
+    clock.describe(**conditions, fell_back=fell_back)
+    torch.manual_seed(seed())  # the same random numbers in training, however it warmed up
 
     # Train, on the clock, and score.
     progress = report.Progress(hp.TOKENS_PER_STEP, budget)
-    train(model, optimizer, hp, loader, rows // warm.batch, budget, progress)
+    train(model, optimizer, hp, loader, warm.parts, budget, progress)
     bpb = evaluate_bpb(model, tokenizer, warm.eval_batch)
-    report.summary(
-        bpb,
-        progress,
-        device,
-        parameters=n_params,
-        flops_per_token=flops_per_token,
-        depth=hp.N_LAYER,
-        batch=warm.batch,
-        **conditions,
-    )
+    report.summary(bpb, progress, device, model.counts(), hp.N_LAYER, warm.batch, conditions)
     return bpb
 
 

@@ -37,8 +37,10 @@ def run(patches=(), **changes):
 
 
 def by_steps():
-    """A clock that goes by rows handed out, so that two runs make the same six steps; before the
-    score it prints the hashes of the data served and of all weights and optimizer state."""
+    """A clock that counts rows handed out, so that two runs make the same six steps.
+
+    Before the score it prints hashes of the data and of all weights and optimizer state.
+    """
     torch.use_deterministic_algorithms(True)
     train.compute_dtype = lambda device: torch.float32
     served = hashlib.sha256()
@@ -123,28 +125,9 @@ def three_rows_fit():
 
 
 def no_warm_up():
-    def fit(*steps, wanted, eval_wanted, **_):
-        return warmup.Warm(wanted, eval_wanted, compiled=False, fell_back=None)
-
-    warmup.fit = fit
-
-
-def unused_parameter():
-    real = train.Block.__init__
-
-    def init(self, *arguments):
-        real(self, *arguments)
-        self.idle = train.Linear(4, 4)
-
-    train.Block.__init__ = init
-
-
-def eval_batch_shown():
-    real = warmup.fit
-
-    def fit(*steps, **arguments):
-        print("eval_wanted:", arguments["eval_wanted"])
-        return real(*steps, **arguments)
+    def fit(*steps, tokens_per_step, device_batch, seq_len, **_):
+        parts = tokens_per_step // seq_len // device_batch
+        return warmup.Warm(device_batch, parts, 4, compiled=False, fell_back=None)
 
     warmup.fit = fit
 

@@ -1,4 +1,4 @@
-"""A process that has imported what takes seconds, and forks for each thing it is asked to run."""
+"""A fork server: it imports once what takes seconds, and forks for each thing it is asked to run."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def assert_failed(ran: Ran, *words: str):
     assert ran.code == 1, ran.log
     assert ran.lines[-1].startswith("FAIL: "), ran.log
     assert sum(line.startswith("FAIL: ") for line in ran.lines) == 1, ran.log
-    assert "_bpb" not in ran.log
+    assert "_bpb: " not in ran.log
     assert all(word in ran.lines[-1] for word in words), ran.log
 
 

@@ -1,9 +1,6 @@
 """The optimizer against the singular value decomposition, torch's own AdamW, and a plain float64
 transcription."""
 
-import math
-import os
-
 import pytest
 import torch
 from drive import settings
@@ -39,7 +36,7 @@ def adamw(p, lr, weight_decay=0.1, betas=(0.8, 0.95)):
 # --------------------------------------------------------------------------- orthogonalisation
 
 
-@pytest.mark.parametrize("shape", [(1, 48, 48), (3, 96, 32), (3, 32, 96), (2, 256, 64), (2, 8, 32)])
+@pytest.mark.parametrize("shape", [(1, 48, 48), (3, 96, 32), (2, 8, 32)])
 @pytest.mark.parametrize("scale", [1e-4, 1, 1e3])
 def test_orthogonalize_is_near_the_polar_factor(shape, scale):
     g = draw(*shape) * scale
@@ -60,19 +57,6 @@ def test_orthogonalize_is_near_the_polar_factor(shape, scale):
     assert values.max() < 1.16 and values[reach].min() > 0.84
 
 
-def test_orthogonalize_steps_each_matrix_of_a_stack_alone():
-    g = draw(3, 40, 24)
-    g[1] *= 100
-    together = train.orthogonalize(g, torch.float32)
-    for one, own in zip(together, g):
-        torch.testing.assert_close(
-            one, train.orthogonalize(own[None], torch.float32)[0], rtol=0, atol=1e-5
-        )
-    torch.testing.assert_close(
-        together.mT, train.orthogonalize(g.mT.contiguous(), torch.float32), rtol=0, atol=1e-4
-    )
-
-
 def test_orthogonalize_of_zero_is_zero():
     assert not train.orthogonalize(torch.zeros(2, 8, 4)).any()
 
@@ -80,8 +64,8 @@ def test_orthogonalize_of_zero_is_zero():
 # --------------------------------------------------------------------------------------- AdamW
 
 
-@pytest.mark.parametrize("betas", [(0.8, 0.95), (0.96, 0.95)])
-def test_adamw_is_torchs_over_many_steps(betas):
+def test_adamw_is_torchs_over_many_steps():
+    betas = (0.96, 0.95)
     ours, theirs = draw(20, 8).requires_grad_(), draw(20, 8).double().requires_grad_()
     optimizer = MuonAdamW([adamw(ours, 0.02, betas=betas)], compiled=False)
     reference = torch.optim.AdamW([theirs], lr=0.02, betas=betas, eps=1e-10, weight_decay=0.1)
@@ -100,10 +84,8 @@ def test_adamw_is_torchs_over_many_steps(betas):
 
 def test_adamw_on_bf16_parameters_calculates_in_float32():
     start = draw(20, 8).bfloat16()
-    ours = start.clone().requires_grad_()
+    ours, wanted = start.clone().requires_grad_(), start.double().requires_grad_()
     optimizer = MuonAdamW([adamw(ours, 0.05)], compiled=False)
-    assert all(state.dtype == torch.float32 for state in optimizer.state_tensors())
-    wanted = start.double().requires_grad_()
     reference = torch.optim.AdamW([wanted], lr=0.05, betas=(0.8, 0.95), eps=1e-10, weight_decay=0.1)
     for step in range(50):
         ours.grad = draw(20, 8, seed=step).bfloat16()
@@ -111,11 +93,9 @@ def test_adamw_on_bf16_parameters_calculates_in_float32():
         optimizer.step(1.0, 0.9, 1.0)
         reference.step()
         with torch.no_grad():
-            wanted.copy_(wanted.bfloat16())  # the rounding of the store is all that bf16 adds
-        difference = (ours.double() - wanted).abs()
-        assert (difference <= 0.008 * wanted.abs() + 1e-6).all()
-        with torch.no_grad():
-            wanted.copy_(ours)  # one rounding to the other neighbour does not add up
+            # The rounding of the stored value is all that bf16 adds.
+            assert ((ours.double() - wanted).abs() <= 0.008 * wanted.abs() + 1e-6).all()
+            wanted.copy_(ours)  # so that roundings do not add up
     assert (wanted - start.double()).abs().max() > 0.2
 
 
@@ -127,9 +107,8 @@ class PlainOptimizer:
 
     def __init__(self, model, adamw, orthogonalize):
         self.value = {name: p.detach().double().clone() for name, p in model.named_parameters()}
-        self.adamw_settings = (
-            adamw  # {first part of the name, or a scalar's last: (lr, weight decay, betas)}
-        )
+        # {first part of the name, or a scalar's last: (lr, weight decay, betas)}
+        self.adamw_settings = adamw
         self.orthogonalize = orthogonalize
         self.state = {}
         self.steps = 0
@@ -177,37 +156,18 @@ class PlainOptimizer:
 
 def polar_express(g):
     """Float64, one matrix, always X X^T of the smaller side."""
-    steps = [
-        (8.156554524902461, -22.48329292557795, 15.878769915207462),
-        (4.042929935166739, -2.808917465908714, 0.5000178451051316),
-        (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
-        (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
-        (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
-    ]
     tall = g.shape[0] > g.shape[1]
     x = (g.T if tall else g) / (1.02 * g.norm() + 1e-6)
-    for a, b, c in steps:
+    for a, b, c in train.POLAR_EXPRESS:
         A = x @ x.T
         x = a * x + (b * A + c * A @ A) @ x
     return x.T if tall else x
 
 
-def random_gradients(model, step):
-    return {
-        name: draw(*p.shape, seed=1000 * step + i)
-        for i, (name, p) in enumerate(model.named_parameters())
-    }
-
-
-@pytest.fixture
-def float32_orthogonalize(monkeypatch):
-    """bf16 is a test of its own above: here the formulas, to many digits."""
-    exact = train.orthogonalize
-    monkeypatch.setattr(train, "orthogonalize", lambda g: exact(g, torch.float32))
-
-
 @pytest.mark.parametrize("power, scale", [(-0.5, (64 / 768) ** -0.5), (0.0, 1.0)])
-def test_whole_steps_are_those_of_a_float64_transcription(float32_orthogonalize, power, scale):
+def test_whole_steps_are_those_of_a_float64_transcription(monkeypatch, power, scale):
+    orthogonalize = train.orthogonalize  # in bf16 it has its own test, above
+    monkeypatch.setattr(train, "orthogonalize", lambda g: orthogonalize(g, torch.float32))
     model = small(
         LR_WIDTH_POWER=power,
         EMBEDDING_LR=0.9,
@@ -233,8 +193,9 @@ def test_whole_steps_are_those_of_a_float64_transcription(float32_orthogonalize,
     optimizer = MuonAdamW(train.param_groups(model), compiled=False)
     start = {name: p.detach().clone() for name, p in model.named_parameters()}
     for step in range(4):
-        gradients = random_gradients(model, step)
-        for name, p in model.named_parameters():
+        gradients = {}
+        for i, (name, p) in enumerate(model.named_parameters()):
+            gradients[name] = draw(*p.shape, seed=1000 * step + i)
             p.grad = gradients[name].clone()
         given = (1.0 - 0.2 * step, 0.85 + 0.02 * step, 1 - 0.25 * step)
         optimizer.step(*given)
@@ -263,29 +224,10 @@ def test_equal_shapes_are_stepped_together():
     ]
 
 
-@pytest.mark.skipif(
-    os.environ.get("TORCH_COMPILE_DISABLE") == "1", reason="it is the compiled step that is tested"
-)
-def test_the_compiled_step_is_the_uncompiled_one(float32_orthogonalize):
-    after = []
-    for compiled in (False, True):
-        tall, vector = [draw(48, 16, seed=1), draw(48, 16, seed=2)], draw(40)
-        groups = [Muon(tall, 0.04, 0.2), adamw(vector, 0.1)]
-        optimizer = MuonAdamW(groups, compiled=compiled)
-        for step in range(3):
-            for i, p in enumerate([*tall, vector]):
-                p.grad = draw(*p.shape, seed=10 * step + i)
-            optimizer.step(1 - 0.3 * step, 0.85 + 0.05 * step, 1 - 0.3 * step)
-        after.append([*tall, vector, *optimizer.state_tensors()])
-    assert (after[0][0] - draw(48, 16, seed=1)).abs().max() > 0.01
-    for plain, fused in zip(*after):
-        torch.testing.assert_close(fused, plain, rtol=1e-4, atol=1e-5)
-
-
 # ------------------------------------------------------------------------ schedules and groups
 
 
-def test_the_learning_lr_multiplier():
+def test_the_learning_rate_multiplier():
     hp = settings(WARMUP=0.1, WARMDOWN=0.5, FINAL_LR_FRAC=0.2)
     wanted = {0: 0, 0.05: 0.5, 0.1: 1, 0.3: 1, 0.5: 1, 0.75: 0.6, 1: 0.2}
     assert {p: pytest.approx(train.lr_multiplier(hp, p)) for p in wanted} == wanted
@@ -302,37 +244,8 @@ def test_the_momentum():
     )
 
 
-def test_every_parameter_has_exactly_one_group():
+def test_a_parameter_without_a_group_is_named():
     model = small()
-    stepped = [id(p) for group in train.param_groups(model) for p in group.params]
-    assert sorted(stepped) == sorted(id(p) for p in model.parameters())
-
-
-@pytest.mark.parametrize("name", ["bias", "blocks.1.scale", "blocks.0.mlp.weight"])
-def test_a_parameter_without_a_group_is_named(name):
-    model = small()
-    place, _, last = name.rpartition(".")
-    setattr(model.get_submodule(place), last, torch.nn.Parameter(torch.ones(64)))
-    with pytest.raises(AssertionError, match=f"no optimizer group has {name}:"):
+    model.blocks[1].scale = torch.nn.Parameter(torch.ones(64))
+    with pytest.raises(AssertionError, match="no optimizer group has blocks.1.scale:"):
         train.param_groups(model)
-
-
-# -------------------------------------------------------------------------------------- learns
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_loss_falls_on_a_tiny_set(dtype):
-    hp = settings(N_LAYER=2, N_EMBD=32, HEAD_DIM=16, N_KV_HEAD=1, WINDOW_PATTERN="SL")
-    model = train.GPT(hp, V, T, dtype).init_weights(torch.Generator().manual_seed(0))
-    optimizer = MuonAdamW(train.param_groups(model), compiled=False)
-    generator = torch.Generator().manual_seed(3)
-    rows = torch.randint(V, (8, T + 1), generator=generator)  # nothing but memory helps
-    losses = []
-    for step in range(80):
-        loss = model(rows[:, :-1], rows[:, 1:])
-        loss.backward()
-        optimizer.step(
-            train.lr_multiplier(hp, step / 80), train.muon_momentum(hp, step), 1 - step / 80
-        )
-        losses.append(loss.item())
-    assert abs(losses[0] - math.log(V)) < 0.05 and losses[-1] < 0.3, losses[::10]

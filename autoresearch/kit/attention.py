@@ -58,18 +58,18 @@ def choose(device: torch.device, dtype: torch.dtype, seq_len: int, windows: set[
 
 
 def describe(attend: Callable) -> tuple[str, str | None]:
-    """(name, what went wrong with a better one), also of a function that is not of this file."""
+    """(name, what went wrong with a better one), also for an agent's own function."""
     own_name = getattr(attend, "__name__", type(attend).__name__)
     return getattr(attend, "name", own_name), getattr(attend, "fell_back", None)
 
 
 def shrink_blocks(attend: Callable, error: Exception) -> str | None:
-    """Smaller blocks, once, for a FlexAttention whose kernels are too large for this card.
+    """After out of shared memory, FlexAttention gets smaller blocks, once.
 
-    Returns what was changed, in one line; None where this is no answer to the error.
+    Returns the change in one line; None for another error or function.
     """
     flex = getattr(attend, "function", None)
-    if not (isinstance(flex, FlexAttention) and out_of_shared_memory(error)):
+    if not isinstance(flex, FlexAttention) or not out_of_shared_memory(error):
         return None
     if flex.kernel_options is not None:
         return None
@@ -215,7 +215,7 @@ def flash_attention_3(flash_attn_func: Callable) -> Callable:
 def load_flash_attention_3() -> Callable:
     """The kernel's flash_attn_func: downloaded once, later loaded without any request.
 
-    Raises with the reason. $LOCAL_KERNELS, where it names the kernel, comes before the cache.
+    Raises with the reason.
     """
     import requests
     from huggingface_hub import constants
@@ -226,8 +226,6 @@ def load_flash_attention_3() -> Callable:
     for library in ("kernels", "huggingface_hub", "httpx"):
         logging.getLogger(library).setLevel(logging.ERROR)
 
-    if FLASH_3 in os.environ.get("LOCAL_KERNELS", ""):
-        return get_kernel(FLASH_3, version=FLASH_3_VERSION).flash_attn_func
     try:
         return get_local_kernel(cached_flash_attention_3()).flash_attn_func
     except Exception as error:  # not there, cut off while downloading, or built for another torch

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import re
 
-import torch
-
 
 def first_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines() or ["-"]
@@ -23,7 +21,7 @@ def root_cause(error: BaseException) -> str:
 
 def out_of_memory(error: BaseException) -> bool:
     """Of any device: CPU and MPS raise plain RuntimeErrors, and a compiler wraps what it meets."""
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
     return bool(re.search("out of memory|can't allocate memory", str(error)))
 

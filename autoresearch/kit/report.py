@@ -20,6 +20,7 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from autoresearch.common import Fail, seed, split_name
+from autoresearch.kit.errors import first_line, out_of_memory
 from autoresearch.referee.clock import clock, fail
 from autoresearch.referee.manifest import fingerprint
 from autoresearch.referee.provenance import device_name, driver_version, peak_memory_mb
@@ -75,17 +76,12 @@ def explain(error: BaseException) -> str:
         return "interrupted: no score"
     if isinstance(error, SystemExit):
         return f"exit({error.code!r}) was called before the end of main(): no score"
-    from autoresearch.kit.errors import first_line, out_of_memory
-
     if out_of_memory(error):
         return (
             "out of memory: lower DEVICE_BATCH_SIZE (the tokens a step can stay), N_LAYER or N_EMBD"
         )
     traceback.print_exception(error)
-    text = first_line(error)
-    if "CUDA error" in text or type(error).__name__ == "AcceleratorError":
-        return f"the device failed ({text}): look at nvidia-smi, then run again"
-    return f"{text} (the traceback is above)"
+    return f"{first_line(error)} (the traceback is above)"
 
 
 # ------------------------------------------------------------------------------ while it trains
@@ -158,17 +154,8 @@ class Progress:
         self.read()
         if self.terminal:
             print("\r\033[K", end="", flush=True)
-        print(f"scoring after {self.steps} steps: {self.pace()}", flush=True)
+        print(f"scoring after {self.steps} steps", flush=True)
         self.closed = time.perf_counter()
-
-    def pace(self) -> str:
-        """Tokens a second, and in the fastest tenth: far apart on a machine with other load."""
-        steps = [len(losses) for losses in self.tenths]
-        mean, fastest = sum(steps) / 10, max(steps)
-        per_second = 10 * self.tokens_per_step / self.budget
-        return (
-            f"{mean * per_second:,.0f} tokens/s, {fastest * per_second:,.0f} in the fastest tenth"
-        )
 
     def curve(self) -> list[float]:
         """The mean loss of each tenth of the budget; without a step in it, the one before."""
@@ -185,19 +172,15 @@ def summary(
     bpb: float,
     progress: Progress,
     device,
-    *,
-    parameters: int,
-    flops_per_token: float,
+    counts: tuple[int, float],
     depth: int,
-    attention: str,
     batch: int,
-    compiled: bool,
-    dtype: str,
+    conditions: dict,
 ):
     """The log's last lines, `key: value`. People's scripts read the first nine keys in this order.
 
-    bpb: the score; progress: closed; device: a torch.device; flops_per_token: forward and backward;
-    batch: rows at a time.
+    bpb: the score; progress: closed; device: a torch.device; counts: (parameters, FLOPs a token,
+    forward and backward); batch: rows at a time; conditions: attention, compiled, dtype.
     """
     import torch
 
@@ -205,6 +188,7 @@ def summary(
 
     now = time.perf_counter()
     print(f"scored in {now - progress.closed:.1f} s", flush=True)
+    parameters, flops_per_token = counts
     tokens = progress.steps * progress.tokens_per_step
     peak = peak_tflops(device_name(device))
     if not peak:
@@ -221,13 +205,13 @@ def summary(
         "num_params_M": f"{parameters / 1e6:.1f}",
         "depth": depth,
         "device": device_name(device),
-        "attention": attention,
+        "attention": conditions["attention"],
         "device_batch_size": batch,
         "seed": seed(),
         "fingerprint": fingerprint(),
         "loss_curve": " ".join(f"{loss:.3f}" for loss in progress.curve()),
-        "compiled": "yes" if compiled else "no",
-        "dtype": dtype,
+        "compiled": "yes" if conditions["compiled"] else "no",
+        "dtype": conditions["dtype"],
         "torch": torch.__version__,
         "driver": driver_version() or "none",
     }

@@ -2,10 +2,10 @@
 Compiling and warming up, off the clock: find the batch that fits, put everything back.
 
     model.trunk = warmup.compile(model.trunk)
-    warm = warmup.fit(train_step, score_step, restore=tensors, rows=128, wanted=64, ...)
+    warm = warmup.fit(model, forward_backward, optimizer_step, attend, device_batch=64, ...)
 
-Nothing here knows a model: `fit` calls the two functions on whatever they make up, and afterwards
-the tensors have the values they had.
+Nothing here knows a model's inside: `fit` calls it on dummy batches, and afterwards all tensors have
+the values they had.
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from autoresearch.kit.attention import shrink_blocks
 from autoresearch.kit.errors import out_of_memory, root_cause
 from autoresearch.referee.clock import fail
 
@@ -30,8 +31,9 @@ from autoresearch.referee.clock import fail
 class Warm:
     """What `fit` found."""
 
-    batch: int  # rows at a time that fit in training
-    eval_batch: int  # and in scoring
+    batch: int  # rows at a time in training
+    parts: int  # batches of a step
+    eval_batch: int  # rows at a time in scoring
     compiled: bool
     fell_back: str | None  # why it is not compiled, where compiling failed
 
@@ -47,47 +49,74 @@ def _compiles() -> bool:
 
 
 def fit(
-    train_step: Callable[[int, int], None],
-    score_step: Callable[[int], None],
-    restore: Iterable[Tensor],
-    rows: int,
-    wanted: int,
-    eval_wanted: int,
+    model: torch.nn.Module,
+    forward_backward: Callable[[torch.nn.Module, Tensor, Tensor, int], Tensor],
+    optimizer_step: Callable[[], None],
+    attend: Callable,
+    *,
+    restore: list[Tensor],
+    vocab_size: int,
+    seq_len: int,
+    tokens_per_step: int,
+    device_batch: int,
+    eval_tokens: int,
+    eval_rows: int,
     budget: float,
-    remedy: Callable[[Exception], str | None] | None = None,
 ) -> Warm:
-    """Runs and so compiles both steps, with the largest batches that fit.
+    """Runs and so compiles a training step and a scoring step, with the largest batches that fit.
 
-    train_step(batch, passes): a whole training step, optimizer included, of so many passes over
-    `batch` rows each, on a dummy batch. score_step(batch): a forward pass in eval mode. restore: all
-    tensors that either changes; they get their values back and lose their gradients. rows: of a step;
-    the batch stays a divisor of it. wanted, eval_wanted: rows at a time to try first. budget: seconds,
-    of which a step must not take more.
+    forward_backward(model, inputs, targets, parts) adds one part's gradients; optimizer_step() uses
+    them. restore: tensors that change beside the model's own. device_batch: rows at a time to try
+    first; the batch stays a divisor of a step's rows. eval_tokens: a scoring batch's, to try first;
+    eval_rows: the rows to score. budget: seconds.
 
-    What can go wrong is answered in one line each: out of memory, by a smaller batch (Fail where one
-    row is too much); an error that `remedy` has an answer to, which it returns as a line; and else
-    the compiler, by a fresh folder for its cache, then by running uncompiled. What fails even so is
-    raised.
+    After out of memory the batch gets smaller; after out of shared memory, FlexAttention's blocks.
+    Where compiling fails, a fresh cache is tried, then no compiler. Each prints one line; any other
+    error is raised. Raises Fail where one row is too much, a step takes longer than the budget, or
+    a parameter gets no gradient.
     """
-    tensors = list(restore)
+    assert tokens_per_step % seq_len == 0, (
+        f"TOKENS_PER_STEP is no multiple of {seq_len}, the sequence"
+    )
+    rows = tokens_per_step // seq_len
+    wanted = min(device_batch, rows)
+    assert rows % wanted == 0, f"DEVICE_BATCH_SIZE {wanted} must divide the {rows} rows of a step"
+    # A batch that the rows to score cannot fill would be compiled for nothing.
+    eval_wanted = max(1, min(eval_tokens // seq_len, eval_rows))
+
+    tensors = [*model.parameters(), *model.buffers(), *restore]
     saved = [tensor.detach().clone() for tensor in tensors]
-    fitting = _Fitting(tensors, remedy)
-    print("compiling: a minute or two the first time, seconds when the cache has it", flush=True)
-    began = time.perf_counter()
+    device = tensors[0].device
+    generator = torch.Generator().manual_seed(0)
     step_seconds = 0.0
 
-    def train(batch: int):
+    def dummy_batch(batch: int) -> Tensor:
+        return torch.randint(vocab_size, (batch, seq_len), generator=generator).to(device)
+
+    def train_step(batch: int):
         nonlocal step_seconds
+        model.train()
         # The second pass adds to gradients, which takes memory of its own.
         passes = min(2, rows // batch)
         for _ in range(2):  # the second finds everything compiled and all memory allocated
             step_began = time.perf_counter()
-            train_step(batch, passes)
-            if tensors[0].device.type != "cpu":
+            for _ in range(passes):
+                forward_backward(model, dummy_batch(batch), dummy_batch(batch), passes)
+            require_gradients(model)
+            optimizer_step()
+            if device.type != "cpu":
                 torch.accelerator.synchronize()
             step_seconds = (time.perf_counter() - step_began) * (rows // batch) / passes
 
-    batch = fitting.largest("training", train, wanted, rows)
+    def score_step(batch: int):
+        model.eval()
+        with torch.no_grad():
+            model(dummy_batch(batch))
+
+    print("compiling: a minute or two the first time, seconds when the cache has it", flush=True)
+    began = time.perf_counter()
+    fitting = _Fitting(tensors, attend)
+    batch = fitting.largest("training", train_step, wanted, rows)
     eval_batch = fitting.largest("scoring", score_step, eval_wanted, eval_wanted)
     with torch.no_grad():
         for tensor, value in zip(tensors, saved):
@@ -99,21 +128,29 @@ def fit(
             f"a step takes {step_seconds:.0f} s and the budget is {budget} s: use fewer tokens a "
             "step, fewer layers or a smaller width"
         )
-    is_compiled = _compiles() and fitting.uncompiled is None
-    return Warm(batch, eval_batch, is_compiled, fitting.uncompiled)
+    compiled = _compiles() and fitting.uncompiled is None
+    return Warm(batch, rows // batch, eval_batch, compiled, fitting.uncompiled)
+
+
+def require_gradients(model: torch.nn.Module):
+    idle = [name for name, p in model.named_parameters() if p.grad is None]
+    if idle:
+        fail(f"no gradient reaches {', '.join(idle)}: use it in forward or remove it")
 
 
 class _Fitting:
-    def __init__(self, tensors: list[Tensor], remedy: Callable | None):
+    """Calls a step until it succeeds: with a smaller batch, smaller blocks, or uncompiled."""
+
+    def __init__(self, tensors: list[Tensor], attend: Callable):
         self.tensors = tensors
-        self.remedy = remedy or (lambda error: None)
-        self.fresh_cache = None  # the folder, once there is one
-        self.uncompiled = None  # why, once it is so
+        self.attend = attend
+        self.fresh_cache = None  # its folder, once a fresh one was made
+        self.uncompiled = None  # the reason, once the compiler is off
         if _compiles():
             use_compiler_cache(compiler_caches()[-1])
 
     def largest(self, what: str, step: Callable[[int], None], batch: int, rows: int) -> int:
-        """The largest batch that `step` has room for: this one, or a smaller divisor of rows."""
+        """The largest batch that `step` has room for: `batch`, or a smaller divisor of rows."""
         while True:
             try:
                 step(batch)
@@ -121,13 +158,13 @@ class _Fitting:
             except Exception as error:
                 if out_of_memory(error):
                     batch = smaller(what, batch, rows)
-                elif answer := self.remedy(error):
-                    print(answer, flush=True)
+                elif change := shrink_blocks(self.attend, error):
+                    print(change, flush=True)
                 elif self.uncompiled or not _compiles():
                     raise
                 else:
                     self.recompile_or_not(error)
-            # Only here, where the error's frames hold no tensor any more.
+            # Only here: inside `except` the error's frames still hold tensors.
             for tensor in self.tensors:
                 tensor.grad = None
             gc.collect()
@@ -141,10 +178,10 @@ class _Fitting:
         if self.fresh_cache is None:
             caches = compiler_caches()
             self.fresh_cache = Path(f"{caches[0]}-fresh-{len(caches)}")
-            self.fresh_cache.mkdir(exist_ok=True)  # another run may be where this one is
+            self.fresh_cache.mkdir(exist_ok=True)  # another run may have made it just now
             use_compiler_cache(self.fresh_cache)
             torch.compiler.reset()
-            clear_caches()  # what it remembers of the old folder
+            clear_caches()  # of what was read from the old folder
             print(
                 f"compiling failed ({reason}): once more with a fresh cache, {self.fresh_cache}, "
                 f"in case {caches[-1]} is damaged",
@@ -158,7 +195,7 @@ class _Fitting:
 
 
 def smaller(what: str, batch: int, rows: int) -> int:
-    """The next divisor of rows, about half as large; says so in one line."""
+    """The next divisor of rows, about half as large. Prints one line."""
     if batch == 1:
         fail("out of memory with a single row at a time: use fewer layers or a smaller width")
     half = batch // 2
@@ -173,7 +210,7 @@ def smaller(what: str, batch: int, rows: int) -> int:
 
 
 def compiler_caches() -> list[Path]:
-    """The compiler's cache folder, and those made beside it because the one before was damaged."""
+    """The compiler's cache folder, and fresh ones made beside it where the one before was damaged."""
     from torch._inductor.runtime.cache_dir_utils import cache_dir
 
     first = Path(re.sub(r"-fresh-\d+$", "", cache_dir()))
@@ -184,6 +221,6 @@ def compiler_caches() -> list[Path]:
 
 
 def use_compiler_cache(folder: Path):
-    """From here on the compilers keep what they make in this folder."""
+    """Inductor and Triton use this folder from now on."""
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
     os.environ["TRITON_CACHE_DIR"] = str(folder / "triton")

@@ -6,30 +6,21 @@ import torch
 from autoresearch.kit import device as kit_device
 from autoresearch.kit.device import compute_dtype, peak_tflops, pick_size
 
+PEAKS = {
+    "NVIDIA H100 80GB HBM3": 989.5,
+    "NVIDIA H100 PCIe": 756,
+    "NVIDIA A100-SXM4-80GB": 312,
+    "NVIDIA L4": 121,
+    "NVIDIA GeForce RTX 4070 Ti SUPER": 88.2,
+    "NVIDIA GeForce RTX 4090 Laptop GPU": 0,
+    "AMD Instinct MI355X": 2516.6,
+    "NVIDIA GB200": 2500,
+    "AMD EPYC": 0,
+}
 
-@pytest.mark.parametrize(
-    "name, peak",
-    [
-        ("NVIDIA H100 80GB HBM3", 989.5),
-        ("NVIDIA H100 PCIe", 756),
-        ("NVIDIA A100-SXM4-80GB", 312),
-        ("NVIDIA L4", 121),
-        ("NVIDIA GeForce RTX 3090", 71),
-        ("NVIDIA GeForce RTX 3090 Ti", 80),
-        ("NVIDIA GeForce RTX 4090", 165),
-        ("NVIDIA B300 SXM6 AC", 2250),
-        ("NVIDIA H100 NVL", 835.5),
-        ("NVIDIA H20", 148),
-        ("NVIDIA RTX PRO 6000 Blackwell Workstation Edition", 503.8),
-        ("NVIDIA GeForce RTX 4070 Ti SUPER", 88.2),
-        ("NVIDIA GeForce RTX 4090 Laptop GPU", 0),
-        ("AMD Instinct MI355X", 2516.6),
-        ("NVIDIA GB200", 2500),
-        ("AMD EPYC", 0),
-    ],
-)
-def test_the_peak_by_the_device_name(name, peak):
-    assert peak_tflops(name) == peak
+
+def test_the_peak_by_the_device_name():
+    assert {name: peak_tflops(name) for name in PEAKS} == PEAKS
 
 
 class Card:
@@ -39,28 +30,22 @@ class Card:
         self.total_memory = int(gb * 1e9)  # as torch says it, a little under the name's
 
 
-CARDS = {
-    "H100": Card(9, 0, 85),
-    "H200": Card(9, 0, 150),
-    "A100 40GB": Card(8, 0, 42.4),
-    "B300": Card(10, 3, 288),
-    "RTX 6000 Ada": Card(8, 9, 51),
-    "RTX PRO 6000 Blackwell": Card(12, 0, 102),
-    "MIG 1g.10gb of an H100": Card(9, 0, 10.5),
-    "A30": Card(8, 0, 25),
-    "RTX A6000": Card(8, 6, 51),
-    "RTX 5090": Card(12, 0, 34),
-    "RTX 4090": Card(8, 9, 25.3),
-    "RTX 3090": Card(8, 6, 25.3),
-}
-LARGE = ["H100", "H200", "A100 40GB", "B300", "RTX 6000 Ada", "RTX PRO 6000 Blackwell"]
-
-
-@pytest.mark.parametrize("name", CARDS)
-def test_the_size_by_capability_and_memory(monkeypatch, name):
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: CARDS[name])
-    wanted = "h100" if name in LARGE else "gpu"
-    assert pick_size(torch.device("cuda"), "climbmix") == wanted
+@pytest.mark.parametrize(
+    "card, size",
+    [
+        (Card(9, 0, 85), "h100"),
+        (Card(8, 0, 42.4), "h100"),  # A100 40GB
+        (Card(8, 9, 51), "h100"),  # RTX 6000 Ada
+        (Card(12, 0, 102), "h100"),  # RTX PRO 6000 Blackwell
+        (Card(9, 0, 10.5), "gpu"),  # a slice of an H100
+        (Card(8, 0, 25), "gpu"),  # A30
+        (Card(8, 6, 51), "gpu"),  # RTX A6000
+        (Card(8, 9, 25.3), "gpu"),  # RTX 4090
+    ],
+)
+def test_the_size_by_capability_and_memory(monkeypatch, card, size):
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    assert pick_size(torch.device("cuda"), "climbmix") == size
     assert pick_size(torch.device("cuda"), "demo") == "cpu"
 
 

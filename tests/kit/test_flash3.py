@@ -9,10 +9,7 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
-import torch
 from forks import Forks
-
-from autoresearch.kit import attention
 
 REPOSITORY = "kernels-community/flash-attn3"
 FOLDER = "build/torch-universal"  # a variant for any device and torch
@@ -132,7 +129,7 @@ def load(processes):
     def load(cache, endpoint: str, **environment) -> list[str]:
         """A process chooses its attention, as on a Hopper card: all that it prints."""
         unset = [name for name in os.environ if name.lower().endswith("_proxy")]
-        unset += ["KERNELS_CACHE", "LOCAL_KERNELS", "HF_HUB_OFFLINE", "HF_HOME"]
+        unset += ["KERNELS_CACHE", "HF_HUB_OFFLINE", "HF_HOME"]
         own = {"HF_HUB_CACHE": str(cache), "HF_ENDPOINT": endpoint, **environment}
         ran = processes.run(IMPORTS + LOAD, **dict.fromkeys(unset) | own)
         assert ran.code == 0, ran.log
@@ -150,14 +147,10 @@ def test_the_kernel_is_downloaded_once_and_never_asked_for_again(hub, load, tmp_
     assert first[1] == FROM_THE_HUB
     assert f"GET /kernels/{REPOSITORY}/resolve/{hub.commit}/{FOLDER}/interface.py" in hub.requests
     assert not any("README" in request for request in hub.requests)
-    assert not list(tmp_path.glob("*/refs/v1"))  # why get_kernel finds nothing when offline
 
     hub.requests.clear()
     assert load(tmp_path, hub.url) == [FROM_THE_HUB]
     assert hub.requests == []
-
-    hub.close()
-    assert load(tmp_path, hub.url) == [FROM_THE_HUB]
 
 
 def test_a_download_that_was_cut_off_is_finished(hub, load, tmp_path):
@@ -170,31 +163,16 @@ def test_a_download_that_was_cut_off_is_finished(hub, load, tmp_path):
     assert load(tmp_path, hub.url) == [FROM_THE_HUB]
 
 
-def write(directory, files: dict[str, bytes]):
-    for name, content in files.items():
-        path = directory / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content)
-
-
-def snapshots(cache):
-    return cache / "kernels--kernels-community--flash-attn3" / "snapshots"
-
-
 def test_of_several_snapshots_the_newest_of_version_1_is_loaded(load, tmp_path):
+    snapshots = tmp_path / "kernels--kernels-community--flash-attn3" / "snapshots"
     for age, (answer, version) in enumerate([("other", 2), ("newer", 1), ("older", 1)]):
-        snapshot = snapshots(tmp_path) / (str(age) * 40)
-        write(snapshot, kernel_files(answer, version))
+        snapshot = snapshots / (str(age) * 40)
+        (snapshot / FOLDER).mkdir(parents=True)
+        for name, content in kernel_files(answer, version).items():
+            (snapshot / name).write_bytes(content)
         os.utime(snapshot, (1e9 - age, 1e9 - age))
     nowhere = "http://127.0.0.1:9"
     assert load(tmp_path, nowhere, HF_HUB_OFFLINE="1") == ["('newer', (7, 0))"]
-
-
-def test_a_kernel_named_by_local_kernels_comes_first(load, tmp_path):
-    write(snapshots(tmp_path) / ("a" * 40), kernel_files("cached"))
-    write(tmp_path / "mine", kernel_files("local"))
-    local = f"{REPOSITORY}={tmp_path / 'mine'}"
-    assert load(tmp_path, "http://127.0.0.1:9", LOCAL_KERNELS=local) == ["('local', (7, 0))"]
 
 
 def test_offline_and_not_cached(hub, load, tmp_path):
@@ -204,34 +182,10 @@ def test_offline_and_not_cached(hub, load, tmp_path):
     assert hub.requests == []
 
 
-@pytest.mark.parametrize("kind", ["closed", "silent"])
-def test_a_dead_hub_costs_a_few_seconds_and_one_line(monkeypatch, tmp_path, capfd, kind):
-    from huggingface_hub import constants
-
-    server = socket.create_server(("127.0.0.1", 0))
-    port = server.getsockname()[1]
-    if kind == "closed":
-        server.close()
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{port}")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(attention, "FlexAttention", lambda *_: None)
-    for name in ("KERNELS_CACHE", "LOCAL_KERNELS", "HTTP_PROXY", "http_proxy", "ALL_PROXY"):
-        monkeypatch.delenv(name, raising=False)
-    began = time.monotonic()
-    attend = attention.choose(torch.device("cuda"), torch.bfloat16, 64, {64})
-    name, failure = attention.describe(attend)
-    assert failure.startswith("FlashAttention 3 is not usable: ")
-    assert name == "flex" and time.monotonic() - began < 5
-    server.close()
-    out, err = capfd.readouterr()
-    assert err == "" and len(out.splitlines()) == 1
-    assert out.startswith("attention: flex, because FlashAttention 3 is not usable: ")
-
-
-def test_a_hub_that_refuses_everything_is_one_reason(hub, load, tmp_path, monkeypatch):
-    monkeypatch.setattr(hub, "answer", lambda path: (503, {}, b""))
-    lines = load(tmp_path, hub.url)
-    assert lines[-1] == "flex" and len(lines) == 3
-    assert lines[0].startswith("attention: downloading")
-    assert lines[1].startswith("attention: flex, because FlashAttention 3 is not usable: ")
+def test_a_silent_hub_costs_a_few_seconds_and_one_line(load, tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        began = time.monotonic()
+        said, chosen = load(tmp_path, f"http://127.0.0.1:{server.getsockname()[1]}")
+        assert time.monotonic() - began < 8
+    assert said.startswith("attention: flex, because FlashAttention 3 is not usable: ")
+    assert chosen == "flex"

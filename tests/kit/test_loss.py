@@ -3,24 +3,15 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from largest import LargestTensor
 
 from autoresearch.kit import loss
-from autoresearch.kit.loss import softcap, softcap_cross_entropy
+from autoresearch.kit.loss import softcap_cross_entropy
 
 V = 50
 
 
-def test_the_softcap_is_a_scaled_tanh():
-    z = torch.linspace(-200, 200, 401)
-    capped = softcap(z.bfloat16(), 15)
-    assert capped.dtype == torch.float32
-    wanted = 15 * torch.tanh(z.bfloat16().double() / 15)
-    torch.testing.assert_close(capped.double(), wanted, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("piece", [1, 7 * V, 64 * V, 2**25])
+@pytest.mark.parametrize("piece", [1, 7 * V, 2**25])
 @pytest.mark.parametrize("cap", [15, 3])
 def test_softcap_cross_entropy(monkeypatch, piece, cap):
     monkeypatch.setitem(loss.LOGITS_PER_PIECE, "cpu", piece)
@@ -61,21 +52,9 @@ def test_the_loss_never_holds_tokens_times_vocabulary(monkeypatch):
     x = torch.randn(N, width, requires_grad=True)
     weight = torch.randn(vocabulary, width, requires_grad=True)
     targets = torch.zeros(N, dtype=torch.int64)
-    largest = 0
-
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            nonlocal largest
-            result = function(*args, **(kwargs or {}))
-            for y in tree_leaves(result):
-                if isinstance(y, torch.Tensor):
-                    largest = max(largest, y.numel())
-            return result
-
-    with Watch():
-        value = softcap_cross_entropy(x, weight, targets, 15)
-        value.backward()
-    assert largest == 2**14 < N * vocabulary / 16
+    with LargestTensor() as largest:
+        softcap_cross_entropy(x, weight, targets, 15).backward()
+    assert largest.numel == 2**14 < N * vocabulary / 16
 
 
 def test_the_pieces_are_of_one_size_so_that_one_is_compiled(monkeypatch):
@@ -91,7 +70,7 @@ def test_the_pieces_are_of_one_size_so_that_one_is_compiled(monkeypatch):
     assert sizes == [20, 20, 20]  # not 24, 24, 12
 
 
-@pytest.mark.parametrize("cap", [0, -1, 100])
+@pytest.mark.parametrize("cap", [0, 100])
 def test_a_cap_whose_exponential_float32_does_not_hold_is_refused(cap):
     with pytest.raises(AssertionError, match=f"cap {cap} must be above 0 and at most 64"):
         softcap_cross_entropy(torch.zeros(2, 4), torch.zeros(3, 4), torch.zeros(2).long(), cap)

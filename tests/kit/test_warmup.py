@@ -1,8 +1,4 @@
-"""Warming up: the batch that fits, no trace left, and a compiler that fails.
-
-The steps are toys here: what is true of them is true of any model. test_train.py shows that a run of
-the real one does not depend on its warm-up.
-"""
+"""Warming up: the batch that fits, no trace left, and a compiler that fails."""
 
 import itertools
 import re
@@ -11,45 +7,65 @@ import pytest
 import torch
 from forks import Forks
 
-from autoresearch.kit import warmup
+from autoresearch.kit import attention, warmup
+
+T = 3  # the sequence
 
 
-class Toy:
-    """Steps on a device with room for so many rows. Each changes all there is to change."""
+class Toy(torch.nn.Module):
+    """A model and its training on a device with room for so many rows.
+
+    Every step changes all there is to change.
+    """
 
     def __init__(self, room=10**9, scoring_room=10**9):
+        super().__init__()
         self.room = room
         self.scoring_room = scoring_room
         self.error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")
-        self.weight = torch.arange(3.0).requires_grad_()
-        self.state = torch.arange(4.0)
+        self.weight = torch.nn.Parameter(torch.arange(3.0))
+        self.register_buffer("calls", torch.zeros(()))
+        self.momentum = torch.arange(4.0)
         self.seen = []
 
-    def train_step(self, batch, passes):
-        self.seen.append(("training", batch, passes))
-        assert passes == 1 or self.weight.grad is None  # a failed step left no gradient
-        for _ in range(passes):
-            (self.weight * torch.randn(3)).sum().backward()
-        if batch > self.room:  # as late as a real one may come
+    def forward(self, inputs):
+        assert not self.training and not torch.is_grad_enabled()
+        self.seen.append(("scoring", len(inputs)))
+        self.calls.add_(1)
+        if len(inputs) > self.scoring_room:
             raise self.error
+
+    def forward_backward(self, model, inputs, targets, parts):
+        assert self.training and inputs.shape == targets.shape == (len(inputs), T)
+        self.seen.append(("training", len(inputs), parts))
+        (self.weight * torch.randn(3)).sum().backward()
+        if len(inputs) > self.room:
+            raise self.error
+
+    def optimizer_step(self):
         with torch.no_grad():
             self.weight.add_(1)
-        self.state.mul_(2)
+        self.momentum.mul_(2)
         self.weight.grad = None
 
-    def score_step(self, batch):
-        self.seen.append(("scoring", batch))
-        self.state.add_(1)
-        if batch > self.scoring_room:
-            raise self.error
-
-    def fit(self, rows=8, wanted=8, eval_wanted=4, budget=1e9, remedy=None):
-        tensors = [self.weight, self.state]
+    def fit(self, rows=8, device_batch=8, eval_rows=4, budget=1e9, attend=None):
         warm = warmup.fit(
-            self.train_step, self.score_step, tensors, rows, wanted, eval_wanted, budget, remedy
+            self,
+            self.forward_backward,
+            self.optimizer_step,
+            attend,
+            restore=[self.momentum],
+            vocab_size=10,
+            seq_len=T,
+            tokens_per_step=rows * T,
+            device_batch=device_batch,
+            eval_tokens=8 * T,
+            eval_rows=eval_rows,
+            budget=budget,
         )
         assert torch.equal(self.weight, torch.arange(3.0)) and self.weight.grad is None
-        assert torch.equal(self.state, torch.arange(4.0))
+        assert torch.equal(self.momentum, torch.arange(4.0)) and self.calls == 0
+        assert warm.parts * warm.batch == rows
         return warm.batch, warm.eval_batch
 
 
@@ -64,12 +80,12 @@ def said(capsys):
 
 def test_two_steps_as_training_makes_them_then_a_scored_batch_and_no_trace(capsys):
     toy = Toy()
-    assert toy.fit(rows=8, wanted=2, eval_wanted=4) == (2, 4)
+    assert toy.fit(rows=8, device_batch=2) == (2, 4)
     # two passes, for the second adds to gradients
-    assert toy.seen == [("training", 2, 2), ("training", 2, 2), ("scoring", 4)]
+    assert toy.seen == [("training", 2, 2)] * 4 + [("scoring", 4)]
     toy = Toy()
-    toy.fit(rows=8, wanted=8)
-    assert toy.seen[:2] == [("training", 8, 1)] * 2
+    assert toy.fit(rows=8, device_batch=64, eval_rows=100) == (8, 8)
+    assert toy.seen == [("training", 8, 1)] * 2 + [("scoring", 8)]
     assert said(capsys) == []
 
 
@@ -83,24 +99,19 @@ def test_two_steps_as_training_makes_them_then_a_scored_batch_and_no_trace(capsy
     ],
 )
 def test_out_of_memory_halves_the_batch(capsys, error):
-    toy = Toy(room=3)
+    toy = Toy(room=3, scoring_room=1)
     toy.error = error
-    assert toy.fit() == (2, 4)
+    assert toy.fit() == (2, 1)
     lines = said(capsys)
-    assert [re.findall(r"\d+", line) for line in lines] == [["8", "4"], ["4", "2"]]
-    for line in lines:
-        assert "out of memory training" in line and "the tokens a step stay the same" in line
+    what = [re.match(r"out of memory (\w+ \d+) rows at a time: trying (\d)", x) for x in lines]
+    trials = [match.groups() for match in what]
+    assert trials[:2] == [("training 8", "4"), ("training 4", "2")]
+    assert trials[2:] == [("scoring 4", "2"), ("scoring 2", "1")]
 
 
-def test_the_smaller_batch_still_divides_the_rows():
-    assert Toy(room=5).fit(rows=9, wanted=9)[0] == 3
-    assert Toy(room=5).fit(rows=12, wanted=12)[0] == 3  # 12, 6, 3: halves, as long as they divide
-
-
-def test_an_evaluation_batch_that_does_not_fit_is_halved_alone(capsys):
-    assert Toy(scoring_room=1).fit() == (8, 1)
-    lines = said(capsys)
-    assert len(lines) == 2 and all("out of memory scoring" in line for line in lines)
+@pytest.mark.parametrize("rows", [9, 12])
+def test_the_smaller_batch_still_divides_the_rows(rows):
+    assert Toy(room=5).fit(rows, device_batch=rows)[0] == 3
 
 
 def test_no_room_for_one_row():
@@ -112,37 +123,34 @@ def test_a_step_longer_than_the_budget_is_no_run(monkeypatch):
     """Two passes take a second, so the four of a step take two."""
     seconds = itertools.count()
     monkeypatch.setattr(warmup.time, "perf_counter", lambda: next(seconds))
-    assert Toy().fit(rows=8, wanted=2, budget=2) == (2, 4)
+    assert Toy().fit(rows=8, device_batch=2, budget=2) == (2, 4)
     with pytest.raises(SystemExit, match="FAIL: a step takes 2 s and the budget is 1 s"):
-        Toy().fit(rows=8, wanted=2, budget=1)
+        Toy().fit(rows=8, device_batch=2, budget=1)
 
 
-def test_a_remedy_is_asked_once_an_error_and_its_answer_is_a_line(capsys):
+def test_too_little_shared_memory_is_answered_by_smaller_blocks(capsys):
     toy = Toy(room=3)
     toy.error = RuntimeError("OutOfMemoryError: out of resource: shared memory, Required: 131072")
-    asked = []
-
-    def remedy(error):
-        asked.append(error)
-        toy.room = 8
-        return "attention: smaller blocks"
-
-    assert toy.fit(remedy=remedy) == (8, 4)
-    assert asked == [toy.error] and said(capsys) == ["attention: smaller blocks"]
+    flex = attention.FlexAttention(64, {8}, torch.device("cpu"))
+    with pytest.raises(RuntimeError, match="shared memory"):  # once; here it does not help
+        toy.fit(attend=attention.Attend("flex", flex))
+    assert flex.kernel_options == attention.FlexAttention.SMALL_BLOCKS
+    (line,) = said(capsys)
+    assert line.startswith("attention: smaller blocks, because RuntimeError: OutOfMemoryError")
 
 
-def test_an_error_that_nothing_answers_is_raised():
+def test_a_parameter_that_gets_no_gradient_is_named():
+    toy = Toy()
+    toy.unused = torch.nn.Parameter(torch.ones(2))
+    with pytest.raises(SystemExit, match="FAIL: no gradient reaches unused: use it in forward or"):
+        toy.fit()
+
+
+def test_any_other_error_is_raised():
     toy = Toy(room=3)
     toy.error = KeyError("wdith")
     with pytest.raises(KeyError, match="wdith"):
-        toy.fit(remedy=lambda error: None)
-
-
-def test_uncompiled_on_request_is_no_fall_back():
-    function = lambda: 7
-    assert warmup.compile(function) is function
-    warm = warmup.fit(lambda *_: 0, lambda _: 0, [torch.zeros(1)], 2, 2, 2, 1e9)
-    assert (warm.compiled, warm.fell_back) == (False, None)
+        toy.fit()
 
 
 # ------------------------------------------------------------------------- the compiler's cache
@@ -173,8 +181,19 @@ from autoresearch.kit import warmup
 
 {before}
 f = warmup.compile(lambda x: torch.tanh(x * 3))
-step = lambda batch, passes=1: f(torch.ones(batch))
-warm = warmup.fit(step, step, [torch.zeros(1)], 2, 2, 2, 1e9)
+
+class Toy(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("buffer", torch.zeros(1))
+
+    def forward(self, inputs, *_):
+        return f(torch.ones(len(inputs)))
+
+warm = warmup.fit(
+    Toy(), lambda model, *given: model(*given), lambda: None, None, restore=[], vocab_size=2, seq_len=1,
+    tokens_per_step=2, device_batch=2, eval_tokens=2, eval_rows=2, budget=1e9,
+)
 assert torch.allclose(f(torch.ones(2)), torch.tensor(3.0).tanh())
 print("compiled:", warm.compiled, "fell back:", warm.fell_back)
 """

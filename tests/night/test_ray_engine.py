@@ -5,6 +5,7 @@ names.
 """
 
 import contextlib
+import io
 import json
 import os
 import shutil
@@ -12,14 +13,17 @@ import signal
 import socket
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from lab import LINUX, MANIFEST, Lab
 
 from autoresearch.common import Fail, signed
 from autoresearch.night import ray_engine, settings
+from autoresearch.night.store import Night
 
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 ray = pytest.importorskip("ray", reason="needs Ray: uv sync --group cluster", exc_type=ImportError)
@@ -51,7 +55,10 @@ class Nodes:
     def __init__(self, folder: Path, prepared: Path):
         from ray.cluster_utils import Cluster
 
-        self.folder, self.prepared = folder, prepared
+        self.folder, self.prepared = folder / "caches", prepared
+        self.temporary = folder / "tmp"  # where the runs' folders are
+        self.folder.mkdir()
+        self.temporary.mkdir()
         self.named = {}
         self.common = dict(include_log_monitor=False, object_store_memory=80 << 20)
         head = dict(num_cpus=0, include_dashboard=False, no_monitor=True)
@@ -65,8 +72,10 @@ class Nodes:
     def add(self, name: str, gpus: int, **environment):
         if not self.cache(name).exists():
             shutil.copytree(self.prepared, self.cache(name))
-        environment = {"AUTORESEARCH_CACHE": str(self.cache(name)), **environment}
-        kind = dict(num_gpus=gpus, resources={"accelerator_type:NEW2": 1}, env_vars=environment)
+        own = {"AUTORESEARCH_CACHE": str(self.cache(name)), "TMPDIR": str(self.temporary)}
+        kind = dict(
+            num_gpus=gpus, resources={"accelerator_type:NEW2": 1}, env_vars={**own, **environment}
+        )
         node = self.cluster.add_node(wait=False, num_cpus=0, **kind, **self.common)
         self.named[name] = node
 
@@ -82,6 +91,10 @@ class Nodes:
             for name in names:
                 (cache / f"go-{name}").touch()
                 (cache / f"score-{name}").touch()
+
+    def orders(self) -> list[Path]:
+        """One a run that a node has in hand, in its folder."""
+        return list(self.temporary.glob("autoresearch-*/order.json"))
 
     def starts(self, run_id: str) -> list[str]:
         """The nodes on which a run has begun to train, as often as it did."""
@@ -212,7 +225,7 @@ def test_a_node_and_the_supervisor_killed_and_each_experiment_is_recorded_once(l
     lab.until_idle()
     lab.check()
     assert "8 of 8 scores match the ledger" in lab.say("audit")
-    assert not list(Path("/tmp").glob("autoresearch-*/order.json"))
+    lab.until(lambda: not nodes.orders())
     nodes.kill("c")
 
 
@@ -245,11 +258,11 @@ def test_what_a_run_leaves_behind_ends_with_it_whoever_dies(lab, nodes):
     cut = lab.attempt("is cut off", EVENT="orphans", HOLD="cut")
     lab.until_held(cut)
     run_id = lab.run_id(cut)
-    kill_beside(run_id, "ray_node")  # our process there: the task fails
+    kill_beside(nodes, run_id, "ray_node")  # our process there: the task fails
     lab.until_held(cut, k=2)
     assert not carrying(run_id)
     run_id = lab.run_id(cut, k=2)
-    kill_beside(run_id, "ray::run_on_node")  # Ray's: it starts the task again
+    kill_beside(nodes, run_id, "ray::run_on_node")  # Ray's: it starts the task again
     lab.until_held(cut, k=2, starts=2)
     lab.until(lambda: len(carrying(run_id)) == 3)  # those of the second start alone
     lab.say("stop")
@@ -265,18 +278,19 @@ def test_what_a_run_leaves_behind_ends_with_it_whoever_dies(lab, nodes):
     lab.say()
     lab.until_idle()
     lab.check()
-    lab.until(lambda: not list(Path("/tmp").glob("autoresearch-*/order.json")))
+    lab.until(lambda: not nodes.orders())
 
 
-def kill_beside(run_id: str, name: str):
+def kill_beside(nodes: Nodes, run_id: str, name: str):
     """SIGKILL to the process that watches a run, or to Ray's worker that started it."""
-    orders = Path("/tmp").glob("autoresearch-*/order.json")
-    [folder] = [o.parent for o in orders if json.loads(o.read_text())["run"]["id"] == run_id]
+    orders = {json.loads(o.read_text())["run"]["id"]: o for o in nodes.orders()}
+    folder = orders[run_id].parent
     for path in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             words = (path / "cmdline").read_text()
             there = os.path.realpath(path / "cwd").startswith(str(folder))
-            if name in words and (there or name.startswith("ray::")):
+            ours = str(nodes.folder).encode() in (path / "environ").read_bytes()
+            if name in words and (there or (ours and name.startswith("ray::"))):
                 os.kill(int(path.name), signal.SIGKILL)
                 return
     raise AssertionError(f"no process {name}")
@@ -376,6 +390,39 @@ def test_other_versions_are_ray_s_own_words_with_what_to_type(lab, nodes):
     assert "Ray: 2.1.0" in done.stderr and f"Ray: {ray.__version__}" in done.stderr
     assert "with the cluster's versions: uv run --python X.Y.Z --with ray==N" in done.stderr
     assert "lets nobody in" in lab.say()
+
+
+def test_a_task_asks_for_one_gpu_of_the_baseline_s_type_and_not_for_a_node_that_refused(
+    lab, monkeypatch
+):
+    asked = {}
+
+    class Remote:  # in Ray's place
+        def options(self, **options):
+            asked.update(options)
+            return self
+
+        def remote(self, order, code):
+            asked.update(order=order, files=tarfile.open(fileobj=io.BytesIO(code)).getnames())
+
+    monkeypatch.setattr(settings, "PAGE", lab.root / "program.md")
+    monkeypatch.setenv("AUTORESEARCH_CACHE", str(lab.cache))
+    monkeypatch.setattr(ray_engine.RayEngine, "connect", lambda self: None)
+    night = Night(lab.root)
+    tip = night.tip()
+    night.enqueue("confirm", tip, tip, "confirms", 45)
+    [experiment] = night.open()
+    engine = ray_engine.RayEngine(night, "h:1")
+    engine.ray = SimpleNamespace(remote=lambda function: Remote())
+    engine.refused = {"n1": (0, "host", "why"), "n2": (0, "host", "why")}
+    engine.start(experiment, 1, {"id": "r", "commit": tip, "slot": {}}, 60)
+    assert asked["label_selector"] == {"ray.io/node-id": "!in(n1,n2)"}
+    assert (asked["num_gpus"], asked["accelerator_type"]) == (1, "NEW2")
+    assert asked["max_retries"] == 2 and asked["order"]["asked"]["seed"] == 45
+    assert {"train.py", "prepare.py", "autoresearch/referee/clock.py"} <= set(asked["files"])
+    assert "program.md" not in asked["files"] and experiment.state() == "running"
+    engine.tasks["r"][1].close()
+    assert experiment.state() == "cut off"  # as where the supervisor dies
 
 
 def test_without_ray_the_command_that_installs_it_is_said(monkeypatch):
