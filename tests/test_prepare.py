@@ -270,26 +270,6 @@ def test_what_is_fixed_comes_from_the_manifest(prepared):
         _ = prepared.MAX_LEN
 
 
-IMPORTS = """
-import sys, threading
-import prepare
-heavy = {"torch", "pyarrow", "requests", "tiktoken", "rustbpe"} & set(sys.modules)
-assert not heavy and threading.active_count() == 1, heavy
-"""
-
-
-def test_importing_it_starts_nothing(tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-c", IMPORTS],
-        cwd=ROOT,
-        env={**os.environ, "AUTORESEARCH_CACHE": str(tmp_path / "cache")},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0 and done.stdout == done.stderr == "", done.stderr
-    assert not (tmp_path / "cache").exists()
-
-
 # ---- what cannot be read
 
 

@@ -220,6 +220,8 @@ def test_neighbours_are_joined_so_that_ends_are_few(monkeypatch, tmp_path):
     passages = [passage(0, 10), passage(10, 20), passage(20, 30), passage(30, 40), passage(50, 60)]
     pieces = text.joined(passages)
     assert [(piece.start, piece.end) for piece in pieces] == [(0, 30), (30, 40), (50, 60)]
+    in_another_file = Passage(tmp_path / "b", 60, 65, b"b")
+    assert text.joined([*passages, in_another_file]) == [*pieces, in_another_file]
     changed = text.joined([passages[0], Passage(path, 10, 20, b"other"), *passages[2:]])
     assert [a.digest == b.digest for a, b in zip(pieces, changed)] == [False, True, True]
 

@@ -129,16 +129,6 @@ def test_a_run_may_be_one_step_or_a_hundredth_over_its_budget(standing, name):
     assert records[-1]["failure"].startswith("trained") and "score" not in records[-1]
 
 
-def test_the_longest_step_is_not_what_lies_behind_the_last_batch(standing):
-    """Else whoever trains on after it would get as much tolerance as he takes."""
-    prepare, moment = standing
-    next(loader_of(prepare))
-    moment.sleep(3)
-    assert prepare.clock.elapsed == 3
-    with pytest.raises(prepare.Fail, match="trained 3 s on a 2 s budget"):
-        prepare.clock.ask_score(CPU)
-
-
 def test_the_end_record_has_exact_figures(standing):
     prepare, moment = standing
     loader = loader_of(prepare)

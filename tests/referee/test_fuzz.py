@@ -7,8 +7,6 @@ import random
 import torch
 from miniature import draw_a_batch
 
-from autoresearch.common import signed
-from autoresearch.referee.ledger import read_ledger
 from autoresearch.referee.manifest import read_manifest
 
 CASES = 100  # of each kind of file
@@ -72,18 +70,6 @@ def test_manifest(prepared_copy):
             assert is_clear(stop)
     read_manifest.cache_clear()
     assert prepare.manifest() == right
-
-
-def test_ledger(prepared_copy):
-    """A line is as it was written, or it is skipped and counted."""
-    prepare = prepared_copy
-    path = prepare.cache_dir() / "autoresearch.jsonl"
-    lines = [{"event": "end", "run": str(n), "seed": 42, "score": n / 7} for n in range(4)]
-    path.write_bytes(b"".join(map(signed, lines)))
-    for _ in damages(path, seed=4):
-        records, skipped = read_ledger()
-        assert all(record in lines for record in records)
-        assert len(records) + skipped <= len(path.read_bytes().split(b"\n"))
 
 
 class Table(torch.nn.Module):
