@@ -113,5 +113,5 @@ if __name__ == "__main__":
     except OSError as error:
         place, problem = error.filename or ROOT, error.strerror or error
         raise Fail(
-            f"{place}: {problem}; nothing is lost: mend that, then say the same again"
+            f"{place}: {problem}; nothing is lost: mend that, then run the same again"
         ) from None

@@ -25,20 +25,20 @@ from autoresearch.night.results import COLUMNS
 from autoresearch.night.settings import BASELINE_SEEDS, CLUSTER_TIMEOUT, TARGET, time_limit
 from autoresearch.night.status import (
     WIDTH,
-    baseline_lasts,
+    baseline_is_pending,
     best_losses,
     end_of_log,
     log_of,
     loss_at,
     losses,
-    name_of,
+    title_of,
     print_lines,
     print_status,
-    standing,
-    verdict,
+    status_lines,
+    record_lines,
     what_next,
 )
-from autoresearch.night.store import PAUSE, Night
+from autoresearch.night.store import POLL_SECONDS, Night
 from autoresearch.night.supervisor import capacity, wake
 from autoresearch.referee.ledger import ledger_path, read_ledger
 from autoresearch.referee.manifest import fingerprint, manifest
@@ -134,12 +134,12 @@ def try_(night: Night, message: str, simpler: bool, expect: float | None):
         )
     mistake = syntax_error(content)
     if mistake:
-        raise Fail(f"{TARGET.file} is not Python ({mistake}): mend it, then try again")
+        raise Fail(f"{TARGET.file} is not Python ({mistake}): fix it, then try again")
     base = night.tip()
     if simpler and len(content) >= len(night.repo.file_at(base)):
         raise Fail(
             f"--simpler is for less code, and {TARGET.file} has not become shorter: "
-            "say it without --simpler"
+            "run it without --simpler"
         )
     message = one_line(message, 2000)
     commit = night.repo.commit_file(content, base, message)
@@ -191,10 +191,10 @@ def syntax_error(content: bytes) -> str | None:
 
 
 def wait(night: Night, seconds: float):
-    """Until something has ended that was not told yet, or the time is over."""
-    log = night.home / "supervisor.log"
+    """Until something has ended that was not reported yet, or the time is over."""
+    log = night.state_dir / "supervisor.log"
     log_size = log.stat().st_size if log.is_file() else 0
-    told = read_json(night.folder / "told") or {"records": 0, "ended": []}
+    reported = read_json(night.folder / "reported.json") or {"records": 0, "ended": []}
     with night.command():
         night.sync_branch()
         if wake(night):
@@ -203,13 +203,13 @@ def wait(night: Night, seconds: float):
     while True:
         experiments = night.open()
         ended = [f"{e.n}-{len(e.runs())}" for e in experiments if e.state() == "ended"]
-        news = len(night.records()) > told["records"]
-        if baseline_lasts(experiments):  # otherwise what ended is decided within a moment
-            news = news or set(ended) - set(told["ended"])
+        news = len(night.records()) > reported["records"]
+        if baseline_is_pending(experiments):  # otherwise what ended is decided within a moment
+            news = news or set(ended) - set(reported["ended"])
         failed = log.is_file() and log.stat().st_size > log_size
         if news or failed or time.monotonic() >= end or not night.can_work():
             break
-        time.sleep(4 * PAUSE)
+        time.sleep(4 * POLL_SECONDS)
     with night.command():
         night.sync_branch()
         wake(night)
@@ -217,22 +217,22 @@ def wait(night: Night, seconds: float):
         if failed:
             lines.append(f"the supervisor ended and starts again: {end_of_log(log, 1)[-1]}")
         records = night.records()
-        lines += news_lines(night, records[told["records"] :])
-        print_lines(lines + standing(night))
+        lines += news_lines(night, records[reported["records"] :])
+        print_lines(lines + status_lines(night))
         print("next:", what_next(night))
-        write_json(night.folder / "told", {"records": len(records), "ended": ended})
+        write_json(night.folder / "reported.json", {"records": len(records), "ended": ended})
 
 
-def news_lines(night: Night, fresh: list[dict]) -> list[str]:
+def news_lines(night: Night, new_records: list[dict]) -> list[str]:
     """What `wait` says of the experiments that have ended since the last one."""
     lines = []
-    if len(fresh) > 4:
-        lines.append(f"{len(fresh) - 4} more have ended since: night.py shows the last rows")
-    for record in fresh[-4:]:
-        lines += verdict(record)
+    if len(new_records) > 4:
+        lines.append(f"{len(new_records) - 4} more have ended since: night.py shows the last rows")
+    for record in new_records[-4:]:
+        lines += record_lines(record)
         if record["status"] == "crash" and record["run"]:
             lines += [f"   | {line}" for line in end_of_log(log_of(night, record), 6)]
-    if any(record["status"] == "keep" for record in fresh):
+    if any(record["status"] == "keep" for record in new_records):
         place = f"{TARGET.file} stands at the new best"
         if night.edits() is not None:
             place = (
@@ -271,7 +271,11 @@ def find(night: Night, n: int) -> tuple[dict, Path]:
 def show(night: Night, n: int):
     """Decision, diff, losses beside the best's, and the end of the log."""
     record, folder = find(night, n)
-    lines = verdict(record) if "status" in record else [f"{n}: {name_of(record)}, not decided yet"]
+    lines = (
+        record_lines(record)
+        if "status" in record
+        else [f"{n}: {title_of(record)}, not decided yet"]
+    )
     if record["kind"] == "try":
         commit = record["commit"]
         words = ("diff-tree", "-p", f"{commit}^", commit, "--", TARGET.file)
@@ -330,7 +334,7 @@ def bring(night: Night, what: str):
         raise Fail(f"{what}'s change does not apply to {place}: {by_hand}")
     if content == there:
         raise Fail(f"{what}'s change is in {place} already: try another idea")
-    night.write_edited(content)
+    night.write_target(content)
     print(
         f"{what}'s change is in {TARGET.file}, on top of {place}: edit further, then night.py try"
     )
@@ -343,7 +347,7 @@ def bring_best(night: Night):
         count = len(list(night.folder.glob("edits-*")))
         aside = night.folder / f"edits-{count + 1}-{TARGET.file}"
         write_atomically(aside, content)
-        night.write_edited(night.repo.file_at(night.tip()))
+        night.write_target(night.repo.file_at(night.tip()))
         back = f"cp {aside.relative_to(night.root)} {TARGET.file}"
         print(f"the edits were put aside: {back} brings them back")
     night.sync_branch()

@@ -17,7 +17,7 @@ from statistics import mean, variance
 from autoresearch.common import Fail, some
 from autoresearch.night.rules import best_of, gain, spread
 from autoresearch.night.settings import TARGET
-from autoresearch.night.status import end_of_log, name_of, verdict
+from autoresearch.night.status import end_of_log, record_lines, title_of
 from autoresearch.night.store import Night
 from autoresearch.night.supervisor import wake
 from autoresearch.referee.ledger import read_ledger
@@ -144,7 +144,7 @@ class Confirmation:
             cells = [f"{value(scores):.6f}" if scores else "-" for scores in columns]
             table.append(f"{name:11} {cells[0]:>9}  {cells[1]:>9}")
         commits = f"baseline: {self.baseline['commit'][:7]}, best: {self.best['commit'][:7]}"
-        remarks = [f"{commits}, {name_of(self.best)}", *remarks]
+        remarks = [f"{commits}, {title_of(self.best)}", *remarks]
         if self._baseline_is_older():
             remarks.append("the baseline's runs are those of an earlier confirmation")
         looks = self.other_looks(ledger)
@@ -255,19 +255,19 @@ def queue_confirmation(night: Night, seeds: int | None) -> tuple[Confirmation, s
 
 def follow(night: Night, numbers: set[int]):
     """Prints how each of these runs ended; returns when all have. Raises Fail with the supervisor."""
-    log = night.home / "supervisor.log"
+    log = night.state_dir / "supervisor.log"
     logged = log.stat().st_size if log.is_file() else 0
     left = set(numbers)
-    looked = time.monotonic()
+    last_poll = time.monotonic()
     while left:
         for record in night.confirmed():
             if record["n"] in left:
                 left.remove(record["n"])
-                print(*verdict(record), sep="\n", flush=True)
+                print(*record_lines(record), sep="\n", flush=True)
         if log.is_file() and log.stat().st_size > logged:
             last = end_of_log(log, 1)[-1]
             raise Fail(f"the supervisor ended: {last}; `uv run night.py confirm` continues")
-        if time.monotonic() > looked + 2:  # a supervisor that was killed is started again
-            looked = time.monotonic()
+        if time.monotonic() > last_poll + 2:  # a supervisor that was killed is started again
+            last_poll = time.monotonic()
             wake(night)
         time.sleep(0.2)

@@ -22,7 +22,7 @@ class Experiment:
     """One folder of the queue. Its files, each written once, are:
 
     experiment.json   what was asked for: n, kind (baseline, try, confirm), commit, base, seed, ...
-    run-K.json        the K-th run: its id, the commit that runs, the best it stands on, its slot
+    run-K.json        the K-th run: its id, the commit that runs, the best it is based on, its slot
     run-K.log         all that it printed
     progress-K.jsonl  its phases and losses, by the locked clock
     end-K.json        how it ended, and what the ledger says of it

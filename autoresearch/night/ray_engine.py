@@ -40,21 +40,21 @@ from autoresearch.referee.ledger import ledger_path
 from autoresearch.referee.manifest import fingerprint, manifest
 
 CONNECT_TIMEOUT = 12  # seconds in which Ray must let us in
-LOOK = 2  # seconds between two looks at the cluster's nodes
-REFUSED = 600  # seconds for which a node that sent a run back is not asked again
+POLL_SECONDS = 2  # seconds between two looks at the cluster's nodes
+EXCLUDE_SECONDS = 600  # seconds for which a node that sent a run back is not asked again
 MAX_RETRIES = 2  # by Ray, of a run whose node or worker was lost
 
 
 class RayEngine:
-    """Slots, start, poll, words, close: see worker.LocalEngine. Raises Fail without its cluster."""
+    """Slots, start, poll, status_lines, close: see worker.LocalEngine. Raises Fail without its cluster."""
 
     def __init__(self, night: Night, address: str):
         self.night = night
         self.address = address
         self.tasks = {}  # run id: (Ray's reference to the answer, the experiment's locked file)
         self.nodes = []  # as Ray described them last
-        self.looked = -LOOK
-        self.refused = {}  # node id: (until when, its name, why)
+        self.last_poll = -POLL_SECONDS
+        self.excluded_nodes = {}  # node id: (until when, its name, why)
         self.isolation = ""  # what a node could not keep the runs away from
         # Which GPUs the night is on. The file also says that it is on a cluster at all.
         self.settings = night.folder / "cluster.json"
@@ -66,8 +66,10 @@ class RayEngine:
         import ray
 
         self.ray = ray
-        self.output = redirect_output(self.night.home / "ray.log")
-        timer = threading.Timer(CONNECT_TIMEOUT, self.give_up)  # Ray itself would try for a minute
+        self.output = redirect_output(self.night.state_dir / "ray.log")
+        timer = threading.Timer(
+            CONNECT_TIMEOUT, self.exit_on_timeout
+        )  # Ray itself would try for a minute
         timer.daemon = True
         timer.start()
         try:
@@ -83,12 +85,12 @@ class RayEngine:
             timer.cancel()
         ray.cloudpickle.register_pickle_by_value(ray_node)  # nodes may not have it
 
-    def give_up(self):
+    def exit_on_timeout(self):
         """Ray's connecting cannot be interrupted, so this process ends."""
         restore_output(self.output)
         said = f"answers, but lets nobody in within {CONNECT_TIMEOUT} s"
         words = self.problem(said, self.how_to_join())
-        self.night.keep_engine_state(1, [words])
+        self.night.write_engine_state(1, [words])
         print(f"FAIL: {words}", file=sys.stderr, flush=True)
         os._exit(1)
 
@@ -107,12 +109,14 @@ class RayEngine:
 
     def usable_nodes(self) -> list[dict]:
         """The nodes that may take a run, as Ray describes them."""
-        if time.monotonic() - self.looked > LOOK:
+        if time.monotonic() - self.last_poll > POLL_SECONDS:
             self.nodes = [node for node in self.ray.nodes() if node["Alive"] and gpus_of(node)]
-            self.looked = time.monotonic()
+            self.last_poll = time.monotonic()
         now = time.time()
-        self.refused = {node: said for node, said in self.refused.items() if said[0] > now}
-        usable = [node for node in self.nodes if node["NodeID"] not in self.refused]
+        self.excluded_nodes = {
+            node: said for node, said in self.excluded_nodes.items() if said[0] > now
+        }
+        usable = [node for node in self.nodes if node["NodeID"] not in self.excluded_nodes]
         kind = self.accelerator
         return [node for node in usable if kind is None or kind == accelerator_of(node)]
 
@@ -120,7 +124,7 @@ class RayEngine:
         gpus = sum(map(gpus_of, self.usable_nodes()))
         return [{}] * min(gpus, number_setting("slots", str(max(1, gpus))))
 
-    def words(self) -> list[str]:
+    def status_lines(self) -> list[str]:
         slots, usable = len(self.slots()), sum(map(gpus_of, self.usable_nodes()))
         total, kind = sum(map(gpus_of, self.nodes)), self.accelerator or "any type"
         words = [f"cluster {self.address}: runs on {slots} of {total} GPUs ({kind})"]
@@ -130,7 +134,7 @@ class RayEngine:
         if not usable:
             join = f"uv run --group cluster ray start --address={self.address}"
             words.append(f"no node can take a run: on a machine with such GPUs type {join}")
-        for until, host, why in self.refused.values():
+        for until, host, why in self.excluded_nodes.values():
             again = time.strftime("%H:%M", time.localtime(until))
             words.append(f"node {host} is not asked before {again}: {why}")
         return [*words, self.isolation] if self.isolation else words
@@ -146,7 +150,7 @@ class RayEngine:
             kinds = [accelerator_of(n) for n in self.usable_nodes() for _ in range(gpus_of(n))]
             self.accelerator = Counter(kinds).most_common(1)[0][0] if kinds else None
             write_json(self.settings, {"accelerator": self.accelerator})
-        order = {
+        job = {
             "asked": experiment.asked,
             "run": run,
             "limit": limit,
@@ -157,10 +161,10 @@ class RayEngine:
         options = dict(num_gpus=1, num_cpus=0, max_retries=MAX_RETRIES)
         if self.accelerator:
             options["accelerator_type"] = self.accelerator
-        if self.refused:
-            options["label_selector"] = {"ray.io/node-id": f"!in({','.join(self.refused)})"}
+        if self.excluded_nodes:
+            options["label_selector"] = {"ray.io/node-id": f"!in({','.join(self.excluded_nodes)})"}
         code = code_of(self.night.root, run["commit"])
-        answer = self.ray.remote(ray_node.run_on_node).options(**options).remote(order, code)
+        answer = self.ray.remote(ray_node.run_on_node).options(**options).remote(job, code)
         self.tasks[run["id"]] = answer, lock
 
     def poll(self, experiment: Experiment) -> tuple[str, str]:
@@ -173,7 +177,7 @@ class RayEngine:
             self.ray.cancel(answer, force=True)
             if experiment.dropped():
                 ended = {"code": -9, "stopped": "dropped", "wall_seconds": 0.0}
-                self.bring_home(experiment, k, run, {"ended": ended})
+                self.collect(experiment, k, run, {"ended": ended})
             else:
                 experiment.again(STOPPED)
             return self.finished(run, "ended")
@@ -185,10 +189,14 @@ class RayEngine:
             reason = one_line(str(error).strip().splitlines()[-1], 120)
             return self.finished(run, "lost", f"{CUT_OFF}: Ray ended it: {reason}")
         if "refused" in said:
-            self.refused[said["node"]] = time.time() + REFUSED, said["host"], said["refused"]
+            self.excluded_nodes[said["node"]] = (
+                time.time() + EXCLUDE_SECONDS,
+                said["host"],
+                said["refused"],
+            )
             experiment.again(f"sent back by node {said['host']}: {said['refused']}")
         else:
-            self.bring_home(experiment, k, run, said)
+            self.collect(experiment, k, run, said)
         return self.finished(run, "ended")
 
     def finished(self, run: dict, state: str, why: str = "") -> tuple[str, str]:
@@ -196,7 +204,7 @@ class RayEngine:
         lock.close()
         return state, why
 
-    def bring_home(self, experiment: Experiment, k: int, run: dict, said: dict):
+    def collect(self, experiment: Experiment, k: int, run: dict, said: dict):
         """Log, progress and ledger, and at last end-K.json: with it the run has ended."""
         folder, records = experiment.folder, said.get("ledger", [])
         log = said.get("log", b"dropped: what it printed stayed on its node\n")

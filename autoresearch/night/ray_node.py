@@ -31,7 +31,7 @@ from autoresearch.night.worker import (
 from autoresearch.referee.ledger import ledger_path, read_ledger
 
 DEVICE_TIMEOUT = 300  # seconds to name the device in; importing torch alone may take a minute
-FREE = 256 << 20  # bytes that the node's temporary folder must have
+MIN_FREE_BYTES = 256 << 20  # bytes that the node's temporary folder must have
 LOG_BYTES = 8 << 20  # of the end of a log that come home
 
 PREFLIGHT = """
@@ -42,7 +42,7 @@ print(json.dumps([fingerprint(), device_name(training_device())]))
 """  # in a process of its own: torch's context would stay on the GPU
 
 
-def run_on_node(order: dict, code: bytes) -> dict:
+def run_on_node(job: dict, code: bytes) -> dict:
     """The task, in Ray's worker: unpacks the code, has it run, and returns what came of it.
 
     {ended, ledger, log, progress, isolation, retries} or {refused: why}; with node and host.
@@ -55,7 +55,7 @@ def run_on_node(order: dict, code: bytes) -> dict:
         try:
             with tarfile.open(fileobj=io.BytesIO(code)) as archive:
                 archive.extractall(folder / "tree")
-            (folder / "order.json").write_text(json.dumps(order))
+            (folder / "job.json").write_text(json.dumps(job))
         except OSError as error:
             why = f"{error.strerror} in {tempfile.gettempdir()}: make room there"
             return {**host, "refused": why}
@@ -65,14 +65,14 @@ def run_on_node(order: dict, code: bytes) -> dict:
         [gpus] = [n["Resources"]["GPU"] for n in ray.nodes() if n["NodeID"] == host["node"]]
         environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
         environment["OMP_NUM_THREADS"] = str(max(1, os.cpu_count() // int(gpus)))  # Ray sets 1
-        said = watched(folder, environment, order["run"]["id"])
+        said = run_watcher(folder, environment, job["run"]["id"])
         said |= {n: (folder / n).read_bytes()[-LOG_BYTES:] for n in said.pop("files", [])}
         return {**host, **said, "retries": retries}
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def watched(folder: Path, environment: dict, run_id: str) -> dict:
+def run_watcher(folder: Path, environment: dict, run_id: str) -> dict:
     """What the process beside us says at its end. Raises RuntimeError where it was killed."""
     process = subprocess.Popen(
         [sys.executable, "-B", "-c", "from autoresearch.night import ray_node; ray_node.watch()"],
@@ -88,7 +88,7 @@ def watched(folder: Path, environment: dict, run_id: str) -> dict:
     process.wait()
     if said:
         return json.loads(said)
-    code = f"from autoresearch.night import worker; worker.end_leftovers({run_id!r})"
+    code = f"from autoresearch.night import worker; worker.kill_leftovers({run_id!r})"
     subprocess.run([sys.executable, "-c", code], cwd=folder / "tree")
     raise RuntimeError(f"the process that watched it ended: {errors[-1] if errors else 'killed'}")
 
@@ -105,9 +105,9 @@ def watch():
     become_subreaper()
     folder = Path.cwd().parent
     try:
-        order = json.loads((folder / "order.json").read_text())
+        job = json.loads((folder / "job.json").read_text())
         try:
-            said = check_and_run(order, folder)
+            said = check_and_run(job, folder)
         except OSError as error:
             said = {"refused": f"{error.filename or folder}: {error.strerror}"}
         if not worker_is_gone():
@@ -117,31 +117,31 @@ def watch():
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def check_and_run(order: dict, folder: Path) -> dict:
+def check_and_run(job: dict, folder: Path) -> dict:
     """{ended, ledger, isolation, files}, or {refused: why} where this node cannot run it."""
     tree, compiled = folder / "tree", Path("~/.cache/autoresearch-compiled").expanduser()
     progress_path = folder / "progress"
-    asked, run = order["asked"], order["run"]
+    asked, run = job["asked"], job["run"]
     environment = run_environment(folder, compiled, asked, run, progress_path)
-    why = why_not_here(order, folder, environment)
+    why = check_node(job, folder, environment)
     if why:
         return {"refused": why}
     isolation = Isolation.here()
     ledger_path().touch()
     ledger_start = ledger_path().stat().st_size
     ended = run_to_its_end(
-        tree, environment, compiled, folder / "log", isolation, order["limit"], worker_is_gone
+        tree, environment, compiled, folder / "log", isolation, job["limit"], worker_is_gone
     )
-    if ended["code"] and shutil.disk_usage(folder).free < FREE:
+    if ended["code"] and shutil.disk_usage(folder).free < MIN_FREE_BYTES:
         return {"refused": f"{folder.parent} was full when the run failed: make room there"}
     progress_path.touch()
-    words = isolation.words and f"node {socket.gethostname()}: {isolation.words}"
+    words = isolation.warning and f"node {socket.gethostname()}: {isolation.warning}"
     mine = [r for r in read_ledger(ledger_start)[0] if r.get("run") == run["id"]]
     files = ["log", "progress"]
     return {"ended": ended, "ledger": mine, "isolation": words, "files": files}
 
 
-def why_not_here(order: dict, folder: Path, environment: dict) -> str | None:
+def check_node(job: dict, folder: Path, environment: dict) -> str | None:
     """Why this node cannot run it, with what to type here; None where it can."""
     try:
         asked = subprocess.run(
@@ -155,7 +155,7 @@ def why_not_here(order: dict, folder: Path, environment: dict) -> str | None:
         )
     except subprocess.TimeoutExpired:
         return f"its device did not answer within {DEVICE_TIMEOUT} s"
-    type_there = f"there, in this repository: {order['prepare']}"
+    type_there = f"there, in this repository: {job['prepare']}"
     if asked.returncode:
         lines = asked.stderr.strip().splitlines() or ["no answer"]
         reason = lines[-1].removeprefix("FAIL: ")
@@ -163,16 +163,16 @@ def why_not_here(order: dict, folder: Path, environment: dict) -> str | None:
             reason = f"nothing is prepared in {cache_dir()}; {type_there}"
         return f"{reason} (Python: {sys.executable})"
     found, device = json.loads(asked.stdout.splitlines()[-1])
-    if found != order["fingerprint"]:
+    if found != job["fingerprint"]:
         return (
-            f"{cache_dir()} holds another prepared set ({found}, not {order['fingerprint']}); "
+            f"{cache_dir()} holds another prepared set ({found}, not {job['fingerprint']}); "
             f"{type_there} --force"
         )
-    if order["device"] and device != order["device"]:
+    if job["device"] and device != job["device"]:
         return (
-            f"its device is {device}, the baseline ran on {order['device']}: "
+            f"its device is {device}, the baseline ran on {job['device']}: "
             "scores of two devices cannot be compared"
         )
-    if shutil.disk_usage(folder).free < FREE:
-        return f"under {FREE >> 20} MiB are free in {folder.parent}: make room there"
+    if shutil.disk_usage(folder).free < MIN_FREE_BYTES:
+        return f"under {MIN_FREE_BYTES >> 20} MiB are free in {folder.parent}: make room there"
     return None

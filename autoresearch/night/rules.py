@@ -338,9 +338,9 @@ def _against_best(asked: dict, run: dict, history: History, slow: float | None) 
     # Only the bests up to its own base: later ones are met by its run on top of them.
     known = records[: records.index(base) + 1] if base else []
     scores = [record["score"] for record in known if record["status"] == "keep"]
-    ever = max(scores, key=lambda score: gain(score, 0), default=None)
+    best_ever = max(scores, key=lambda score: gain(score, 0), default=None)
     floor = noise_floor(records)
-    status, why = decide(run["score"], base.get("score"), floor, asked["simpler"], ever)
+    status, why = decide(run["score"], base.get("score"), floor, asked["simpler"], best_ever)
     if asked["kind"] == "baseline":
         if best:
             status, why = "discard", "measures the noise floor"

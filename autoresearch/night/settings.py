@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from autoresearch.common import ROOT, Fail, one_line
 from autoresearch.night.rules import LOWER_IS_BETTER
 
-PAGE = ROOT / "program.md"
+PROGRAM = ROOT / "program.md"
 CLUSTER_TIMEOUT = 3  # seconds in which something must listen at the cluster's address
 
 
@@ -47,7 +47,7 @@ BASELINE_SEEDS = (42, 43, 44)  # the first is the seed of every experiment
 
 def setting(name: str, default: str | None = None) -> str:
     """The text behind `- name:` in program.md. Raises Fail where there is none and no default."""
-    text = PAGE.read_text(errors="replace") if PAGE.is_file() else ""
+    text = PROGRAM.read_text(errors="replace") if PROGRAM.is_file() else ""
     found = re.search(rf"^- {name}:[ \t]*(.*?)[ \t]*$", text, re.M)
     if found and found[1]:
         return found[1]
@@ -148,7 +148,7 @@ def cluster_address() -> str | None:
     return address
 
 
-def cluster_is_silent(address: str | None) -> str | None:
+def cluster_problem(address: str | None) -> str | None:
     """What to say where nothing listens there; whether it is Ray, the supervisor finds out."""
     if address in (None, "auto"):
         return None

@@ -11,7 +11,7 @@ from autoresearch.common import one_line, seconds_of
 from autoresearch.night import rules
 from autoresearch.night.experiment import Experiment
 from autoresearch.night.results import row_of
-from autoresearch.night.settings import TARGET, cluster_address, cluster_is_silent
+from autoresearch.night.settings import TARGET, cluster_address, cluster_problem
 from autoresearch.night.store import Night
 from autoresearch.night.supervisor import capacity
 from autoresearch.night.worker import log_text, read_progress
@@ -31,19 +31,19 @@ def print_lines(lines: list[str]):
 # ------------------------------------------------------------------------------------ one experiment
 
 
-def name_of(experiment: dict) -> str:
+def title_of(experiment: dict) -> str:
     """experiment: a record, or what experiment.json holds."""
     if experiment["kind"] == "baseline":
         return f"baseline, seed {experiment['seed']}"
     return one_line(experiment["message"], 70)
 
 
-def verdict(record: dict) -> list[str]:
+def record_lines(record: dict) -> list[str]:
     """What a record says to the agent, in a few lines."""
     metric = TARGET.test_metric if record["kind"] == "confirm" else TARGET.metric
     score = "" if record["score"] is None else f"  {metric} {record['score']:.6f}"
     status = record["status"] if record["run"] else "not run"
-    lines = [f"{record['n']}: {status}{score}: {record['why']}  ({name_of(record)})"]
+    lines = [f"{record['n']}: {status}{score}: {record['why']}  ({title_of(record)})"]
     if record["expect"] is not None and record["got"] is not None:
         lines.append(f"   expected {record['expect']:+.6f}, got {record['got']:+.6f}")
     if record["slow"]:
@@ -71,7 +71,7 @@ def verdict(record: dict) -> list[str]:
 def displaced_lines(record: dict, records: list[dict]) -> list[str]:
     """Which kept changes a record took off the branch, and how to bring them back."""
     return [
-        f"     it displaced {lost['n']}, {lost['commit'][:7]} ({name_of(lost)}): night.py show "
+        f"     it displaced {lost['n']}, {lost['commit'][:7]} ({title_of(lost)}): night.py show "
         f"{lost['n']}, make that change again on top, and try"
         for lost in rules.displaced_by(record, records)
     ]
@@ -128,17 +128,17 @@ def phase(experiment: Experiment, best_curve: list[tuple[float, float]]) -> str:
 # -------------------------------------------------------------------------------------- the night
 
 
-def baseline_lasts(experiments: list[Experiment]) -> bool:
+def baseline_is_pending(experiments: list[Experiment]) -> bool:
     """Whether what has ended stays undecided for a while."""
     return any(e.is_baseline and e.state() != "ended" for e in experiments)
 
 
-def standing(night: Night) -> list[str]:
+def status_lines(night: Night) -> list[str]:
     """Where the night stands, what runs, what waits."""
     records = night.records()
     ended = {record["n"] for record in night.ended()}
     experiments = [e for e in night.open() if e.n not in ended]
-    silent = cluster_is_silent(cluster_address())
+    silent = cluster_problem(cluster_address())
     lines = [silent] if silent else list(night.engine_state()["words"])
     lines += best_lines(records)
     curve = best_losses(night, records)
@@ -151,7 +151,7 @@ def best_lines(records: list[dict]) -> list[str]:
     lines = []
     if best:
         lines.append(
-            f"best {best['score']:.6f}: {best['n']}, {best['commit'][:7]}, {name_of(best)}"
+            f"best {best['score']:.6f}: {best['n']}, {best['commit'][:7]}, {title_of(best)}"
         )
         kept = [record for record in records if record["status"] == "keep"]
         scored = sum(record["score"] is not None for record in records)
@@ -169,7 +169,7 @@ def best_lines(records: list[dict]) -> list[str]:
         if better:
             lines.append(
                 f"     better, but not on the branch: {better['n']}, {better['score']:.6f} "
-                f"({name_of(better)}): bring {better['n']} and try it again"
+                f"({title_of(better)}): bring {better['n']} and try it again"
             )
     said, direction, size = rules.calibration(records, floor)
     if said:
@@ -188,12 +188,12 @@ def open_line(
     elif words == "ended":
         score = runs[-1].get("score")
         words = "ended without a score" if score is None else f"ended, {score:.6f}"
-        if baseline_lasts(experiments):
+        if baseline_is_pending(experiments):
             words += "; decided when the baseline's runs have all ended"
     before = [run["again"] for run in runs if "again" in run]
     if before:
         words += f"; once more, because of the run before: {before[-1]}"
-    return f"{experiment.n}: {words}  ({name_of(experiment.asked)})"
+    return f"{experiment.n}: {words}  ({title_of(experiment.asked)})"
 
 
 def what_next(night: Night) -> str:
@@ -202,7 +202,7 @@ def what_next(night: Night) -> str:
     if night.stopped():
         return "the night was stopped (night.py stop); the human continues it with night.py begin"
     if rules.best_of(records) is None and not any(e.is_baseline for e in experiments):
-        return "the baseline gave no score (see above): tell the human, or mend it and say begin"
+        return "the baseline gave no score (see above): tell the human, or fix it and run begin"
     waiting = [e for e in experiments if e.asked["kind"] == "try" and e.state() == "waiting"]
     edited = night.edits() is not None
     if len(waiting) >= capacity(night):
@@ -224,7 +224,7 @@ def print_status(night: Night):
         return
     print(f"night {night.tag} on {night.branch}")
     night.sync_branch()
-    lines = standing(night)
+    lines = status_lines(night)
     recent = [f"  {row_of(record)[:WIDTH]}" for record in night.records()[-5:]]
     if recent:
         lines += ["last rows of results.tsv:", *recent]

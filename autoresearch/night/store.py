@@ -37,8 +37,8 @@ from autoresearch.night.experiment import Experiment
 from autoresearch.night.repo import Repository
 from autoresearch.night.settings import TARGET, setting
 
-PAUSE = 0.05  # seconds between two looks at files that others write
-COMMAND_PATIENCE = 10  # seconds a command waits for another one
+POLL_SECONDS = 0.05  # seconds between two looks at files that others write
+COMMAND_TIMEOUT = 10  # seconds a command waits for another one
 # Our own names in .night.
 RESERVED_TAGS = "command compiled engine.json ray.log supervisor supervisor.log".split()
 
@@ -62,12 +62,12 @@ class Night:
             raise Fail(f"{said}: it cannot be a part of a branch's name; take a word like nov25")
         if self.tag in RESERVED_TAGS:
             raise Fail(f"{said}: night.py has files of that name; take another")
-        self.home = root / ".night"
-        self.folder = self.home / self.tag
+        self.state_dir = root / ".night"
+        self.folder = self.state_dir / self.tag
         self.queue, self.done = self.folder / "queue", self.folder / "done"
         self.journal = self.folder / "journal.jsonl"
         self.results = root / "results.tsv"
-        self.edited = root / TARGET.file
+        self.target_path = root / TARGET.file
         self._experiments: dict[str, Experiment] = {}  # of the queue, as the last look found them
         self._records: list[dict] = []  # of the journal: what was read so far,
         self._confirmed: list[dict] = []
@@ -245,21 +245,21 @@ class Night:
 
     # what the supervisor's engine last said, for the commands, which do not ask it
 
-    def keep_engine_state(self, slots: int, words: list[str]):
+    def write_engine_state(self, slots: int, words: list[str]):
         """slots: how many runs at once. words: lines for the status."""
         state = {"slots": slots, "words": words}
         if self.engine_state() != state:
-            write_json(self.home / "engine.json", state)
+            write_json(self.state_dir / "engine.json", state)
 
     def engine_state(self) -> dict:
-        return read_json(self.home / "engine.json") or {"slots": 1, "words": []}
+        return read_json(self.state_dir / "engine.json") or {"slots": 1, "words": []}
 
     @contextlib.contextmanager
     def lock(self, name: str, seconds: float) -> Iterator[bool]:
         """A lock of the night; False where another process has held it all the time."""
-        self.home.mkdir(exist_ok=True)
+        self.state_dir.mkdir(exist_ok=True)
         end = time.monotonic() + seconds
-        with open(self.home / name, "w") as file:
+        with open(self.state_dir / name, "w") as file:
             while True:
                 try:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -268,15 +268,15 @@ class Night:
                     if time.monotonic() >= end:
                         file.close()
                         break
-                    time.sleep(PAUSE)
+                    time.sleep(POLL_SECONDS)
             yield not file.closed
 
     @contextlib.contextmanager
     def command(self):
         """One command at a time touches the agent's tree."""
-        with self.lock("command", COMMAND_PATIENCE) as ours:
+        with self.lock("command", COMMAND_TIMEOUT) as ours:
             if not ours:
-                raise Fail("another night.py command has been at work for 10 s: say it again")
+                raise Fail("another night.py command has been at work for 10 s: run it again")
             yield
 
     # the agent's tree: moved by the agent's own commands alone
@@ -294,16 +294,16 @@ class Night:
     def edits(self) -> bytes | None:
         """The agent's file, where it is neither the branch's, the best's nor a queued one; else None."""
         tip = self.tip()
-        if not self.edited.is_file():
+        if not self.target_path.is_file():
             return None  # deleted: the best is put in its place
-        content = self.edited.read_bytes()
+        content = self.target_path.read_bytes()
         best = rules.best_of(self.records())
         known = {tip, best["commit"] if best else tip, *(e.asked["commit"] for e in self.open())}
         return None if self.repo.is_file_of(content, known) else content
 
-    def write_edited(self, content: bytes):
-        mode = self.edited.stat().st_mode if self.edited.is_file() else 0o644
-        write_atomically(self.edited, content, mode)
+    def write_target(self, content: bytes):
+        mode = self.target_path.stat().st_mode if self.target_path.is_file() else 0o644
+        write_atomically(self.target_path, content, mode)
 
     def sync_branch(self):
         """Moves branch and file to the best, unless an edit is in progress."""
@@ -312,8 +312,8 @@ class Night:
         if self.edits() is None:
             commit = best["commit"] if best else tip
             content = self.repo.file_at(commit)
-            if not self.edited.is_file() or self.edited.read_bytes() != content:
-                self.write_edited(content)
+            if not self.target_path.is_file() or self.target_path.read_bytes() != content:
+                self.write_target(content)
             if commit != tip:
                 if all(tip not in (record["commit"], record["base"]) for record in self.records()):
                     self.keep_ref(f"not-of-the-night-{tip[:7]}", tip)  # somebody's own commit

@@ -19,13 +19,13 @@ from autoresearch.night.experiment import Experiment
 from autoresearch.night.repo import merged
 from autoresearch.night.settings import (
     cluster_address,
-    cluster_is_silent,
+    cluster_problem,
     local_slots,
     number_setting,
     setting,
     time_limit,
 )
-from autoresearch.night.store import PAUSE, Night
+from autoresearch.night.store import POLL_SECONDS, Night
 
 
 class Supervisor:
@@ -41,11 +41,11 @@ class Supervisor:
         self.night.recover()
         pause = 0.0
         while True:
-            if self.turn():
+            if self.poll_once():
                 pause = 0.0
             elif not self.may_continue():
                 return
-            pause = min(pause + PAUSE / 10, 5 * PAUSE)
+            pause = min(pause + POLL_SECONDS / 10, 5 * POLL_SECONDS)
             time.sleep(pause)
 
     def may_continue(self) -> bool:
@@ -54,19 +54,19 @@ class Supervisor:
             return True
         return not self.engine.slots() and self.night.can_work()
 
-    def turn(self) -> bool:
+    def poll_once(self) -> bool:
         """Looks once at the queue. Returns whether anything changed."""
-        self.night.keep_engine_state(len(self.engine.slots()), self.engine.words())
+        self.night.write_engine_state(len(self.engine.slots()), self.engine.status_lines())
         moved = False
         for experiment in self.night.open():
             state = experiment.state()
             if state == "waiting" and experiment.dropped():
-                self.carry_out(experiment, self.next_step(experiment))
+                self.apply(experiment, self.next_step(experiment))
                 moved = True
             elif state in ("running", "cut off"):
                 found, why = self.engine.poll(experiment)
                 if found == "lost":
-                    self.carry_out(experiment, self.next_step(experiment, lost=why))
+                    self.apply(experiment, self.next_step(experiment, lost=why))
                 moved = moved or found != "running"
         moved = self.process_finished() or moved
         return self.fill_slot() or moved
@@ -82,7 +82,7 @@ class Supervisor:
             runs[-1]["lost"] = lost
         return rules.next_step(asked, runs, self.night.history(), conflict)
 
-    def carry_out(self, experiment: Experiment, step: rules.Record | rules.Again):
+    def apply(self, experiment: Experiment, step: rules.Record | rules.Again):
         if isinstance(step, rules.Again):
             experiment.again(step.why)
         else:
@@ -102,12 +102,12 @@ class Supervisor:
             again = [pair for pair in steps if isinstance(pair[1], rules.Again)]
             if again:
                 for experiment, step in again:
-                    self.carry_out(experiment, step)
+                    self.apply(experiment, step)
                 return True
         else:
             ended.sort(key=self.gained, reverse=True)
         for experiment in ended:
-            self.carry_out(experiment, self.next_step(experiment))
+            self.apply(experiment, self.next_step(experiment))
         return bool(ended)
 
     def gained(self, experiment: Experiment) -> float:
@@ -148,7 +148,7 @@ class Supervisor:
             base = best["commit"]
         commit, conflict = self.rebase(experiment, base)
         if commit is None:
-            self.carry_out(experiment, self.next_step(experiment, conflict))
+            self.apply(experiment, self.next_step(experiment, conflict))
             return
         run = {"id": uuid.uuid4().hex[:12], "commit": commit, "base": base, "slot": slot}
         k = len(experiment.runs()) + 1
@@ -201,7 +201,7 @@ def supervise(make_engine: Callable[[Night], object]):
             try:
                 engine = make_engine(night)
             except Fail as problem:
-                night.keep_engine_state(1, [str(problem).removeprefix("FAIL: ")])
+                night.write_engine_state(1, [str(problem).removeprefix("FAIL: ")])
                 raise
             try:
                 Supervisor(night, engine).work()
@@ -230,10 +230,10 @@ def wake(night: Night) -> str | None:
     with night.lock("supervisor", 0) as free:
         if not free:
             return None
-    silent = cluster_is_silent(address)
+    silent = cluster_problem(address)
     if silent:
         return silent
-    with open(night.home / "supervisor.log", "ab") as log:
+    with open(night.state_dir / "supervisor.log", "ab") as log:
         subprocess.Popen(
             [sys.executable, str(ROOT / "night.py"), "supervise"],
             cwd=night.root,

@@ -30,7 +30,7 @@ from autoresearch.night.settings import TARGET, local_slots
 from autoresearch.night.store import Night
 from autoresearch.referee.ledger import ledger_path, read_ledger
 
-LOOK = 0.25  # seconds between two looks at a run
+POLL_SECONDS = 0.25  # seconds between two looks at a run
 COMPILER_WRITES = 10  # seconds; a compiler writes one file within them, on a busy machine
 
 # ------------------------------------------------------------------------------ ending processes
@@ -48,12 +48,12 @@ def die_with_parent():
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
-def end_group(group: int):
+def kill_group(group: int):
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(group, signal.SIGKILL)
 
 
-def end_children():
+def kill_children():
     """Kills what is left below this process, also what left its session (Linux, as a subreaper)."""
     while True:
         children = []
@@ -68,7 +68,7 @@ def end_children():
             return
 
 
-def end_leftovers(run_id: str):
+def kill_leftovers(run_id: str):
     """Kills what a run has left whose watcher died: all that carries its id (Linux)."""
     mark = f"AUTORESEARCH_RUN={run_id}".encode()
     found, end = True, time.monotonic() + 10
@@ -96,7 +96,7 @@ class Isolation:
     """What this machine can keep a run away from."""
 
     prefix: list[str]  # of the run's command
-    words: str  # what is missing, in one sentence for the status; empty where nothing is
+    warning: str  # what is missing, in one sentence for the status; empty where nothing is
 
     @classmethod
     def here(cls) -> Isolation:
@@ -189,7 +189,7 @@ def run_to_its_end(
     log_path: Path,
     isolation: Isolation,
     limit: int,
-    given_up: Callable[[], bool],
+    should_stop: Callable[[], bool],
 ) -> dict:
     """Runs the target's command in `tree`; ends it, with its children, at the limit or when given up.
 
@@ -211,17 +211,17 @@ def run_to_its_end(
         )
         while True:
             try:
-                code = process.wait(timeout=LOOK)
+                code = process.wait(timeout=POLL_SECONDS)
                 break
             except subprocess.TimeoutExpired:
-                if given_up():
+                if should_stop():
                     stopped = "dropped"
                 elif time.monotonic() - began > limit:
                     stopped = f"still running after {limit} s, the limit in program.md"
                 if stopped:
-                    end_group(process.pid)
-        end_group(process.pid)
-        end_children()
+                    kill_group(process.pid)
+        kill_group(process.pid)
+        kill_children()
     phases = [line["phase"] for line in read_progress(Path(environment["AUTORESEARCH_PROGRESS"]))]
     if code < 0 and "training" not in phases:  # killed while it compiled
         delete_half_compiled(compiled, time.time() - COMPILER_WRITES)
@@ -277,7 +277,7 @@ def why_it_failed(code: int, stopped: str | None, ledger: dict, log: str) -> str
 class LocalEngine:
     """Runs on this machine, each watched by a process that outlives the supervisor.
 
-    An engine has slots, start, poll, words and close; ray_engine.py holds the other one.
+    An engine has slots, start, poll, status_lines and close; ray_engine.py holds the other one.
     """
 
     def __init__(self, night: Night):
@@ -287,12 +287,12 @@ class LocalEngine:
         self._isolation = Isolation.here()
 
     def slots(self) -> list[dict]:
-        """The environment of each place where a run may stand."""
+        """The environment of each slot."""
         return list(self._slots)
 
-    def words(self) -> list[str]:
+    def status_lines(self) -> list[str]:
         """Lines for the status."""
-        return [self._isolation.words] if self._isolation.words else []
+        return [self._isolation.warning] if self._isolation.warning else []
 
     def start(self, experiment: Experiment, k: int, run: dict, limit: int):
         """Adds a worktree, writes run-K.json, and leaves the run to a process that holds the lock."""
@@ -320,18 +320,18 @@ class LocalEngine:
 
     def watch(self, experiment: Experiment, k: int, limit: int):
         """Runs the K-th run to its end and writes end-K.json. In a process of its own."""
-        folder, compiled = experiment.folder, self.night.home / "compiled"
+        folder, compiled = experiment.folder, self.night.state_dir / "compiled"
         run = read_json(folder / f"run-{k}.json")
         ledger_start = ledger_path().stat().st_size
         progress_path = folder / f"progress-{k}.jsonl"
         environment = run_environment(folder, compiled, experiment.asked, run, progress_path)
         log_path = folder / f"run-{k}.log"
 
-        def given_up() -> bool:
+        def should_stop() -> bool:
             return experiment.dropped() or self.night.stopped()
 
         ended = run_to_its_end(
-            folder / "tree", environment, compiled, log_path, self._isolation, limit, given_up
+            folder / "tree", environment, compiled, log_path, self._isolation, limit, should_stop
         )
         if ended["stopped"] == "dropped" and not experiment.dropped():
             experiment.again(rules.STOPPED)
@@ -349,9 +349,9 @@ class LocalEngine:
         if state != "cut off":
             return ("running" if state == "running" else "ended"), ""
         run = experiment.runs()[-1]  # its watcher died, by a kill or a power cut
-        end_leftovers(run["id"])
-        delete_half_compiled(self.night.home / "compiled", seconds_of(run["began"]))
+        kill_leftovers(run["id"])
+        delete_half_compiled(self.night.state_dir / "compiled", seconds_of(run["began"]))
         return "lost", rules.CUT_OFF
 
     def close(self):
-        """Nothing to release: each run belongs to its watcher."""
+        """Nothing to release: each run has its own watcher process."""

@@ -22,7 +22,7 @@ def test_wait_tells_the_phase_and_returns_when_something_ended(lab):
     assert f"{n}: training 40%, loss 2.6 (best at 40%: 2.6)  (wider in every" in said
     waiting = lab.start("wait", 50)
     (lab.cache / "go-a").touch()
-    progress = lab.home / f"nov21/queue/{n}/progress-1.jsonl"
+    progress = lab.state_dir / f"nov21/queue/{n}/progress-1.jsonl"
     lab.until(lambda: "scoring" in progress.read_text())
     assert f"{n}: scoring" in lab.say("wait", 0)
     (lab.cache / "score-a").touch()
@@ -189,7 +189,7 @@ def test_commands_load_neither_torch_nor_numpy_nor_ray_and_need_no_installed_pac
 
 def test_each_command_is_quick_with_ten_thousand_experiments(lab):
     records = lab.records()
-    with open(lab.home / "nov21/journal.jsonl", "a") as journal:
+    with open(lab.state_dir / "nov21/journal.jsonl", "a") as journal:
         for n in range(4, 10_004):
             more = dict(n=n, kind="try", status="discard", message=f"idea {n}", change=f"c{n}")
             journal.write(json.dumps({**records[2], **more}) + "\n")
@@ -217,9 +217,9 @@ def test_a_full_disk_is_said_and_costs_nothing_once_there_is_room(begun, tmp_pat
         pytest.skip("only root may mount the small disk that this test fills")
     try:
         lab = begun.copy(tmp_path / "it")
-        shutil.copytree(lab.home, tmp_path / "disk/night", symlinks=True)
-        shutil.rmtree(lab.home)
-        lab.home.symlink_to(tmp_path / "disk/night")
+        shutil.copytree(lab.state_dir, tmp_path / "disk/night", symlinks=True)
+        shutil.rmtree(lab.state_dir)
+        lab.state_dir.symlink_to(tmp_path / "disk/night")
         n = lab.attempt("wider", HOLD="a", WIDTH=1)
         lab.until_held(n)
         full = tmp_path / "disk/full"
@@ -342,5 +342,5 @@ def test_what_cannot_be_done_is_one_line_and_changes_nothing(
     was = state()
     assert re.search(says, lab.refused(*words))
     assert state() == was
-    if (lab.home / "nov21/queue").is_dir():
+    if (lab.state_dir / "nov21/queue").is_dir():
         assert lab.queue() == []

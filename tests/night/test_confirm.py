@@ -190,7 +190,7 @@ def night(tmp_path, monkeypatch):
     """A night with a baseline and nothing queued; wake() is counted in night.woken."""
     page = tmp_path / "program.md"
     page.write_text("- tag: test\n")
-    monkeypatch.setattr(settings, "PAGE", page)
+    monkeypatch.setattr(settings, "PROGRAM", page)
     monkeypatch.setenv("AUTORESEARCH_CACHE", str(tmp_path))
     (tmp_path / "train.py").write_text("print()\n")
     make_repository(tmp_path)
@@ -316,7 +316,7 @@ def test_while_it_waits_a_killed_supervisor_is_started_again(night, monkeypatch)
 
 def test_a_supervisor_that_failed_ends_the_waiting_with_its_words(night, monkeypatch):
     keep(night, 0.9)
-    log = night.home / "supervisor.log"
+    log = night.state_dir / "supervisor.log"
     log.write_text("of another day\n")
     monkeypatch.setattr(
         confirm.time, "sleep", lambda _: log.write_text("of another day\ndisk full\n")

@@ -16,9 +16,9 @@ from lab import Lab, needs_proc, parent_of
 pytestmark = needs_proc
 
 TRACED = {
-    "begin": "begin enqueue sync_branch write_atomically write_edited keep_ref",
-    "try": "try_ enqueue sync_branch write_atomically write_edited keep_ref commit_file",
-    "supervise": "work recover turn process_finished carry_out fill_slot start rebase clear record"
+    "begin": "begin enqueue sync_branch write_atomically write_target keep_ref",
+    "try": "try_ enqueue sync_branch write_atomically write_target keep_ref commit_file",
+    "supervise": "work recover poll_once process_finished apply fill_slot start rebase clear record"
     " archive write_row append_line write_atomically commit_file keep_ref again watch",
 }
 
@@ -130,7 +130,7 @@ def queued_only(lab: Lab, message: str, **constants):
 
 def ended_on_paper(lab: Lab, n: int, score: float):
     """As if its run had ended while no supervisor lived."""
-    folder = lab.home / f"nov21/queue/{n}"
+    folder = lab.state_dir / f"nov21/queue/{n}"
     asked = json.loads((folder / "experiment.json").read_text())
     run = {"id": f"paper-{n}", "slot": {}, "began": asked["asked"]}
     run |= {"commit": asked["commit"], "base": asked["base"]}
@@ -159,7 +159,7 @@ def test_the_supervisor_killed_at_any_line_loses_nothing_and_runs_nothing_twice(
         assert ended == dict(zip((4, 5, 6, 7), zip(statuses, scores)))
         assert it.best()["n"] == 4  # on top of 5, whose gain is larger
         for n, runs in {4: 2, 5: 1, 6: 1, 7: 1}.items():
-            assert len(list(it.home.glob(f"nov21/done/{n}/end-*.json"))) == runs
+            assert len(list(it.state_dir.glob(f"nov21/done/{n}/end-*.json"))) == runs
             reasons = [why for why in it.record(n)["again"] if why != "cut off"]
             assert len(reasons) == runs - 1
 
@@ -273,7 +273,7 @@ def test_one_supervisor_works_and_the_next_takes_over_while_a_run_lasts(lab):
 
 def test_a_worktree_cut_off_while_it_was_made_is_made_again(lab):
     queued_only(lab, "wider", WIDTH=1)
-    tree = lab.home / "nov21/queue/4/tree"
+    tree = lab.state_dir / "nov21/queue/4/tree"
     lab.git("worktree", "add", "-q", "--detach", str(tree), "main")
     [administration] = (lab.root / ".git/worktrees").iterdir()
     (administration / "locked").write_text("initializing")  # as git has it until it is done

@@ -107,22 +107,22 @@ class ClusterLab(Lab):
         super().until(condition, seconds)
 
     def run_id(self, n: int, k: int = 1) -> str:
-        [path] = self.home.glob(f"nov21/*/{n}/run-{k}.json")
+        [path] = self.state_dir.glob(f"nov21/*/{n}/run-{k}.json")
         return json.loads(path.read_text())["id"]
 
     def until_held(self, n: int, k: int = 1, starts: int = 1):
         """Until the K-th run has trained so many times: Ray may start it again."""
-        path = self.home / f"nov21/queue/{n}/run-{k}.json"
+        path = self.state_dir / f"nov21/queue/{n}/run-{k}.json"
         self.until(path.is_file)
         self.until(lambda: len(self.nodes.starts(self.run_id(n, k))) == starts)
 
     def again(self, n: int) -> list[str]:
-        paths = sorted(self.home.glob(f"nov21/queue/{n}/again-*.json"))
+        paths = sorted(self.state_dir.glob(f"nov21/queue/{n}/again-*.json"))
         return [json.loads(path.read_text())["again"] for path in paths]
 
     def words(self) -> str:
         """What the engine last had to say."""
-        state = json.loads((self.home / "engine.json").read_text())
+        state = json.loads((self.state_dir / "engine.json").read_text())
         return " ".join(state["words"])
 
     def with_constant(self, name: str, old: int, new: int):
@@ -212,7 +212,7 @@ def test_a_node_and_the_supervisor_killed_and_each_experiment_is_recorded_once(l
     lab.until_idle()
     lab.check()
     assert "8 of 8 scores match the ledger" in lab.say("audit")
-    assert not list(Path("/tmp").glob("autoresearch-*/order.json"))
+    assert not list(Path("/tmp").glob("autoresearch-*/job.json"))
     nodes.kill("c")
 
 
@@ -265,12 +265,12 @@ def test_what_a_run_leaves_behind_ends_with_it_whoever_dies(lab, nodes):
     lab.say()
     lab.until_idle()
     lab.check()
-    lab.until(lambda: not list(Path("/tmp").glob("autoresearch-*/order.json")))
+    lab.until(lambda: not list(Path("/tmp").glob("autoresearch-*/job.json")))
 
 
 def kill_beside(run_id: str, name: str):
     """SIGKILL to the process that watches a run, or to Ray's worker that started it."""
-    orders = Path("/tmp").glob("autoresearch-*/order.json")
+    orders = Path("/tmp").glob("autoresearch-*/job.json")
     [folder] = [o.parent for o in orders if json.loads(o.read_text())["run"]["id"] == run_id]
     for path in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
@@ -297,7 +297,7 @@ def test_a_node_that_cannot_run_it_sends_it_back_with_the_command_to_type(lab, n
     nodes.kill("a")
     nodes.add("d", 1, TMPDIR=str(disk))
     (nodes.cache("d") / "manifest.json").unlink()
-    lab.with_constant("REFUSED", 600, 2)  # it is asked again soon
+    lab.with_constant("EXCLUDE_SECONDS", 600, 2)  # it is asked again soon
     n = lab.attempt("wider", WIDTH=1)
 
     def until_sent_back(why: str):
@@ -326,10 +326,10 @@ def test_a_node_that_cannot_run_it_sends_it_back_with_the_command_to_type(lab, n
 
 def test_a_node_with_another_device_sends_it_back(lab, nodes):
     # the baseline's conditions name its device, as the locked clock has it
-    lines = (lab.home / "nov21/journal.jsonl").read_text().splitlines()
+    lines = (lab.state_dir / "nov21/journal.jsonl").read_text().splitlines()
     records = [{**json.loads(line), "conditions": {"device": "a GPU"}} for line in lines]
     text = "".join(json.dumps(record) + "\n" for record in records)
-    (lab.home / "nov21/journal.jsonl").write_text(text)
+    (lab.state_dir / "nov21/journal.jsonl").write_text(text)
     [name] = nodes.named
     (nodes.cache(name) / "device").write_text("another GPU")
     n = lab.attempt("wider", WIDTH=1)

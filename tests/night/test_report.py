@@ -29,7 +29,7 @@ def test_the_noise_floor_of_a_log_without_its_night_is_that_of_its_baseline(tmp_
 
 
 def test_a_night_is_read_as_far_as_it_is_there(tmp_path, monkeypatch):
-    monkeypatch.setattr(settings, "PAGE", tmp_path / "program.md")
+    monkeypatch.setattr(settings, "PROGRAM", tmp_path / "program.md")
     monkeypatch.setenv("AUTORESEARCH_CACHE", str(tmp_path))
     assert "is no git repository" in NightReport.here(tmp_path).problem
     make_repository(tmp_path)

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(not shutil.which("git"), reason="needs git")
 @pytest.fixture
 def night(tmp_path, monkeypatch):
     """A night in a repository of its own, on its branch, with nothing queued."""
-    monkeypatch.setattr(settings, "PAGE", tmp_path / "program.md")
+    monkeypatch.setattr(settings, "PROGRAM", tmp_path / "program.md")
     (tmp_path / "program.md").write_text("- tag: nov21\n- goal: -\n- slots:\n")
     (tmp_path / "train.py").write_text("x = 1\n")
     (tmp_path / "train.py.txt").write_text("a neighbour\n")
@@ -117,17 +117,19 @@ def test_a_record_holds_what_the_page_and_the_audit_read(night):
 def test_the_branch_and_the_file_go_to_the_best_but_an_edit_in_progress_stays(night):
     baseline = night.tip()
     ended(night, score=1.0)
-    night.edited.write_text("x = 'mine'\n")
+    night.target_path.write_text("x = 'mine'\n")
     night.sync_branch()
-    assert night.tip() == baseline and night.edited.read_text() == "x = 'mine'\n"
+    assert night.tip() == baseline and night.target_path.read_text() == "x = 'mine'\n"
     assert night.edits() == b"x = 'mine'\n"
-    night.edited.unlink()  # deleted is no edit
+    night.target_path.unlink()  # deleted is no edit
     night.sync_branch()
-    assert night.tip() == night.records()[0]["commit"] and night.edited.read_text() == "x = 2\n"
+    assert (
+        night.tip() == night.records()[0]["commit"] and night.target_path.read_text() == "x = 2\n"
+    )
     assert night.edits() is None
-    night.edited.write_text("x = 9\n")
+    night.target_path.write_text("x = 9\n")
     night.repo.git("add", "train.py")  # somebody's index
-    night.edited.write_text("x = 2\n")
+    night.target_path.write_text("x = 2\n")
     night.sync_branch()
     assert night.repo.git("status", "--porcelain") == ""
 
@@ -175,7 +177,7 @@ def test_a_commit_touches_the_file_alone_and_neither_tree_index_nor_branch(night
     commit = repo.commit_file(b"x = 5\n", tip, "a\tmessage")
     assert repo.git("diff", "--name-only", tip, commit) == "train.py"
     assert repo.file_at(commit) == b"x = 5\n" and night.tip() == tip
-    assert repo.git("status", "--porcelain") == "" and night.edited.read_text() == "x = 1\n"
+    assert repo.git("status", "--porcelain") == "" and night.target_path.read_text() == "x = 1\n"
     assert repo.is_file_of(b"x = 5\n", [tip, commit]) and not repo.is_file_of(b"x = 5\n", [tip])
 
 

@@ -45,7 +45,7 @@ class PaperEngine:
     def slots(self):
         return [{"SLOT": str(i)} for i in range(self.count)]
 
-    def words(self):
+    def status_lines(self):
         return ["on paper"]
 
     def start(self, experiment, k, run, limit):
@@ -97,7 +97,7 @@ class PaperNight:
     def supervise(self):
         """A supervisor that knows only the files looks at them until nothing moves."""
         supervisor = Supervisor(Night(self.root), self.engine)
-        while supervisor.turn():
+        while supervisor.poll_once():
             pass
 
     # the steps of a history
@@ -296,7 +296,7 @@ def template(tmp_path_factory):
     root.mkdir()
     (root / "program.md").write_text("- tag: nov21\n")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(settings, "PAGE", root / "program.md")
+        patch.setattr(settings, "PROGRAM", root / "program.md")
         PaperNight.made(root)
     return root
 
@@ -304,7 +304,7 @@ def template(tmp_path_factory):
 @pytest.fixture
 def root(template, tmp_path, monkeypatch):
     shutil.copytree(template, tmp_path / "lab")
-    monkeypatch.setattr(settings, "PAGE", tmp_path / "lab/program.md")
+    monkeypatch.setattr(settings, "PROGRAM", tmp_path / "lab/program.md")
     monkeypatch.setattr("os.fsync", lambda _: None)  # no power is cut here
     return tmp_path / "lab"
 

@@ -79,15 +79,15 @@ clock.end(score=0.5)
     lab = Lab.made(tmp_path / "it", train=train)
     (lab.cache / "manifest.json").write_bytes(signed({**MANIFEST, "time_budget": 0.4}))
     lab.say("begin")
-    lab.until(lambda: (lab.home / "nov21/queue/1/end-1.json").is_file(), 60)
+    lab.until(lambda: (lab.state_dir / "nov21/queue/1/end-1.json").is_file(), 60)
     lab.say("stop")
-    end = json.loads((lab.home / "nov21/queue/1/end-1.json").read_text())
+    end = json.loads((lab.state_dir / "nov21/queue/1/end-1.json").read_text())
     assert (end["score"], end["failure"], end["steps"], end["tokens"]) == (0.5, None, 21, 2100)
     assert 0.05 < end["memory_gb"] < 5 and end["conditions"]["attention"] == "sdpa"
-    lines = worker.read_progress(lab.home / "nov21/queue/1/progress-1.jsonl")
+    lines = worker.read_progress(lab.state_dir / "nov21/queue/1/progress-1.jsonl")
     phases = [phase for phase, _ in itertools.groupby(lines, lambda line: line["phase"])]
     assert phases == ["compiling", "training", "scoring"]
-    curve = status.losses(lab.home / "nov21/queue/1/progress-1.jsonl")
+    curve = status.losses(lab.state_dir / "nov21/queue/1/progress-1.jsonl")
     assert len(curve) >= 15 and curve[0][1] > curve[-1][1] > 0.9
     assert status.loss_at(curve, 50) == pytest.approx(2, abs=0.3)
     lab.until_idle()
@@ -137,13 +137,13 @@ def test_a_run_has_a_home_of_its_own_and_no_file_that_is_not_committed(lab):
     (lab.root / "helper.py").write_text("weights = 1\n")
     n = lab.attempt("leaves files behind", HOLD="a", EVENT="leaves")
     lab.until_held(n)
-    folder = lab.home / f"nov21/queue/{n}"
+    folder = lab.state_dir / f"nov21/queue/{n}"
     tracked = {"left.bin", ".git", "train.py", "train.py.txt", "night.py", "prepare.py"}
     tracked |= {"program.md", ".gitignore", "autoresearch"}
     assert {path.name for path in (folder / "tree").iterdir()} == tracked
     assert [path.name for path in (folder / "home").iterdir()] == ["left"]
     links = [path for path in (folder / "tmp").iterdir() if path.name != "left"]
-    assert [link.resolve() for link in links] == [lab.home / "compiled"]  # torch's headers
+    assert [link.resolve() for link in links] == [lab.state_dir / "compiled"]  # torch's headers
     lab.kill_watcher()
     lab.until_held(n, k=2)  # cut off, and started again: `left` did not exist
     assert lab.until_ended(n, go="a")["status"] == "discard"
@@ -156,7 +156,7 @@ def test_a_run_has_no_network_and_cannot_write_the_cache_but_the_ledger(fresh, m
     monkeypatch.setenv("AUTORESEARCH_CACHE", str(fresh.cache))
     isolation = worker.Isolation.here()
     if not isolation.prefix:
-        pytest.skip(isolation.words)
+        pytest.skip(isolation.warning)
     code = (
         "import os, socket, sys\ncache = sys.argv[1]\n"
         "try:\n    socket.create_connection(('192.0.2.1', 9), timeout=5)\n"
@@ -180,7 +180,7 @@ def test_a_machine_without_namespaces_says_so_in_the_status(fresh, tmp_path):
 
 
 def test_what_a_killed_compiler_had_in_hand_is_no_kernel_for_the_next_run(lab):
-    compiled = lab.home / "compiled/inductor"
+    compiled = lab.state_dir / "compiled/inductor"
     n = lab.attempt("compiles", EVENT="compiles")
     lab.until(lambda: (compiled / "half.main.so").exists())
     (compiled / "whole.main.so").touch()
