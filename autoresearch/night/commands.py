@@ -12,7 +12,6 @@ from pathlib import Path
 
 from autoresearch.common import (
     Fail,
-    cache_dir,
     one_line,
     printable,
     read_json,
@@ -31,11 +30,11 @@ from autoresearch.night.status import (
     log_of,
     loss_at,
     losses,
-    title_of,
     print_lines,
     print_status,
-    status_lines,
     record_lines,
+    status_lines,
+    title_of,
     what_next,
 )
 from autoresearch.night.store import POLL_SECONDS, Night
@@ -47,7 +46,7 @@ from autoresearch.referee.manifest import fingerprint, manifest
 
 
 def begin(night: Night):
-    """Branch, table and baseline. What is there already stays."""
+    """Branch, table and baseline. Idempotent: after a kill it completes what is missing."""
     prepared = manifest()  # raises Fail, with the command to type, where nothing is prepared
     time_limit()
     capacity(night)
@@ -74,12 +73,12 @@ def begin(night: Night):
     if not night.results.is_file():
         write_atomically(night.results, ("\t".join(COLUMNS) + "\n").encode())
     scored = [r for r in night.records() if r["kind"] == "baseline" and r["score"] is not None]
-    there = [*scored, *(e.asked for e in night.open() if e.is_baseline)]
-    if changed and not there:
+    existing = [*scored, *(e.asked for e in night.open() if e.is_baseline)]
+    if changed and not existing:
         raise Fail(uncommitted)
-    baseline = there[0]["commit"] if there else git("rev-parse", "HEAD")
+    baseline = existing[0]["commit"] if existing else git("rev-parse", "HEAD")
     for seed in BASELINE_SEEDS:
-        if seed not in [asked["seed"] for asked in there]:
+        if seed not in [asked["seed"] for asked in existing]:
             night.enqueue("baseline", baseline, baseline, "baseline", seed)
     night.sync_branch()
     (night.folder / "stop").unlink(missing_ok=True)
@@ -109,7 +108,7 @@ def stop(night: Night):
     """Ends what runs, to run again after `begin`."""
     (night.folder / "stop").touch()
     wake(night)
-    print("stopped: nothing starts; what ran will run again: uv run night.py begin goes on")
+    print("stopped: nothing starts; uv run night.py begin continues, and runs again what ran")
 
 
 # --------------------------------------------------------------------------------- try, wait, drop
@@ -151,10 +150,7 @@ def try_(night: Night, message: str, simpler: bool, expect: float | None):
     wake(night)
     best = rules.best_of(night.records())
     place = f"the best, {best['commit'][:7]}" if best else f"the baseline, {night.tip()[:7]}"
-    print(
-        f"{n}: queued as {commit[:7]}; {TARGET.file} stands at {place} again, "
-        "free for the next idea"
-    )
+    print(f"{n}: queued as {commit[:7]}; {TARGET.file} is {place} again: edit the next idea")
 
 
 def check_new(night: Night, change: str, base: str):
@@ -176,16 +172,12 @@ def check_new(night: Night, change: str, base: str):
 
 
 def syntax_error(content: bytes) -> str | None:
-    """What a run would stumble over in its first second, or None."""
-    if not TARGET.file.endswith(".py"):
-        return None
+    """Why the file is not Python, or None."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             compile(content, TARGET.file, "exec", dont_inherit=True)
-        except SyntaxError as error:
-            return f"line {error.lineno}: {error.msg}"
-        except ValueError as error:  # a zero byte
+        except (SyntaxError, ValueError) as error:  # ValueError: a zero byte
             return str(error)
     return None
 
@@ -198,7 +190,7 @@ def wait(night: Night, seconds: float):
     with night.command():
         night.sync_branch()
         if wake(night):
-            seconds = min(seconds, CLUSTER_TIMEOUT)  # said at once, but not in a tight loop
+            seconds = min(seconds, CLUSTER_TIMEOUT)  # soon, but not in a tight loop
     end = time.monotonic() + seconds
     while True:
         experiments = night.open()
@@ -233,13 +225,10 @@ def news_lines(night: Night, new_records: list[dict]) -> list[str]:
         if record["status"] == "crash" and record["run"]:
             lines += [f"   | {line}" for line in end_of_log(log_of(night, record), 6)]
     if any(record["status"] == "keep" for record in new_records):
-        place = f"{TARGET.file} stands at the new best"
-        if night.edits() is not None:
-            place = (
-                f"{TARGET.file} has your edits, made on the best before: "
-                "try puts them on the new one"
-            )
-        lines.append(place)
+        if night.edits() is None:
+            lines.append(f"{TARGET.file} is the new best")
+        else:
+            lines.append(f"{TARGET.file} has your edits of the best before: try rebases them")
     return lines
 
 
@@ -249,7 +238,7 @@ def drop(night: Night, n: int):
     if "status" in record:
         raise Fail(f"{n} has ended ({record['status']}): there is nothing to drop")
     if record["kind"] == "baseline":
-        raise Fail(f"{n} is the baseline: all else is measured by it; to end all, night.py stop")
+        raise Fail(f"{n} is the baseline, which all else needs; to end all, night.py stop")
     (folder / "drop").touch()
     wake(night)
     print(f"{n} is dropped; night.py wait")
@@ -313,31 +302,27 @@ def loss_lines(night: Night, folder: Path) -> list[str]:
 
 
 def bring(night: Night, what: str):
-    """Into the file: N's change on top of the best, or the best itself. Edits are never lost."""
+    """Puts N's change, or the best, into the file. Edits are never lost."""
     if what == "best":
         return bring_best(night)
     if not what.isdigit():
         raise Fail(f"bring {one_line(what, 20)}: it takes an experiment's number, or best")
     record, _ = find(night, int(what))
-    if record["kind"] == "baseline":
-        raise Fail(f"{what} is the baseline: it has no change; night.py bring best")
-    if record["kind"] == "confirm":
-        raise Fail(f"{what} is a confirmation's run: it has no change; night.py bring best")
+    if record["kind"] != "try":
+        raise Fail(f"{what} ({record['kind']}) has no change: night.py bring best")
     night.sync_branch()
-    commit, tip, edited = record["commit"], night.tip(), night.edits()
-    there = night.repo.file_at(tip) if edited is None else edited
-    place = f"the best, {tip[:7]}" if edited is None else "your edits"
+    commit, tip, edits = record["commit"], night.tip(), night.edits()
+    current = night.repo.file_at(tip) if edits is None else edits
+    place = f"the best, {tip[:7]}" if edits is None else "your edits"
     parent = night.repo.git("rev-parse", f"{commit}^")
-    content = merged(there, night.repo.file_at(parent), night.repo.file_at(commit))
+    content = merged(current, night.repo.file_at(parent), night.repo.file_at(commit))
     if content is None:
         by_hand = f"read it (night.py show {what}) and make it by hand"
         raise Fail(f"{what}'s change does not apply to {place}: {by_hand}")
-    if content == there:
+    if content == current:
         raise Fail(f"{what}'s change is in {place} already: try another idea")
     night.write_target(content)
-    print(
-        f"{what}'s change is in {TARGET.file}, on top of {place}: edit further, then night.py try"
-    )
+    print(f"{what}'s change is in {TARGET.file}, on top of {place}: edit, then night.py try")
 
 
 def bring_best(night: Night):
@@ -348,29 +333,20 @@ def bring_best(night: Night):
         aside = night.folder / f"edits-{count + 1}-{TARGET.file}"
         write_atomically(aside, content)
         night.write_target(night.repo.file_at(night.tip()))
-        back = f"cp {aside.relative_to(night.root)} {TARGET.file}"
-        print(f"the edits were put aside: {back} brings them back")
+        print(f"your edits were saved in {aside.relative_to(night.root)}")
     night.sync_branch()
-    print(f"{TARGET.file} stands at the best, {night.tip()[:7]}")
+    print(f"{TARGET.file} is the best, {night.tip()[:7]}")
 
 
 def list_runs(count: int):
     """The ledger's last runs as a table; a start without an end was cut off, or is running."""
-    ledger = ledger_path()
-    size = ledger.stat().st_size if ledger.is_file() else 0
-    start = max(0, size - 4096 * count)  # all of it where the night is short
-    records, damaged = read_ledger(start)
-    if start:
-        damaged = max(0, damaged - 1)  # the line in which we began
+    records, _ = read_ledger()
     last = {record.get("run"): record for record in records}  # the end replaces the start
     table = "{:20}  {:8}  {:5}  {:>8}  {:>8}  {:>8}  {:>4}  {}"
     print(table.format("time", "commit", "split", "score", "seconds", "M tokens", "seed", "status"))
     for record in list(last.values())[-count:]:
         print(printable(table.format(*map(str, run_cells(record))))[:160])
-    said = f"{len(last)} runs" if not start else "the last runs; night.py runs 100000 has all"
-    if damaged:
-        said += f", {damaged} damaged lines skipped"
-    print(f"{said}; * has uncommitted changes ({cache_dir()})")
+    print(f"{len(last)} runs in {ledger_path()}; * has uncommitted changes")
 
 
 def run_cells(record: dict) -> list:

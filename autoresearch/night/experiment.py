@@ -62,9 +62,9 @@ class Experiment:
         return self.folder / f"{stem}-{k or len(self.runs())}.{ending}"
 
     def _read(self, name: str) -> dict:
-        """A file; empty while it is not there. It is looked for until it is, and read once."""
+        """A file; empty while it is not there. What was read stays known if the folder moves."""
         if name not in self.known:
-            content = read_json(f"{self.folder}/{name}")  # joining a Path costs more than a miss
+            content = read_json(self.folder / name)
             if content is None:
                 return {}
             self.known[name] = content

@@ -1,8 +1,8 @@
 """
 The detached process that works through the queue: queue -> engine -> rules.next_step -> store.
 
-One a repository, by the lock `.night/supervisor`. All its state is in the night's files: after a kill
-at any line, the next one continues. The engine that starts the runs is handed in.
+One a repository, by the lock `.night/supervisor`. All its state is in the night's files: if it is
+killed, the next one continues. The engine that starts the runs is handed in.
 """
 
 from __future__ import annotations
@@ -122,16 +122,16 @@ class Supervisor:
         experiments = self.night.open()
         free = self.engine.slots()
         states = {e.n: e.state() for e in experiments}
-        # What has ended keeps its slot until it is decided, for it may move the best. While the
-        # baseline lasts, nothing is decided.
-        lasts = any(e.is_baseline for e in experiments)
-        occupying = ("running",) if lasts else ("running", "ended")
+        # What has ended keeps its slot until it is decided, for it may move the best. Before the
+        # baseline has ended, nothing is decided.
+        baseline_is_open = any(e.is_baseline for e in experiments)
+        occupying = ("running",) if baseline_is_open else ("running", "ended")
         for experiment in experiments:
             if states[experiment.n] in occupying and free:
                 slot = experiment.runs()[-1]["slot"]
                 free.remove(slot if slot in free else free[0])  # the setting may have changed
         waiting = [e for e in experiments if states[e.n] == "waiting"]
-        if not lasts and not rules.best_of(self.night.records()):
+        if not baseline_is_open and not rules.best_of(self.night.records()):
             waiting = []  # the baseline has no score: nothing can be compared
         # Then what runs again, the larger gain first: it moves the best, the others follow.
         waiting.sort(key=lambda e: (not e.is_baseline, not e.runs(), -self.gained(e), e.n))
@@ -192,10 +192,11 @@ def capacity(night: Night) -> int:
 
 
 def supervise(make_engine: Callable[[Night], object]):
-    """Holds the lock and works; looks once more after releasing it, for what was queued meanwhile."""
+    """Holds the lock and works; checks once more after releasing it, for what was queued meanwhile."""
     night = Night()
     while True:
-        with night.lock("supervisor", 1) as ours:  # a command that looks holds it for a moment
+        # A command holds this lock briefly while it checks for a supervisor.
+        with night.lock("supervisor", 1) as ours:
             if not ours:
                 return
             try:
@@ -214,8 +215,8 @@ def supervise(make_engine: Callable[[Night], object]):
 def wake(night: Night) -> str | None:
     """Starts a supervisor where there is work and none; it outlives command, terminal and agent.
 
-    Returns what keeps it from that, where its cluster does not answer. Raises Fail on a setting that
-    cannot be used: here it is said to somebody who reads it.
+    Returns the problem where its cluster does not answer. Raises Fail on a setting that cannot be
+    used: whoever typed the command reads it.
     """
     time_limit()
     capacity(night)
@@ -223,16 +224,16 @@ def wake(night: Night) -> str | None:
     if not address and not setting("cluster", "") and (night.folder / "cluster.json").exists():
         raise Fail(
             "this night runs on a Ray cluster, and RAY_ADDRESS is not set: set it again, or put "
-            "`- cluster: ADDRESS` (none: go on without) into program.md"
+            "`- cluster: ADDRESS` (none: continue without) into program.md"
         )
     if not night.can_work():
         return None
     with night.lock("supervisor", 0) as free:
         if not free:
             return None
-    silent = cluster_problem(address)
-    if silent:
-        return silent
+    problem = cluster_problem(address)
+    if problem:
+        return problem
     with open(night.state_dir / "supervisor.log", "ab") as log:
         subprocess.Popen(
             [sys.executable, str(ROOT / "night.py"), "supervise"],

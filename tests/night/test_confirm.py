@@ -25,12 +25,8 @@ from autoresearch.night.store import Night
     # fmt: off
     [
         (1, 12.706204736174694),
-        (1.2, 8.648826510748867),
-        (2, 4.302652729749462),
         (2.5, 3.5746548420036817),
         (4, 2.7764451051977934),
-        (7.3, 2.345066736547703),
-        (30, 2.0422724563012378),
         (1e6, 1.959966356814107),
     ],
     # fmt: on
@@ -54,10 +50,6 @@ def test_the_interval_is_scipys_in_both_directions(monkeypatch, scores, others, 
     assert welch(scores, others) == pytest.approx((gain, low, high), rel=1e-6)
     monkeypatch.setattr(rules, "LOWER_IS_BETTER", False)
     assert welch(scores, others) == pytest.approx((-gain, -high, -low), rel=1e-6)
-
-
-def test_scores_that_do_not_scatter_at_all_have_an_interval_of_one_point():
-    assert welch([1.0, 1.0], [1.5, 1.5]) == (0.5, 0.5, 0.5)
 
 
 @pytest.mark.parametrize(
@@ -131,7 +123,7 @@ def test_the_table_shows_each_score_and_what_is_missing():
     confirmed = [
         run(4, "base", 45, 1.0),
         run(5, "best", 45, 0.9),
-        run(6, "best", 46, 0.91, slow=0.4),
+        run(6, "best", 46, 0.91),
         run(7, "base", 46, 1.02, again=["cut off"]),
         run(8, "base", 47, None),
         run(9, "other", 45, 0.1),  # of another best, at another time
@@ -152,7 +144,6 @@ def test_the_table_shows_each_score_and_what_is_missing():
         "range        0.020000   0.010000",
         "baseline: base, best: best, idea 3",
         "baseline, seed 46 ran again: cut off",
-        "best, seed 46 was slow twice (40% of its rate): the faster run counts",
         "baseline, seed 47 gave no score: no room; night.py show 8 has its log, confirm runs it again",
         "other runs on the test split: 2",
         "0.1050 better, 0.0358 to 0.1742: real",  # scipy, too
@@ -166,20 +157,10 @@ def test_there_is_no_confirmation_of_a_baseline_and_no_verdict_on_too_little():
     nothing = Confirmation.of(records, [])
     assert nothing.seeds == [] and nothing.interval() is None
     one = Confirmation.of(records, [run(3, "base", 45, 1.0), run(4, "best", 45, 0.9)])
-    assert one.seeds == [45] and one.lines([])[-1] == "too few scores for a verdict"
+    assert one.seeds == [45] and one.lines([])[-1] == "too few scores to decide"
     # more seeds were asked for before: fewer are not enough now
     more = [run(n, "best", 40 + n, 0.9) for n in range(5, 10)]
     assert Confirmation.of(records, more, least=3).seeds == [45, 46, 47, 48, 49]
-
-
-def test_a_baseline_that_was_measured_before_is_said_to_be_older():
-    records = [kept(1, "base"), kept(2, "best")]
-    runs = [run(n, commit, seed, 1.0) for n, (commit, seed) in enumerate(
-        [("base", 45), ("base", 46), ("best", 45), ("best", 46)], 3)]  # fmt: skip
-    words = "the baseline's runs are those of an earlier confirmation"
-    assert words in Confirmation.of(records, runs).lines([])
-    runs[1]["n"] = 5.5  # measured in turn
-    assert words not in Confirmation.of(records, runs).lines([])
 
 
 # ---- the queue, in a repository without a supervisor
@@ -257,16 +238,12 @@ def test_an_experiment_that_is_recorded_and_not_archived_yet_does_not_run(night)
 def test_what_cannot_be_confirmed_is_one_line(night):
     with pytest.raises(Fail, match="an interval needs at least 2 seeds"):
         confirm.confirm(night, 1)
-    with pytest.raises(Fail, match="nothing to confirm: the best is the baseline"):
+    with pytest.raises(Fail, match="nothing to confirm: nothing was kept but the baseline"):
         queue_confirmation(night, None)
     commit = night.records()[0]["commit"]
     night.enqueue("try", commit, commit, "wider", 42)
     with pytest.raises(Fail, match="the night is running: 2 wait or run"):
         queue_confirmation(night, None)
-    end(night, 2, None)
-    night.journal.write_text("")
-    with pytest.raises(Fail, match="nothing to confirm: no experiment was kept"):
-        queue_confirmation(Night(night.root), None)
 
 
 def test_it_waits_for_its_runs_and_then_says_what_they_mean(night, monkeypatch, capsys):
@@ -280,15 +257,12 @@ def test_it_waits_for_its_runs_and_then_says_what_they_mean(night, monkeypatch, 
     confirm.confirm(night, 2)
     said = capsys.readouterr().out.splitlines()
     assert night.woken == [night]
-    assert said[:2] == [
-        "other runs on the test split: none",
-        "4 runs on the test split to wait for, 0 are measured already",
-    ]
-    assert [line[:9] for line in said[3:7]] == ["3: scored", "4: scored", "5: scored", "6: scored"]
+    assert said[0] == "4 runs on the test split to wait for, 0 are measured already"
+    assert [line[:9] for line in said[2:6]] == ["3: scored", "4: scored", "5: scored", "6: scored"]
     assert said[-1] == "0.1000 better, 0.0970 to 0.1030: real"
-    confirm.confirm(night, 2)  # said again, nothing runs again
+    confirm.confirm(night, 2)  # nothing runs again
     again = capsys.readouterr().out.splitlines()
-    assert again[1].startswith("0 runs on the test split to wait for, 4 are")
+    assert again[0].startswith("0 runs on the test split to wait for, 4 are")
     assert again[-1] == said[-1]
 
 
@@ -301,17 +275,6 @@ def test_within_chance_it_names_the_command_for_more_seeds(night, capsys):
     said = capsys.readouterr().out.splitlines()
     assert said[-2].endswith("within chance")
     assert said[-1].endswith("uv run night.py confirm --seeds 4")
-
-
-def test_while_it_waits_a_killed_supervisor_is_started_again(night, monkeypatch):
-    keep(night, 0.9)
-    moments = iter(range(0, 100, 3))
-    monkeypatch.setattr(confirm.time, "monotonic", lambda: next(moments))
-    monkeypatch.setattr(
-        confirm.time, "sleep", lambda _: [end(night, n, 1.0) for n, *_ in waiting(night)[:1]]
-    )
-    confirm.confirm(night, 2)
-    assert len(night.woken) > 3
 
 
 def test_a_supervisor_that_failed_ends_the_waiting_with_its_words(night, monkeypatch):
@@ -340,7 +303,7 @@ def test_a_real_night_that_displaced_a_best_is_confirmed_and_stands_the_audit(la
     assert lab.say("confirm", "--seeds", 2).splitlines()[-1] == said[-1]
     assert lab.say("audit").splitlines() == [
         "  5 of 5 scores match the ledger",
-        "  every run that started has its row",
+        "  every measured score has its row",
         "  the test split was scored 4 times",
         "  4 of 4 scores of the confirmation match the ledger",
         "  every kept commit is on the branch and touches only train.py",

@@ -9,7 +9,7 @@ import pytest
 
 from autoresearch.common import write_json
 from autoresearch.night import rules, settings
-from autoresearch.night.repo import Repository, merged
+from autoresearch.night.repo import merged
 from autoresearch.night.store import Experiment, Night
 
 pytestmark = pytest.mark.skipif(not shutil.which("git"), reason="needs git")
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(not shutil.which("git"), reason="needs git")
 def night(tmp_path, monkeypatch):
     """A night in a repository of its own, on its branch, with nothing queued."""
     monkeypatch.setattr(settings, "PROGRAM", tmp_path / "program.md")
-    (tmp_path / "program.md").write_text("- tag: nov21\n- goal: -\n- slots:\n")
+    (tmp_path / "program.md").write_text("- tag: nov21\n")
     (tmp_path / "train.py").write_text("x = 1\n")
     (tmp_path / "train.py.txt").write_text("a neighbour\n")
     (tmp_path / ".gitignore").write_text("results.tsv\n.night/\n")
@@ -100,20 +100,6 @@ def test_a_confirmation_has_no_row_and_is_no_record_of_the_night(night):
     assert len(night.results.read_text().splitlines()) == 2
 
 
-def test_a_record_holds_what_the_page_and_the_audit_read(night):
-    base = ended(night, score=1.0, tokens=1000, training_seconds=10.0)
-    first = night.records()[0]
-    night.sync_branch()
-    ended(night, score=0.9, text=b"x = 3\n", memory_gb=2.0, retried=["cut off: Ray lost it"])
-    record = night.records()[1]
-    assert (record["base"], record["base_rate"]) == (first["commit"], 100.0)
-    assert record["got"] == pytest.approx(-0.1) and record["memory_gb"] == 2.0
-    assert record["again"] == ["cut off: Ray lost it"] and "displaced" not in record
-    assert (record["run"], record["k"], record["kind"]) == ("run2", 1, "try")
-    [run] = [run for run in night.timed_runs() if run["n"] == base.n]
-    assert (run["kind"], run["id"]) == ("try", "run1")
-
-
 def test_the_branch_and_the_file_go_to_the_best_but_an_edit_in_progress_stays(night):
     baseline = night.tip()
     ended(night, score=1.0)
@@ -132,19 +118,6 @@ def test_the_branch_and_the_file_go_to_the_best_but_an_edit_in_progress_stays(ni
     night.target_path.write_text("x = 2\n")
     night.sync_branch()
     assert night.repo.git("status", "--porcelain") == ""
-
-
-def test_the_branch_follows_a_best_that_displaced_another_and_that_one_keeps_its_ref(night):
-    ended(night, score=1.0)
-    first = night.records()[0]["commit"]
-    # both on the baseline: the branch has not moved in between
-    ended(night, score=0.9, text=b"x = 3\n")
-    night.sync_branch()
-    second = night.records()[1]["commit"]
-    assert night.tip() == second
-    assert night.repo.git("rev-parse", "refs/autoresearch/nov21/1") == first
-    assert night.repo.git("merge-base", "--is-ancestor", first, second, check=False) is None
-    assert "not-of-the-night" not in night.repo.git("show-ref")
 
 
 def test_rates_and_conditions_are_those_of_all_runs(night):
@@ -193,8 +166,3 @@ def test_the_same_change_on_another_file_has_the_same_id(night):
     assert id_of(base, b"a = 1", b"a = 2") == id_of(other, b"a = 1", b"a = 2")
     assert id_of(base, b"a = 1", b"a = 2") != id_of(base, b"a = 1", b"a = 3")
     assert id_of(base, b"a = 1", b"a = 2") != id_of(base, b"b = 1", b"b = 2")
-
-
-def test_an_empty_setting_is_none_and_the_file_is_named(night):
-    assert settings.setting("slots", "4") == "4" and settings.setting("goal") == "-"
-    assert night.repo == Repository(night.root, "train.py")
