@@ -314,8 +314,9 @@ class Lab:
         os.kill(parent_of(run), signal.SIGKILL)
 
     def kill_supervisor(self):
+        """With all of its process group, to which no run belongs."""
         for pid in holders(self.state_dir / "supervisor"):
-            os.kill(pid, signal.SIGKILL)
+            os.killpg(os.getpgid(pid), signal.SIGKILL)
         self.until_idle()
 
     def check(self):

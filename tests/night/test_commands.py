@@ -46,9 +46,9 @@ def test_a_best_that_moves_while_others_wait_and_run(lab):
     lab.set("- slots: 2")
     old = lab.attempt("runs on the old best", HOLD="old", WIDTH=1)
     worse = lab.attempt("runs too", HOLD="new", DEPTH=1, WIDTH=-3)
+    lab.until_held(worse), lab.until_held(old)
     clean = lab.attempt("waits, and touches another line", COMMENT=1, DEPTH=1)
     clash = lab.attempt("waits, and touches the same line", WIDTH=4)
-    lab.until_held(worse), lab.until_held(old)
     lab.edit(NOTE=7)  # an edit in progress
     mine = (lab.root / "train.py").read_text()
     # 1. the first one is kept; those that waited start on top of it
@@ -76,8 +76,8 @@ def test_a_win_that_conflicts_with_a_worse_best_displaces_it_and_the_status_says
     lab.set("- slots: 2")
     wide = lab.attempt("width and a hold", HOLD="one", WIDTH=6)
     deep = lab.attempt("depth and a hold", HOLD="two", DEPTH=9)
-    rejected = lab.attempt("waits", HOLD="three", DEPTH=1)
     lab.until_held(wide), lab.until_held(deep)
+    rejected = lab.attempt("waits", HOLD="three", DEPTH=1)
     assert lab.until_ended(wide, go="one")["status"] == "keep"
     assert lab.until_ended(rejected)["status"] == "crash"  # all change HOLD
     lab.say()

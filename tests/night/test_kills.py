@@ -271,6 +271,18 @@ def test_one_supervisor_works_and_the_next_takes_over_while_a_run_lasts(lab):
     lab.check()
 
 
+def test_a_run_ends_with_its_watcher_also_where_nobody_looks(lab):
+    n = lab.attempt("held", HOLD="a", WIDTH=1)
+    lab.until_held(n)
+    lab.kill_supervisor()
+    assert lab.running()
+    lab.kill_watcher()
+    lab.until(lambda: not lab.running())
+    lab.go("a")
+    lab.say()
+    assert lab.until_ended(n)["again"] == ["cut off"]
+
+
 def test_a_worktree_cut_off_while_it_was_made_is_made_again(lab):
     queued_only(lab, "wider", WIDTH=1)
     tree = lab.state_dir / "nov21/queue/4/tree"

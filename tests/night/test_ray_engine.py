@@ -5,6 +5,7 @@ names.
 """
 
 import contextlib
+import io
 import json
 import os
 import shutil
@@ -12,14 +13,17 @@ import signal
 import socket
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from lab import LINUX, MANIFEST, Lab
 
 from autoresearch.common import Fail, signed
 from autoresearch.night import ray_engine, settings
+from autoresearch.night.store import Night
 
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 ray = pytest.importorskip("ray", reason="needs Ray: uv sync --group cluster", exc_type=ImportError)
@@ -123,7 +127,7 @@ class ClusterLab(Lab):
     def words(self) -> str:
         """What the engine last had to say."""
         state = json.loads((self.state_dir / "engine.json").read_text())
-        return " ".join(state["words"])
+        return " ".join(state["lines"])
 
     def with_constant(self, name: str, old: int, new: int):
         """As if ray_engine.py had another constant."""
@@ -376,6 +380,40 @@ def test_other_versions_are_ray_s_own_words_with_what_to_type(lab, nodes):
     assert "Ray: 2.1.0" in done.stderr and f"Ray: {ray.__version__}" in done.stderr
     assert "with the cluster's versions: uv run --python X.Y.Z --with ray==N" in done.stderr
     assert "lets nobody in" in lab.say()
+
+
+def test_a_task_asks_for_one_gpu_of_the_baseline_s_type_and_not_for_a_node_that_refused(
+    lab, monkeypatch
+):
+    asked = {}
+
+    class Remote:  # in Ray's place
+        def options(self, **options):
+            asked.update(options)
+            return self
+
+        def remote(self, job, code):
+            asked.update(job=job, files=tarfile.open(fileobj=io.BytesIO(code)).getnames())
+
+    monkeypatch.setattr(settings, "PROGRAM", lab.root / "program.md")
+    monkeypatch.setenv("AUTORESEARCH_CACHE", str(lab.cache))
+    monkeypatch.setattr(ray_engine.RayEngine, "connect", lambda self: None)
+    night = Night(lab.root)
+    tip = night.tip()
+    night.enqueue("confirm", tip, tip, "confirms", 45)
+    [experiment] = night.open()
+    engine = ray_engine.RayEngine(night, "h:1")
+    engine.ray = SimpleNamespace(remote=lambda function: Remote())
+    until = time.time() + 60
+    engine.excluded_nodes = {"n1": (until, "host", "why"), "n2": (until, "host", "why")}
+    engine.start(experiment, 1, {"id": "r", "commit": tip, "slot": {}}, 60)
+    assert asked["label_selector"] == {"ray.io/node-id": "!in(n1,n2)"}
+    assert (asked["num_gpus"], asked["accelerator_type"]) == (1, "NEW2")
+    assert asked["max_retries"] == 0 and asked["job"]["asked"]["seed"] == 45
+    assert {"train.py", "prepare.py", "autoresearch/referee/clock.py"} <= set(asked["files"])
+    assert "program.md" not in asked["files"] and experiment.state() == "running"
+    engine.tasks["r"][1].close()
+    assert experiment.state() == "cut off"  # as where the supervisor dies
 
 
 def test_without_ray_the_command_that_installs_it_is_said(monkeypatch):

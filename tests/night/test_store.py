@@ -7,8 +7,8 @@ import subprocess
 
 import pytest
 
-from autoresearch.common import write_json
-from autoresearch.night import rules, settings
+from autoresearch.common import Fail, write_json
+from autoresearch.night import commands, rules, settings
 from autoresearch.night.repo import merged
 from autoresearch.night.store import Experiment, Night
 
@@ -64,6 +64,19 @@ def test_an_experiment_s_state_is_what_its_files_say(night):
     assert experiment.dropped()
 
 
+def test_a_run_that_ends_between_two_looks_has_ended_and_was_not_cut_off(night, monkeypatch):
+    night.enqueue("try", night.tip(), night.tip(), "an idea", 42)
+    [experiment] = night.open()
+    write_json(experiment.folder / "run-1.json", {"id": "a"})
+
+    def ends_now(_):
+        write_json(experiment.folder / "end-1.json", {"code": 0})
+        return False
+
+    monkeypatch.setattr(Experiment, "alive", ends_now)
+    assert experiment.state() == "ended"
+
+
 def test_a_torn_line_of_the_journal_is_ignored_and_ended_by_the_next(night):
     ended(night, score=1.0)
     with open(night.journal, "ab") as file:
@@ -72,6 +85,12 @@ def test_a_torn_line_of_the_journal_is_ignored_and_ended_by_the_next(night):
     ended(night, score=0.9)
     assert [r["score"] for r in night.records()] == [1.0, 0.9]
     assert [r["score"] for r in Night(night.root).records()] == [1.0, 0.9]
+    # one that is being written is read once it is whole
+    with open(night.journal, "ab", buffering=0) as file:
+        file.write(b'{"n": 3, "kind": "try", ')
+        assert len(night.records()) == 2
+        file.write(b'"score": 0.8}\n')
+    assert [r["score"] for r in night.records()] == [1.0, 0.9, 0.8]
 
 
 def test_a_record_killed_before_its_row_is_archived_by_the_next_supervisor_once(night):
@@ -166,3 +185,17 @@ def test_the_same_change_on_another_file_has_the_same_id(night):
     assert id_of(base, b"a = 1", b"a = 2") == id_of(other, b"a = 1", b"a = 2")
     assert id_of(base, b"a = 1", b"a = 2") != id_of(base, b"a = 1", b"a = 3")
     assert id_of(base, b"a = 1", b"a = 2") != id_of(base, b"b = 1", b"b = 2")
+
+
+def test_a_change_that_is_queued_or_has_its_score_on_this_best_is_not_tried_again(night):
+    tip = night.tip()
+    night.enqueue("try", tip, tip, "an idea", 42, change="abc")
+    commands.check_new(night, "another", tip)
+    with pytest.raises(Fail, match="change of experiment 1, which has not ended"):
+        commands.check_new(night, "abc", tip)
+    [experiment] = night.open()
+    run = dict(id="a", commit=tip, base=tip, score=0.9)
+    night.record(experiment, rules.Record("discard", "why", run))
+    commands.check_new(night, "abc", "another best")
+    with pytest.raises(Fail, match="change of experiment 1 .discard, 0.900000"):
+        commands.check_new(night, "abc", tip)

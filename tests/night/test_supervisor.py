@@ -12,12 +12,11 @@ import subprocess
 
 import pytest
 
-from autoresearch.common import write_json
-from autoresearch.night import rules, settings
+from autoresearch.common import Fail, write_json
+from autoresearch.night import rules, settings, supervisor
 from autoresearch.night.results import row_of
 from autoresearch.night.settings import BASELINE_SEEDS
 from autoresearch.night.store import Experiment, Night
-from autoresearch.night.supervisor import Supervisor
 
 PLACES = "ABCDE"
 
@@ -96,8 +95,8 @@ class PaperNight:
 
     def supervise(self):
         """A supervisor that knows only the files looks at them until nothing moves."""
-        supervisor = Supervisor(Night(self.root), self.engine)
-        while supervisor.poll_once():
+        working = supervisor.Supervisor(Night(self.root), self.engine)
+        while working.poll_once():
             pass
 
     # the steps of a history
@@ -335,4 +334,43 @@ def test_the_baseline_is_decided_as_a_whole_and_nothing_before_it(root):
     paper.end("seed 44")
     assert [r["n"] for r in paper.night.records()] == [1, 2, 3, 4]
     assert [r["status"] for r in paper.night.records()] == ["keep", "discard", "discard", "keep"]
-    assert paper.night.engine_state() == {"slots": 4, "words": ["on paper"]}
+    assert paper.night.engine_state() == {"slots": 4, "lines": ["on paper"]}
+
+
+def test_what_is_queued_while_the_supervisor_releases_its_lock_is_worked_off(root, monkeypatch):
+    paper = PaperNight(root, dict(A1=5))
+    monkeypatch.setattr(supervisor, "Night", lambda: Night(root))
+    engines = []
+
+    def make_engine(night):
+        engines.append(PaperEngine())
+        engines[-1].close = close
+        return engines[-1]
+
+    def close():
+        if len(engines) == 1:  # a command that finds the lock taken starts no supervisor
+            tip = paper.night.tip()
+            n = paper.night.enqueue("try", tip, tip, "late", 42)
+            (paper.night.queue / str(n) / "drop").touch()
+
+    supervisor.supervise(make_engine)
+    assert len(engines) == 2 and paper.night.records()[-1]["why"] == "dropped while it waited"
+    # an engine that cannot be had is said where every command shows it
+
+    def no_engine(night):
+        raise Fail("no cluster")
+
+    with pytest.raises(Fail, match="no cluster"):
+        supervisor.supervise(no_engine)
+    assert paper.night.engine_state()["lines"] == ["no cluster"]
+
+
+def test_it_waits_for_a_slot_that_the_engine_may_still_get_until_it_is_stopped(root):
+    paper = PaperNight(root, dict(A1=5))
+    working = supervisor.Supervisor(paper.night, paper.engine)
+    assert not working.may_continue()
+    paper.slots(0)
+    paper.tries("A1")
+    assert not working.poll_once() and working.may_continue()
+    (paper.night.folder / "stop").touch()
+    assert not working.may_continue()

@@ -289,9 +289,10 @@ def test_two_runs_at_once_see_a_gpu_each_or_share_the_cores(
         lab.env["PATH"] = f"{tmp_path}:{lab.env['PATH']}"
     if slots:
         lab.set(f"- slots: {slots}")
-    numbers = [lab.attempt(f"idea {i}", HOLD="x", COMMENT=i) for i in range(3)]
-    for n in numbers[:2]:
+    numbers = [lab.attempt(f"idea {i}", HOLD="x", COMMENT=i) for i in range(2)]
+    for n in numbers:
         lab.until_held(n)  # both at once
+    numbers.append(lab.attempt("waits", HOLD="x", COMMENT=2))
     found = []
     for pid in lab.running():
         with contextlib.suppress(OSError):
