@@ -99,21 +99,14 @@ def local_slots() -> list[dict]:
 def visible_gpus() -> list[str]:
     """Names, each of which as CUDA_VISIBLE_DEVICES shows a run that one GPU."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        return named_gpus(visible)
-    if not shutil.which("nvidia-smi"):
-        return []
-    listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True).stdout
-    return [str(i) for i in range(len(re.findall(r"^GPU \d+:", listed, re.M)))]
-
-
-def named_gpus(visible: str) -> list[str]:
-    """The entries of CUDA_VISIBLE_DEVICES. CUDA ignores what follows the first that names no GPU."""
+    if visible is None and shutil.which("nvidia-smi"):
+        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True).stdout
+        return re.findall(r"^GPU (\d+):", listed, re.M)
     names = []
-    for entry in visible.split(","):
+    for entry in (visible or "").split(","):
         name = entry.strip()
         if not re.fullmatch(r"\d+|GPU-\S+", name):
-            break
+            break  # CUDA ignores what follows the first entry that names no GPU
         names.append(name)
     return list(dict.fromkeys(names))
 

@@ -1,8 +1,4 @@
-"""Is the gain real? The interval against scipy's numbers, the verdict on simulated nights, the queue."""
-
-import math
-import random
-import shutil
+"""Is the gain real? The interval against scipy's numbers, the table, the queue."""
 
 import pytest
 from repository import make_repository
@@ -64,46 +60,6 @@ def test_the_interval_is_scipys_in_both_directions(monkeypatch, scores, others, 
 )
 def test_the_verdict_in_one_sentence(interval, sentence):
     assert is_it_real(*interval) == sentence
-
-
-# ---- what it is for: nights of 100 experiments, of which the luckiest are kept
-
-
-def simulated(draw: random.Random, ideas: list[float]) -> tuple[float, bool | None]:
-    """(what the best is truly better by, whether a confirmation calls it real).
-
-    Noise has a standard deviation of 1. ideas: the true gains. None where nothing was kept.
-    """
-    baseline = [{"commit": "baseline", "score": draw.gauss(0, 1)} for _ in range(3)]
-    floor, best, truth, kept = rules.noise_floor(baseline), baseline[0]["score"], 0.0, 0
-    for idea in ideas:
-        score = draw.gauss(-truth - idea, 1)
-        if rules.decide(score, best, floor, simpler=False)[0] == "keep":
-            best, truth, kept = score, truth + idea, kept + 1
-    if not kept:
-        return truth, None
-    scores = [draw.gauss(-truth, 1) for _ in range(3)]
-    others = [draw.gauss(0, 1) for _ in range(3)]
-    return truth, is_it_real(*welch(scores, others)).endswith(": real")
-
-
-def test_where_no_idea_helps_it_says_real_in_at_most_one_night_in_twenty():
-    draw = random.Random(1)
-    verdicts = [real for _, real in (simulated(draw, [0.0] * 100) for _ in range(1000))]
-    verdicts = [real for real in verdicts if real is not None]
-    assert len(verdicts) > 500 and sum(verdicts) <= 0.05 * len(verdicts)
-
-
-def test_a_gain_of_three_noise_floors_is_called_real_in_at_least_nineteen_of_twenty():
-    draw = random.Random(2)
-    verdicts = []
-    for _ in range(1000):
-        ideas = [0.0] * 100
-        ideas[draw.randrange(100)] = 3 * 3 / math.sqrt(math.pi)  # the mean range of three draws
-        truth, real = simulated(draw, ideas)
-        if truth > 0:  # else the night has missed it
-            verdicts.append(real)
-    assert len(verdicts) > 750 and sum(verdicts) >= 0.95 * len(verdicts)
 
 
 # ---- the table
@@ -227,12 +183,6 @@ def test_baseline_and_best_are_queued_in_turn_and_never_twice(night):
         (9, best, 45),
     ]
     assert queue_confirmation(night, 4)[1] == {5, 6, 7, 8, 9, 10, 11}
-
-
-def test_an_experiment_that_is_recorded_and_not_archived_yet_does_not_run(night):
-    keep(night, 0.9)
-    shutil.copytree(night.done / "2", night.queue / "2")
-    assert len(queue_confirmation(night, None)[1]) == 6
 
 
 def test_what_cannot_be_confirmed_is_one_line(night):

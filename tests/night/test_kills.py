@@ -227,23 +227,6 @@ def test_stop_ends_what_runs_and_begin_runs_it_again(lab):
     lab.check()
 
 
-def test_stop_during_the_baseline(fresh, tmp_path):
-    lab = fresh.copy(tmp_path / "it")
-    lab.edit(HOLD="a")
-    lab.git("commit", "-qam", "a long baseline")
-    lab.say("begin")
-    lab.until_held(1)
-    assert "to end all, night.py stop" in lab.refused("drop", 1)
-    lab.say("stop")
-    lab.until_idle()
-    lab.until(lambda: not lab.running())
-    lab.say("begin")
-    assert lab.until_ended(1, go="a")["status"] == "keep"
-    lab.until_ended(3)
-    lab.until_idle()
-    assert len(lab.records()) == 3
-
-
 def test_the_supervisor_outlives_the_agent_its_process_group_and_its_session(lab):
     lab.edit(WIDTH=1, HOLD="a")
     command = ["sh", "-c", f"{sys.executable} night.py try wider; sleep 60"]

@@ -120,10 +120,7 @@ LOGS = {
     "no file": Log(None, ["0 experiments: 0 kept", "nothing kept yet", "this log has none"]),
     "header": Log(HEADER, ["0 experiments: 0 kept", "No row was read, so nothing was checked."]),
     "good": Log(HEADER + GOOD, SIX, {"kept": 3, "discarded": 2, "crashed": 1}),
-    "crlf": Log((HEADER + GOOD).replace("\n", "\r\n"), SIX),
-    "crash first": Log(row("exp", 0, 0, "crash", "x") + GOOD, ["7 experiments: 3 kept"]),
     "only crashes": Log(row("e", 0, 0, "crash", "x") * 5, ["nothing kept yet"], {"crashed": 5}),
-    "only discarded": Log(row("e", 0.9, 1, "discard", "x"), ["1 experiments: 0 kept"]),
     "one": Log(
         HEADER + GOOD.split("\n")[0],
         [
@@ -135,7 +132,7 @@ LOGS = {
     ),
     "duplicates": Log(HEADER + GOOD + GOOD, ["12 experiments: 6 kept"], {"kept": 6}),
     "broken": Log(
-        HEADER + GOOD + "hello\nx\tnan\t1\tkeep\t\n", [*SIX, "! 1 rows were skipped, their status"]
+        HEADER + GOOD + "hello\nx\tnan\t1\tkeep\t\n", [*SIX, "! 2 rows were skipped, a row needs a status"]
     ),
     "other columns": Log(
         "id\tval_rmse\tstatus\n1\t3\tkeep\n", ["! all 1 rows were skipped: no column is"]

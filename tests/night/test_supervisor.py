@@ -222,11 +222,6 @@ HISTORIES = {  # gains; steps; the branch; fates; which runs started on what
         "D1 B1 C1 A1 E1", dict(B1="keep 30 2", A1="keep 42 2", E1="keep 51 1"),
         "A1 on -, B1 on -, C1 on -, D1 on -, B1 on D1, C1 on B1, A1 on C1, E1 on A1",
     ),
-    "the best moves twice under one run, which runs again once": (
-        dict(A1=5, B1=10, C1=3),
-        "tries A1 C1; end A1; tries B1; end B1; end C1; end C1",
-        "A1 B1 C1", dict(C1="keep 18 2"), "A1 on -, C1 on -, B1 on A1, C1 on B1",
-    ),
     "simpler code is compared with the best that it stood on, then with the new one": (
         {"A1": 5, "B1": 0, "C1": 0, "A1+B1": 4.5, "A1+C1": 3},
         "tries A1 simpler:B1 simpler:C1; end A1; end B1 C1; end B1; end C1",
@@ -251,32 +246,17 @@ HISTORIES = {  # gains; steps; the branch; fates; which runs started on what
         "A2 D1", dict(A1="keep 5 1", B1="keep 7 2", A2="keep 12 1", D1="keep 16 2"),
         "A1 on -, A2 on -, B1 on -, B1 on A1, D1 on B1, D1 on A2",
     ),
-    "what waited and conflicts is rejected unmeasured": (
-        dict(A1=5, A2=8),
-        "slots 1; tries A1 A2; end A1",
-        "A1", dict(A2="crash - 0 runs: rejected .conflict.: it conflicts with the best"), "A1 on -",
-    ),
     "what the best has already is not measured again": (
         dict(A1=5, B1=2),
         "tries A1 A1+B1; end A1+B1; end A1",
         "A1+B1", {"A1": "discard 5 1 runs: rejected .conflict.: its change is in the best, .* already"},
         "A1 on -, A1+B1 on -",
     ),
-    "a part of it that the best has already is no conflict": (
-        dict(A1=5, B1=2),
-        "tries A1 A1+B1; end A1; end A1+B1; end A1+B1",
-        "A1 A1+B1", {"A1+B1": "keep 7 2"}, "A1 on -, A1+B1 on -, A1+B1 on A1",
-    ),
     "dropped while it waits for its second run, and while that lasts": (
         dict(A1=1.5, B1=1.4, C1=1.3),
         "tries A1 B1 C1; slots 1; end A1; end B1; end C1; drop C1; drop B1",
         "A1", dict(C1="crash - 1 runs: dropped while it waited", B1="crash - 2 runs: dropped"),
         "A1 on -, B1 on -, C1 on -, B1 on A1",
-    ),
-    "a slow run on the new best is repeated, whatever was slow on the old one": (
-        dict(A1=5, B1=10),
-        "tries A1 B1; slow B1; end A1; end B1; slow B1; end B1",
-        "A1 B1", dict(B1="keep 15 4"), "A1 on -, B1 on -, B1 on -, B1 on A1, B1 on A1",
     ),
     "what the engine loses runs again, twice": (
         dict(A1=5, B1=2),
