@@ -30,6 +30,20 @@ class Finding:
         return f"{' ' if self.fine else '!'} {printable(self.words)}"
 
 
+def doubt(words: str, items) -> Iterator[Finding]:
+    """A finding against the results where there are such items."""
+    items = list(items)
+    if items:
+        yield Finding(False, f"{words}: {some(items)}")
+
+
+def matching(what: str, count: int, wrong: list) -> Iterator[Finding]:
+    """How many of `count` scores match the ledger, and which do not."""
+    if count:
+        words = f"{count - len(wrong)} of {count} {what} match the ledger"
+        yield Finding(not wrong, words + (f"; not {some(wrong)}" if wrong else ""))
+
+
 def say_audit():
     """Prints the audit of the night in this folder."""
     print(*audit_lines(NightReport.here()), sep="\n")
@@ -140,30 +154,21 @@ def _scores(rows: list[Row], runs: list[dict], matched: dict[int, dict]) -> Iter
             same = [other for other in runs if row.hash and _commit(other) == row.hash[:7]]
             measured = [f"{other['score']:.6f}" for other in same if other.get("score") is not None]
             claim = f"{row.score:.6f} claimed, {some(measured) or 'nothing'} measured"
-            mismatched.append(f"{row.n} ({one_line(row.commit, 20)}: {claim})")
+            mismatched.append(f"experiment {row.n} ({one_line(row.commit, 20)}: {claim})")
         elif run.get("changed"):
             edited.append(row.n)
         elif row.status == "keep" and run.get("seed", BASELINE_SEEDS[0]) != BASELINE_SEEDS[0]:
             other_seed.append(row.n)
-    if scored:
-        words = f"{len(scored) - len(mismatched)} of {len(scored)} scores match the ledger"
-        if mismatched:
-            words += f"; not experiments {some(mismatched)}"
-        yield Finding(not mismatched, words)
-    if edited:
-        words = f"{TARGET.file} had uncommitted changes when these were measured: experiments "
-        yield Finding(False, words + some(edited))
-    if other_seed:
-        words = f"kept with another seed than {BASELINE_SEEDS[0]}: experiments "
-        yield Finding(False, words + some(other_seed))
+    yield from matching("scores", len(scored), mismatched)
+    yield from doubt(f"{TARGET.file} had uncommitted changes in experiments", edited)
+    yield from doubt(f"kept with another seed than {BASELINE_SEEDS[0]}", other_seed)
 
 
 def _runs_left_out(runs: list[dict]) -> Iterator[Finding]:
     """Runs of this night that have no row and that the night did not start."""
     scored = [f"{run['score']:.6f} ({_name(run)})" for run in runs if run.get("score") is not None]
-    if scored:
-        yield Finding(False, f"{len(scored)} measured scores have no row: {some(scored)}")
-    else:
+    yield from doubt(f"{len(scored)} measured scores have no row", scored)
+    if not scored:
         yield Finding(True, "every measured score has its row")
 
 
@@ -205,18 +210,11 @@ def _confirmation(
     measured = {run["run"]: [run.get(key) for key in keys] for run in test}
     scored = [record for record in confirmed if record["score"] is not None]
     mismatched = [r["n"] for r in scored if measured.get(r["run"]) != [r[key] for key in keys]]
-    if scored:
-        fine = len(scored) - len(mismatched)
-        words = f"{fine} of {len(scored)} scores of the confirmation match the ledger"
-        if mismatched:
-            words += f"; not runs {some(mismatched)}"
-        yield Finding(not mismatched, words)
+    yield from matching("scores of the confirmation", len(scored), mismatched)
     recorded = {(record["commit"], record["seed"]) for record in scored}
-    missing = [run for run in confirming if (run.get("commit"), run.get("seed")) not in recorded]
-    missing = [_name(run) for run in missing if run.get("score") is not None]
-    if missing:
-        words = f"{len(missing)} scores on the test split are missing in the confirmation: "
-        yield Finding(False, words + some(missing))
+    runs = [run for run in confirming if run.get("score") is not None]
+    missing = [r for r in runs if (r.get("commit"), r.get("seed")) not in recorded]
+    yield from doubt("scored on the test split, not in the confirmation", map(_name, missing))
 
 
 # ---------------------------------------------------------------------------------- the journal
@@ -231,11 +229,8 @@ def _journal(report: NightReport) -> Iterator[Finding]:
     recorded, told = set(records), set(rows)
     unknown = [row.n for row, key in zip(report.rows, rows) if key not in recorded]
     lost = [record["n"] for record, key in zip(report.records, records) if key not in told]
-    if unknown:
-        yield Finding(False, f"rows that the night did not write so: experiments {some(unknown)}")
-    if lost:
-        words = "measured by the night, without such a row: experiments "
-        yield Finding(False, words + some(lost))
+    yield from doubt("rows that the night did not write so", unknown)
+    yield from doubt("experiments without the row that the night wrote", lost)
 
 
 # ------------------------------------------------------------------------------------------- git
@@ -287,12 +282,8 @@ def _code(runs: list[dict], root: Path) -> Iterator[Finding]:
                 from_machine.add(path)  # a kernel from the hub, for example
             else:
                 not_committed.append(f"{path} (in {_name(run)})")
-    if other_script:
-        yield Finding(
-            False, f"what ran is not the {TARGET.file} of its commit: {some(other_script)}"
-        )
-    if not_committed:
-        yield Finding(False, f"imported, and not in the commit: {some(not_committed)}")
+    yield from doubt(f"what ran is not the {TARGET.file} of its commit", other_script)
+    yield from doubt("imported, and not in the commit", not_committed)
     if from_machine:
         words = "imported from the first run on, and in no commit: "
         yield Finding(True, words + some(sorted(from_machine)))
@@ -305,8 +296,7 @@ def _branch(report: NightReport) -> Iterator[Finding]:
     ids = _objects({f"{row.hash}^{{commit}}" for row in kept if row.hash}, root)
     commits = {row.n: ids.get(f"{row.hash}^{{commit}}") for row in kept}
     unknown = [one_line(row.commit, 20) or "-" for row in kept if not commits[row.n]]
-    if unknown:
-        yield Finding(False, f"kept, but git knows no such commit: {some(unknown)}")
+    yield from doubt("kept, but git knows no such commit", unknown)
     known = [commit for commit in commits.values() if commit]
     if not known:
         return
@@ -318,20 +308,17 @@ def _branch(report: NightReport) -> Iterator[Finding]:
     # A best leaves the branch where a better change that conflicts with it displaces it.
     displaced = [lost["commit"] for r in report.records for lost in displaced_by(r, report.records)]
     missing = [commit[:7] for commit in known if commit not in [*history, *displaced]]
-    if missing:
-        yield Finding(False, f"kept, but not on the branch {report.branch}: {some(missing)}")
+    yield from doubt(f"kept, but not on the branch {report.branch}", missing)
     start = known[0]
     since = history[: history.index(start)] if start in history else []
     extra = [commit[:7] for commit in since if commit not in known]
-    if extra:
-        yield Finding(False, f"on the branch, but in no row as kept: {some(extra)}")
+    yield from doubt("on the branch, but in no row as kept", extra)
     other_files = []
     for commit in dict.fromkeys([*known, *since]):
         changed = git("diff", "--name-only", f"{commit}~1", commit, at=root, check=False) or ""
         files = set(changed.splitlines()) - {TARGET.file}
         if files and commit != start:
             other_files.append(f"{commit[:7]} ({some(sorted(files), 3)})")
-    if other_files:
-        yield Finding(False, f"commits that touch more than {TARGET.file}: {some(other_files)}")
+    yield from doubt(f"commits that touch more than {TARGET.file}", other_files)
     if not (unknown or missing or extra or other_files):
         yield Finding(True, f"every kept commit is on the branch and touches only {TARGET.file}")

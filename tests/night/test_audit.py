@@ -194,31 +194,31 @@ class Falsify:
     def claim_a_score(lab):
         lab.claim(7, score=0.969998)
         return [
-            "5 of 6 scores match the ledger; not experiments 7 (",
+            "5 of 6 scores match the ledger; not experiment 7 (",
             "0.969998 claimed, 0.970000 measured",
         ]
 
     def invent_a_row(lab):
         lab.rows.append(Row(8, "abcdef0", 0.95, 1.0, "discard", "never run"))
         return [
-            "not experiments 8 (abcdef0: 0.950000 claimed, nothing measured)",
-            "did not write so: experiments 8",
+            "not experiment 8 (abcdef0: 0.950000 claimed, nothing measured)",
+            "did not write so: 8",
         ]
 
     def use_one_run_for_two_rows(lab):
         lab.rows.append(dataclasses.replace(lab.rows[6], n=8))
-        return ["not experiments 8 ("]
+        return ["not experiment 8 ("]
 
     def keep_what_was_discarded(lab):
         lab.claim(4, status="keep")
         return [
-            "did not write so: experiments 4",
+            "did not write so: 4",
             "kept, but not on the branch autoresearch/test: ",
         ]
 
     def lose_a_row(lab):
         del lab.rows[3]
-        return ["measured by the night, without such a row: experiments 4"]
+        return ["experiments without the row that the night wrote: 4"]
 
     def lose_an_experiment_from_row_and_journal(lab):
         run = lab.records[3]["run"]
@@ -247,11 +247,11 @@ class Falsify:
 
     def uncommitted_train(lab):
         lab.ledger[-1]["changed"] = True
-        return ["train.py had uncommitted changes when these were measured: experiments 7"]
+        return ["train.py had uncommitted changes in experiments: 7"]
 
     def lucky_seed(lab):
         lab.keep(0.9, seed=7)
-        return ["kept with another seed than 42: experiments 8"]
+        return ["kept with another seed than 42: 8"]
 
     def look_at_the_test_split(lab):
         for _ in range(3):
@@ -303,12 +303,12 @@ class Falsify:
     def edit_the_confirmation(lab):
         lab.confirm()
         lab.confirmed[3]["score"] -= 0.001
-        return ["5 of 6 scores of the confirmation match the ledger; not runs 11"]
+        return ["5 of 6 scores of the confirmation match the ledger; not 11"]
 
     def leave_a_bad_score_out_of_the_confirmation(lab):
         lab.confirm()
         lab.confirmed[5]["score"] = None
-        return ["1 scores on the test split are missing in the confirmation: "]
+        return ["scored on the test split, not in the confirmation: "]
 
     def confirm_on_another_device(lab):
         lab.confirm()

@@ -132,7 +132,8 @@ LOGS = {
     ),
     "duplicates": Log(HEADER + GOOD + GOOD, ["12 experiments: 6 kept"], {"kept": 6}),
     "broken": Log(
-        HEADER + GOOD + "hello\nx\tnan\t1\tkeep\t\n", [*SIX, "! 2 rows were skipped, a row needs a status"]
+        HEADER + GOOD + "hello\nx\tnan\t1\tkeep\t\n",
+        [*SIX, "! 2 rows were skipped, a row needs a status"],
     ),
     "other columns": Log(
         "id\tval_rmse\tstatus\n1\t3\tkeep\n", ["! all 1 rows were skipped: no column is"]
