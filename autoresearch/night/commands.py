@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import time
 import warnings
-from pathlib import Path
 
 from autoresearch.common import (
     Fail,
     one_line,
     printable,
     read_json,
+    some,
     write_atomically,
     write_json,
 )
 from autoresearch.night import rules
+from autoresearch.night.experiment import Experiment
 from autoresearch.night.repo import merged
 from autoresearch.night.results import COLUMNS
 from autoresearch.night.settings import BASELINE_SEEDS, CLUSTER_TIMEOUT, TARGET, time_limit
@@ -53,11 +54,11 @@ def begin(night: Night):
     git = night.repo.git
     if git("rev-parse", "-q", "--verify", "HEAD", check=False) is None:
         raise Fail("this repository has no commit yet: git add -A && git commit, then begin")
-    changed = git("status", "--porcelain", "--untracked-files=no").splitlines()
-    others = [line[2:].strip() for line in changed if line[2:].strip() != TARGET.file]
+    changed = git("diff", "--name-only", "HEAD").splitlines()
+    others = [name for name in changed if name != TARGET.file]
     if others:
-        named = ", ".join(others[:5])
-        raise Fail(f"changed and not committed: {named}: commit it, or git checkout it, then begin")
+        advice = "commit it, or git checkout it, then begin"
+        raise Fail(f"changed and not committed: {some(others)}: {advice}")
     check_results(night)
     uncommitted = (
         f"{TARGET.file} has edits: git commit them as the baseline, "
@@ -234,12 +235,12 @@ def news_lines(night: Night, new_records: list[dict]) -> list[str]:
 
 def drop(night: Night, n: int):
     """Gives up an experiment that waits or runs."""
-    record, folder = find(night, n)
+    record, experiment = find(night, n)
     if "status" in record:
         raise Fail(f"{n} has ended ({record['status']}): there is nothing to drop")
     if record["kind"] == "baseline":
         raise Fail(f"{n} is the baseline, which all else needs; to end all, night.py stop")
-    (folder / "drop").touch()
+    (experiment.folder / "drop").touch()
     wake(night)
     print(f"{n} is dropped; night.py wait")
 
@@ -247,24 +248,22 @@ def drop(night: Night, n: int):
 # ------------------------------------------------------------------------------- show, bring, runs
 
 
-def find(night: Night, n: int) -> tuple[dict, Path]:
-    """An experiment's record, or what was asked for where it has not ended; and its folder."""
+def find(night: Night, n: int) -> tuple[dict, Experiment]:
+    """(an experiment's record, or what was asked for where it has not ended; the experiment)."""
     folder = night.folder_of(n)
-    asked = read_json(folder / "experiment.json") if folder else None
-    if asked is None:
+    experiment = Experiment.at(folder) if folder else None
+    if experiment is None:
         raise Fail(f"there is no experiment {n}: they go from 1 to {night.next_number() - 1}")
-    record = next((r for r in night.ended() if r["n"] == n), None)
-    return record or asked, folder
+    records = [record for record in night.ended() if record["n"] == n]
+    return records[0] if records else experiment.asked, experiment
 
 
 def show(night: Night, n: int):
     """Decision, diff, losses beside the best's, and the end of the log."""
-    record, folder = find(night, n)
-    lines = (
-        record_lines(record)
-        if "status" in record
-        else [f"{n}: {title_of(record)}, not decided yet"]
-    )
+    record, experiment = find(night, n)
+    lines = [f"{n}: {title_of(record)}, not decided yet"]
+    if "status" in record:
+        lines = record_lines(record)
     if record["kind"] == "try":
         commit = record["commit"]
         words = ("diff-tree", "-p", f"{commit}^", commit, "--", TARGET.file)
@@ -273,22 +272,14 @@ def show(night: Night, n: int):
         lines += changed[:18]
         if len(changed) > 18:
             lines.append(f"... {len(changed) - 18} more lines: git show {commit[:7]}")
-    lines += loss_lines(night, folder)
-    logs = sorted(folder.glob("run-*.log"), key=number_of)
-    if logs:
-        lines += ["end of the log:", *(f"   | {line}" for line in end_of_log(logs[-1], 10))]
+    lines += loss_lines(night, losses(experiment.path("progress.jsonl")))
+    lines += ["end of the log:"]
+    lines += [f"   | {line}" for line in end_of_log(experiment.path("run.log"), 10)]
     print_lines(lines)
 
 
-def number_of(path: Path) -> int:
-    """K of run-K.log or progress-K.jsonl."""
-    return int(path.stem.rpartition("-")[2])
-
-
-def loss_lines(night: Night, folder: Path) -> list[str]:
-    """The last run's losses at each 10% of the budget, and the best's in brackets."""
-    paths = sorted(folder.glob("progress-*.jsonl"), key=number_of)
-    curve = losses(paths[-1]) if paths else []
+def loss_lines(night: Night, curve: list[tuple[float, float]]) -> list[str]:
+    """The losses at each 10% of the budget, and the best's in brackets."""
     if not curve:
         return []
     best_curve = best_losses(night, night.records())
@@ -353,9 +344,6 @@ def run_cells(record: dict) -> list:
     """One line of the table of runs."""
     score, tokens = record.get("score"), record.get("tokens")
     status = record.get("failure") or ("scored" if score is not None else "no end")
-    share = rules.slow_share(record, [])
-    if share and score is not None:
-        status += f", slow ({share:.0%} of its own best stretch)"
     return [
         record.get("time", "-"),
         (record.get("commit") or "-")[:7] + ("*" if record.get("changed") else ""),

@@ -136,9 +136,12 @@ class Confirmation:
         for seed in self.seeds:
             cells = []
             for name, record in kept.items():
-                run = self.runs.get((record["commit"], seed))
-                cells.append(_cell(run))
-                remarks += _remarks(run, f"{name}, seed {seed}")
+                run = self.runs.get((record["commit"], seed), {})
+                score = run.get("score")
+                cells.append("-" if score is None else f"{score:.6f}")
+                if run and score is None:
+                    log = f"night.py show {run['n']} has its log, confirm runs it again"
+                    remarks.append(f"{name}, seed {seed} gave no score: {run['why']}; {log}")
             table.append(f"{f'seed {seed}':11} {cells[0]:>9}  {cells[1]:>9}")
         columns = [self.scores(record) for record in kept.values()]
         for name, value in (("mean", mean), ("range", spread)):
@@ -160,21 +163,6 @@ def confirmation_lines(records: list[dict], confirmed: list[dict], ledger: list[
     if not confirmation.seeds:
         return ["the best is not confirmed yet: uv run night.py confirm"]
     return confirmation.lines(ledger)
-
-
-def _cell(run: dict | None) -> str:
-    if run is None:
-        return "-"
-    return "crash" if run["score"] is None else f"{run['score']:.6f}"
-
-
-def _remarks(run: dict | None, name: str) -> list[str]:
-    if run is None:
-        return []
-    if run["score"] is None:
-        log = f"night.py show {run['n']} has its log, confirm runs it again"
-        return [f"{name} gave no score: {run['why']}; {log}"]
-    return [f"{name} ran again: {why}" for why in run["again"]]
 
 
 # ------------------------------------------------------------------------------------ the command

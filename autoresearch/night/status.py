@@ -62,15 +62,6 @@ def record_lines(record: dict) -> list[str]:
     return lines
 
 
-def displaced_lines(record: dict, records: list[dict]) -> list[str]:
-    """Which kept changes a record took off the branch, and how to bring them back."""
-    return [
-        f"     it displaced {lost['n']}, {lost['commit'][:7]} ({title_of(lost)}): night.py show "
-        f"{lost['n']}, make that change again on top, and try"
-        for lost in rules.displaced_by(record, records)
-    ]
-
-
 def log_of(night: Night, record: dict, name: str = "run", ending: str = "log") -> Path:
     """The log of the run that counts; or another of its files."""
     folder = night.folder_of(record["n"]) or night.done
@@ -99,11 +90,11 @@ def loss_at(curve: list[tuple[float, float]], percent: float) -> float | None:
 
 
 def progress(experiment: Experiment, best_curve: list[tuple[float, float]]) -> str:
-    """`compiling, 20 s so far`, `training 40%, loss 2.41 (best at 40%: 2.2)`, or `scoring`."""
+    """`compiling, 20 s so far`, or `training 40%, loss 2.41 (best at 40%: 2.2)`."""
     run = experiment.runs()[-1]
     so_far = f"{time.time() - seconds_of(run['began']):.0f} s so far"
     if "cluster" in run:
-        return f"on the cluster, {so_far}"  # its losses come home with its score
+        return f"on the cluster, {so_far}"  # its losses come back with its score
     path = experiment.path("progress.jsonl")
     lines, curve = read_progress(path), losses(path)
     phase = lines[-1]["phase"] if lines else "starting"
@@ -147,8 +138,12 @@ def best_lines(records: list[dict]) -> list[str]:
         f"best {best['score']:.6f}: {best['n']}, {best['commit'][:7]}, {title_of(best)}",
         f"     baseline {kept[0]['score']:.6f}; {len(records)} experiments ended, {scored} scored, "
         f"{len(kept)} kept; noise floor {noise}",
-        *displaced_lines(best, records),
     ]
+    for lost in rules.displaced_by(best, records):
+        again = f"night.py show {lost['n']}, make that change again on top, and try"
+        lines.append(
+            f"     it displaced {lost['n']}, {lost['commit'][:7]} ({title_of(lost)}): {again}"
+        )
     predictions, direction, size = rules.calibration(records, floor)
     if predictions:
         right = f"{direction} of {predictions} right in direction, {size} in size"

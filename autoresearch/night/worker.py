@@ -116,7 +116,7 @@ class Isolation:
 
 
 def run_environment(folder: Path, compiled: Path, asked: dict, run: dict, progress: Path) -> dict:
-    """The user's variables, with a home and temporary files of the run's own in `folder`."""
+    """The user's variables, with HOME and TMPDIR of the run's own in `folder`."""
     home, temporary = folder / "home", folder / "tmp"
     for path in (home, temporary, compiled):
         path.mkdir(parents=True, exist_ok=True)

@@ -21,28 +21,22 @@ def short_sha256(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()[:16]
 
 
-@dataclasses.dataclass
-class Lab:
-    """A repository after a night, and all that the audit is given of it."""
+class Lab(NightReport):
+    """A repository after a night, and the report on it that the audit is given."""
 
-    folder: Path
-    by_hand: bool  # a night without night.py: no records, runs in the repository itself
-    rows: list = dataclasses.field(default_factory=list)
-    records: list = dataclasses.field(default_factory=list)
-    started: dict = dataclasses.field(default_factory=dict)
-    ledger: list = dataclasses.field(default_factory=list)
-    confirmed: list = dataclasses.field(default_factory=list)
-    more: dict = dataclasses.field(default_factory=dict)  # for the NightReport
+    def __init__(self, root: Path, by_hand: bool):
+        super().__init__(root, rows=[], branch="autoresearch/test")
+        self.by_hand = by_hand  # a night without night.py: no records, runs in the repository
 
     def git(self, *words) -> str:
-        return git(self.folder, *words)
+        return git(self.root, *words)
 
     @property
     def tip(self) -> str:
         return self.git("rev-parse", "HEAD")
 
     def commit(self, source: str, *more: str) -> str:
-        (self.folder / "train.py").write_text(source)
+        (self.root / "train.py").write_text(source)
         self.git("add", "train.py", *more)
         self.git("commit", "-qm", source)
         return self.tip
@@ -55,7 +49,7 @@ class Lab:
             "run": run,
             "event": "start",
             "time": "2026-03-05T01:00:00Z",
-            "repo": str(self.folder / ".night/test/queue/1/tree" if by_night else self.folder),
+            "repo": str(self.root / ".night/test/queue/1/tree" if by_night else self.root),
             "branch": "HEAD" if by_night else "autoresearch/test",
             "commit": commit,
             "changed": False,
@@ -104,11 +98,7 @@ class Lab:
             self.confirmed.append({**confirmed, "score": end["score"], "run": end["run"]})
 
     def audit(self) -> list[str]:
-        names = ("rows", "records", "started", "ledger", "confirmed")
-        known = {name: getattr(self, name) for name in names}
-        return audit_lines(
-            NightReport(self.folder, branch="autoresearch/test", **known, **self.more)
-        )
+        return audit_lines(self)
 
 
 def honest(folder: Path, by_hand: bool) -> Lab:
@@ -141,11 +131,11 @@ def labs(tmp_path_factory):
 
 
 def copied(lab: Lab, folder: Path) -> Lab:
-    shutil.copytree(lab.folder, folder)
+    shutil.copytree(lab.root, folder)
     other = copy.deepcopy(lab)
     for line in other.ledger:
-        line["repo"] = line["repo"].replace(str(lab.folder), str(folder))
-    other.folder = folder
+        line["repo"] = line["repo"].replace(str(lab.root), str(folder))
+    other.root = folder
     return other
 
 
@@ -226,7 +216,7 @@ class Falsify:
         return ["1 measured scores have no row: 0.995000 ("]
 
     def touch_a_locked_file(lab):
-        (lab.folder / "prepare.py").write_text("easy = True\n")
+        (lab.root / "prepare.py").write_text("easy = True\n")
         lab.keep(0.9, files=["prepare.py"], imported={})
         return ["commits that touch more than train.py: ", "(prepare.py)"]
 
@@ -264,7 +254,7 @@ class Falsify:
         return ["the test split was scored 3 times; more than once for baseline and winner"]
 
     def damage_the_ledger(lab):
-        lab.more["damaged"] = 1
+        lab.damaged = 1
         return ["1 lines of the ledger are damaged"]
 
     def lose_the_ledger(lab):
@@ -272,12 +262,8 @@ class Falsify:
         return ["the ledger holds no run of this night: no score can be checked"]
 
     def lose_the_journal(lab):
-        lab.more["problem"] = "program.md has no tag"
+        lab.problem = "program.md has no tag"
         return ["the night's own records were not read: program.md has no tag"]
-
-    def rows_that_cannot_be_read(lab):
-        lab.more["skipped"] = ["2 rows were skipped, because"]
-        return ["2 rows were skipped, because"]
 
     def import_a_helper(lab):
         lab.ledger[-1]["imported"]["\x1b[2Jhelper.py"] = "0" * 16
@@ -399,13 +385,6 @@ class Honest:
 def test_the_audit_does_not_cry_wolf(lab, happens):
     happens(lab)
     assert lab.audit()[-1] == FINE, lab.audit()
-
-
-def test_older_ledgers_lack_fields_and_are_no_doubt(lab_by_hand):
-    kept = ("run", "event", "time", "repo", "branch", "commit", "changed", "score", "split", "seed")
-    for i, run in enumerate(lab_by_hand.ledger):
-        lab_by_hand.ledger[i] = {key: run[key] for key in kept if key in run}
-    assert lab_by_hand.audit()[-1] == FINE, lab_by_hand.audit()
 
 
 def test_without_git_the_audit_says_so(tmp_path):

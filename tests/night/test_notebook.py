@@ -6,8 +6,6 @@ import os
 import random
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import nbformat
@@ -244,18 +242,3 @@ def test_the_picture_says_when_an_experiment_of_the_night_ended(mornings):
 
 def test_git_keeps_the_notebook_without_outputs():
     assert not any(cell.get("outputs") or cell.get("execution_count") for cell in NOTEBOOK.cells)
-
-
-def test_headless_by_one_command(tmp_path: Path):
-    """As the README shows it."""
-    shutil.copy(ROOT / "analysis.ipynb", tmp_path)
-    shutil.copytree(ROOT / "autoresearch", tmp_path / "autoresearch")
-    (tmp_path / "results.tsv").write_text(HEADER + GOOD)
-    command = [sys.executable, "-m", "jupyter", "execute", "--output=morning", "analysis.ipynb"]
-    environment = {**os.environ, "AUTORESEARCH_CACHE": str(tmp_path / "cache")}
-    done = subprocess.run(
-        command, cwd=tmp_path, capture_output=True, text=True, timeout=300, env=environment
-    )
-    assert done.returncode == 0, done.stderr
-    assert "6 experiments: 3 kept" in (tmp_path / "morning.ipynb").read_text()
-    assert (tmp_path / "analysis.ipynb").read_bytes() == (ROOT / "analysis.ipynb").read_bytes()
