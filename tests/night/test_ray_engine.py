@@ -55,7 +55,10 @@ class Nodes:
     def __init__(self, folder: Path, prepared: Path):
         from ray.cluster_utils import Cluster
 
-        self.folder, self.prepared = folder, prepared
+        self.folder, self.prepared = folder / "caches", prepared
+        self.temporary = folder / "tmp"  # where the runs' folders are
+        self.folder.mkdir()
+        self.temporary.mkdir()
         self.named = {}
         self.common = dict(include_log_monitor=False, object_store_memory=80 << 20)
         head = dict(num_cpus=0, include_dashboard=False, no_monitor=True)
@@ -69,8 +72,10 @@ class Nodes:
     def add(self, name: str, gpus: int, **environment):
         if not self.cache(name).exists():
             shutil.copytree(self.prepared, self.cache(name))
-        environment = {"AUTORESEARCH_CACHE": str(self.cache(name)), **environment}
-        kind = dict(num_gpus=gpus, resources={"accelerator_type:NEW2": 1}, env_vars=environment)
+        own = {"AUTORESEARCH_CACHE": str(self.cache(name)), "TMPDIR": str(self.temporary)}
+        kind = dict(
+            num_gpus=gpus, resources={"accelerator_type:NEW2": 1}, env_vars={**own, **environment}
+        )
         node = self.cluster.add_node(wait=False, num_cpus=0, **kind, **self.common)
         self.named[name] = node
 
@@ -86,6 +91,10 @@ class Nodes:
             for name in names:
                 (cache / f"go-{name}").touch()
                 (cache / f"score-{name}").touch()
+
+    def jobs(self) -> list[Path]:
+        """One a run that a node has in hand, in its folder."""
+        return list(self.temporary.glob("autoresearch-*/job.json"))
 
     def starts(self, run_id: str) -> list[str]:
         """The nodes on which a run has begun to train, as often as it did."""
@@ -213,7 +222,7 @@ def test_a_node_and_the_supervisor_killed_and_each_experiment_is_recorded_once(l
     lab.until_idle()
     lab.check()
     assert "8 of 8 scores match the ledger" in lab.say("audit")
-    assert not list(Path("/tmp").glob("autoresearch-*/job.json"))
+    lab.until(lambda: not nodes.jobs())
     nodes.kill("c")
 
 
@@ -246,11 +255,11 @@ def test_what_a_run_leaves_behind_ends_with_it_whoever_dies(lab, nodes):
     cut = lab.attempt("is cut off", EVENT="orphans", HOLD="cut")
     lab.until_held(cut)
     run_id = lab.run_id(cut)
-    kill_beside(run_id, "ray_node")  # our process there: the task fails
+    kill_beside(nodes, run_id, "ray_node")  # our process there: the task fails
     lab.until_held(cut, k=2)
     assert not carrying(run_id)
     run_id = lab.run_id(cut, k=2)
-    kill_beside(run_id, "ray::run_on_node")  # Ray's worker
+    kill_beside(nodes, run_id, "ray::run_on_node")  # Ray's worker
     lab.until_held(cut, k=3)
     lab.until(lambda: not carrying(run_id))
     lab.say("stop")
@@ -266,18 +275,19 @@ def test_what_a_run_leaves_behind_ends_with_it_whoever_dies(lab, nodes):
     lab.say()
     lab.until_idle()
     lab.check()
-    lab.until(lambda: not list(Path("/tmp").glob("autoresearch-*/job.json")))
+    lab.until(lambda: not nodes.jobs())
 
 
-def kill_beside(run_id: str, name: str):
+def kill_beside(nodes: Nodes, run_id: str, name: str):
     """SIGKILL to the process that watches a run, or to Ray's worker that started it."""
-    orders = Path("/tmp").glob("autoresearch-*/job.json")
-    [folder] = [o.parent for o in orders if json.loads(o.read_text())["run"]["id"] == run_id]
+    jobs = {json.loads(path.read_text())["run"]["id"]: path for path in nodes.jobs()}
+    folder = jobs[run_id].parent
     for path in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             words = (path / "cmdline").read_text()
             there = os.path.realpath(path / "cwd").startswith(str(folder))
-            if name in words and (there or name.startswith("ray::")):
+            ours = str(nodes.folder).encode() in (path / "environ").read_bytes()
+            if name in words and (there or (ours and name.startswith("ray::"))):
                 os.kill(int(path.name), signal.SIGKILL)
                 return
     raise AssertionError(f"no process {name}")
