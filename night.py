@@ -40,7 +40,11 @@ def finite(text: str) -> float:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = Parser(prog="night.py", description="The mechanics of the night.", allow_abbrev=False)
+    parser = Parser(
+        prog="night.py",
+        description="Runs a night of experiments.",
+        allow_abbrev=False,
+    )
     adding = parser.add_subparsers(dest="command")
 
     def add(name: str, **more) -> argparse.ArgumentParser:

@@ -271,7 +271,7 @@ def _after_end(asked: dict, runs: list[dict], history: History) -> Record | Agai
     run = _counted(runs, last["commit"], history)
     if run is None:
         return Record("crash", last["failure"], last)
-    # A run is doubted once for each reason, and once more on each best that it stands on.
+    # A run is doubted once for each reason, and once more on each best that it is based on.
     before = [r["again"] for r in runs if "again" in r and r["commit"] == last["commit"]]
     other = not_comparable(run.get("conditions", {}), history.baseline)
     if other:

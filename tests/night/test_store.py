@@ -3,9 +3,9 @@
 import json
 import os
 import shutil
-import subprocess
 
 import pytest
+from repository import make_repository
 
 from autoresearch.common import Fail, write_json
 from autoresearch.night import commands, rules, settings
@@ -23,9 +23,7 @@ def night(tmp_path, monkeypatch):
     (tmp_path / "train.py").write_text("x = 1\n")
     (tmp_path / "train.py.txt").write_text("a neighbour\n")
     (tmp_path / ".gitignore").write_text("results.tsv\n.night/\n")
-    identity = ["-c", "user.name=x", "-c", "user.email=x@x"]
-    for words in ("init -q -b autoresearch/nov21 --template=", "add -A", "commit -qm lab"):
-        subprocess.run(["git", *identity, *words.split()], cwd=tmp_path, check=True)
+    make_repository(tmp_path, "autoresearch/nov21")
     night = Night(tmp_path)
     night.queue.mkdir(parents=True)
     night.done.mkdir()

@@ -8,9 +8,9 @@ a table gives the file it ran.
 import fcntl
 import re
 import shutil
-import subprocess
 
 import pytest
+from repository import make_repository
 
 from autoresearch.common import Fail, write_json
 from autoresearch.night import rules, settings, supervisor
@@ -75,9 +75,7 @@ class PaperNight:
         """The repository, with the baseline's runs ended."""
         (root / "train.py").write_bytes(text_of({}))
         (root / ".gitignore").write_text("results.tsv\n.night/\n")
-        identity = ["-c", "user.name=Human", "-c", "user.email=human@lab"]
-        for words in ("init -q -b autoresearch/nov21 --template=", "add -A", "commit -qm lab"):
-            subprocess.run(["git", *identity, *words.split()], cwd=root, check=True)
+        make_repository(root, "autoresearch/nov21")
         paper = cls(root, {})
         paper.begin()
         paper.end(*paper.numbers)
