@@ -211,6 +211,11 @@ def unprepared(lab):
     (lab.cache / "manifest.json").unlink()
 
 
+def results_are_a_folder(lab):
+    (lab.root / "results.tsv").unlink()
+    (lab.root / "results.tsv").mkdir()
+
+
 def same_as_before(lab):
     lab.until_ended(lab.attempt("a tie", NOTE=1))
     lab.say()
@@ -236,6 +241,8 @@ DETACH, MAIN = switched("checkout", "-q", "--detach"), switched("switch", "-q", 
         ("fresh", page("- tag: compiled\n"), [], "setting `tag: compiled`: it cannot name a branch"),
         ("fresh", page(""), [], "program.md has no line `- tag: ...`: add it"),
         ("fresh", page("- limit: 1,200 seconds\n", "limit"), ["begin"], "setting `limit: 1,200 seconds`: it"),
+        ("fresh", page("- limit: 20 minutes\n", "limit"), ["begin"], "setting `limit: 20 minutes`: it must"),
+        ("begun", results_are_a_folder, ["begin"], "Is a directory; nothing is lost: fix that"),
         ("begun", page("- limit: 5\n- slots: none\n", "limit"), [], "setting `slots: none`: it must begin"),
         ("begun", page("- tag: nov21\n- cluster: ray://x\n"), [], "must be HOST:PORT as `ray start --head`"),
         ("fresh", None, ["try", "x"], "no night has begun: uv run night.py begin"),

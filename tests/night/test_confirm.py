@@ -48,6 +48,10 @@ def test_the_interval_is_scipys_in_both_directions(monkeypatch, scores, others, 
     assert welch(scores, others) == pytest.approx((-gain, -high, -low), rel=1e-6)
 
 
+def test_scores_that_do_not_scatter_at_all_have_an_interval_of_one_point():
+    assert welch([1.0, 1.0], [1.5, 1.5]) == (0.5, 0.5, 0.5)
+
+
 @pytest.mark.parametrize(
     "interval, sentence",
     [
@@ -223,6 +227,17 @@ def test_within_chance_it_names_the_command_for_more_seeds(night, capsys):
     said = capsys.readouterr().out.splitlines()
     assert said[-2].endswith("within chance")
     assert said[-1].endswith("uv run night.py confirm --seeds 4")
+
+
+def test_while_it_waits_a_killed_supervisor_is_started_again(night, monkeypatch):
+    keep(night, 0.9)
+    moments = iter(range(0, 100, 3))
+    monkeypatch.setattr(confirm.time, "monotonic", lambda: next(moments))
+    monkeypatch.setattr(
+        confirm.time, "sleep", lambda _: [end(night, n, 1.0) for n, *_ in waiting(night)[:1]]
+    )
+    confirm.confirm(night, 2)
+    assert len(night.woken) > 3
 
 
 def test_a_supervisor_that_failed_ends_the_waiting_with_its_words(night, monkeypatch):

@@ -81,6 +81,7 @@ clock.end(score=0.5)
     end = json.loads((lab.state_dir / "nov21/queue/1/end-1.json").read_text())
     assert (end["score"], end["failure"], end["steps"], end["tokens"]) == (0.5, None, 21, 2100)
     assert 0.05 < end["memory_gb"] < 5 and end["conditions"]["attention"] == "sdpa"
+    assert end["conditions"]["fell_back"] == []
     lines = worker.read_progress(lab.state_dir / "nov21/queue/1/progress-1.jsonl")
     phases = [phase for phase, _ in itertools.groupby(lines, lambda line: line["phase"])]
     assert phases == ["compiling", "training", "scoring"]
