@@ -331,13 +331,15 @@ def bring_best(night: Night):
 
 def list_runs(count: int):
     """The ledger's last runs as a table; a start without an end was cut off, or is running."""
-    records, _ = read_ledger()
+    ledger = ledger_path()
+    size = ledger.stat().st_size if ledger.is_file() else 0
+    records, _ = read_ledger(max(0, size - 4096 * count))  # the end: all of 10,000 runs takes 0.8 s
     last = {record.get("run"): record for record in records}  # the end replaces the start
     table = "{:20}  {:8}  {:5}  {:>8}  {:>8}  {:>8}  {:>4}  {}"
     print(table.format("time", "commit", "split", "score", "seconds", "M tokens", "seed", "status"))
     for record in list(last.values())[-count:]:
         print(printable(table.format(*map(str, run_cells(record))))[:160])
-    print(f"{len(last)} runs in {ledger_path()}; * has uncommitted changes")
+    print(f"from {ledger}; * has uncommitted changes")
 
 
 def run_cells(record: dict) -> list:
