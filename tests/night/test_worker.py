@@ -74,7 +74,7 @@ clock.ask_score(device)
 clock.end(score=0.5)
 """
     lab = Lab.made(tmp_path / "it", train=train)
-    (lab.cache / "manifest.json").write_bytes(signed({**MANIFEST, "time_budget": 0.4}))
+    (lab.cache / "manifest.json").write_bytes(signed({**MANIFEST, "time_budget": 0.45}))
     lab.say("begin")
     lab.until(lambda: (lab.state_dir / "nov21/queue/1/end-1.json").is_file(), 60)
     lab.say("stop")
