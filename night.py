@@ -1,17 +1,17 @@
 """
 night.py: the night's command line. Nobody edits it; its mechanics are in autoresearch/night/.
 
-    uv run night.py                    where the night stands, and what comes next
-    uv run night.py begin              the branch, the table of results, the baseline with three seeds
-    uv run night.py try "..."          takes the edits of train.py as one experiment and queues it
-    uv run night.py wait [SECONDS]     until something ended, 45 s at most
-    uv run night.py show N             diff, losses beside the best's, end of the log
-    uv run night.py bring N|best       N's change back into train.py; or train.py as the best has it
-    uv run night.py drop N             gives up what waits or runs
-    uv run night.py stop               ends what runs, for `begin` to run again; nothing starts
-    uv run night.py runs [COUNT]       the ledger as a table
-    uv run night.py audit              what speaks against the results
-    uv run night.py confirm            baseline and best on the test split: is the gain real?
+    uv run night.py                    prints the state of the night and what to type next
+    uv run night.py begin              makes the branch and results.tsv, queues the baseline
+    uv run night.py try "..."          queues the edits of train.py as one experiment
+    uv run night.py wait [SECONDS]     returns when an experiment has ended, after 45 s at most
+    uv run night.py show N             prints the diff, the losses and the end of the log of N
+    uv run night.py bring N|best       puts the change of N, or the best train.py, into train.py
+    uv run night.py drop N             gives up an experiment that waits or runs
+    uv run night.py stop               ends all runs; `begin` continues and runs them again
+    uv run night.py runs [COUNT]       prints the ledger as a table
+    uv run night.py audit              checks results.tsv against the ledger and git
+    uv run night.py confirm            compares baseline and best on the test split
 
 A command changes files and git, and starts the supervisor (`night.py supervise`), a detached process
 that runs what is queued. Standard library only, Ray apart. Linux and macOS.
@@ -40,29 +40,36 @@ def finite(text: str) -> float:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = Parser(prog="night.py", description="The mechanics of the night.", allow_abbrev=False)
+    parser = Parser(
+        prog="night.py",
+        description="Runs a night of experiments.",
+        allow_abbrev=False,
+    )
     adding = parser.add_subparsers(dest="command")
 
-    def add(name: str, words: str | None = None) -> argparse.ArgumentParser:
-        shown = {} if words is None else {"help": words}
-        return adding.add_parser(name, allow_abbrev=False, **shown)
+    def add(name: str, **more) -> argparse.ArgumentParser:
+        return adding.add_parser(name, allow_abbrev=False, **more)
 
-    add("begin", "the branch, the table, the baseline with three seeds; or goes on")
-    option = add("try", "the edits of train.py as one experiment").add_argument
+    add("begin", help="make the branch and results.tsv, queue the baseline; or continue the night")
+    option = add("try", help="queue the edits of train.py as one experiment").add_argument
     option("message", help="what changes; what is expected")
     option("--simpler", action="store_true", help="less code: an equal score is kept")
     option("--expect", type=finite, metavar="CHANGE", help="of the score, such as -0.003")
-    option = add("wait", "until something ended").add_argument
+    option = add("wait", help="return when an experiment has ended").add_argument
     option("seconds", type=finite, nargs="?", default=WAIT)
-    add("show", "diff, losses, end of the log").add_argument("n", type=int)
-    add("bring", "N's change back into train.py, or `best`").add_argument("what")
-    add("drop", "gives up what waits or runs").add_argument("n", type=int)
-    add("stop", "ends what runs; nothing starts before you say begin")
-    add("runs", "the ledger as a table").add_argument("count", type=int, nargs="?", default=30)
-    add("audit", "what speaks against the results")
-    option = add("confirm", "baseline and best on the test split: is the gain real?").add_argument
-    option("--seeds", type=int, metavar="N", help="of each; 3 if not said")
-    add("supervise")  # by the other commands
+    add("show", help="print the diff, the losses and the end of the log").add_argument(
+        "n", type=int
+    )
+    option = add("bring", help="put a change back into train.py").add_argument
+    option("what", metavar="N|best", help="an experiment's number, or best for the best train.py")
+    add("drop", help="give up an experiment that waits or runs").add_argument("n", type=int)
+    add("stop", help="end all runs; begin continues")
+    option = add("runs", help="print the ledger as a table").add_argument
+    option("count", type=int, nargs="?", default=30)
+    add("audit", help="check results.tsv against the ledger and git")
+    option = add("confirm", help="compare baseline and best on the test split").add_argument
+    option("--seeds", type=int, metavar="N", help="runs of each (default 3)")
+    add("supervise")  # started by the other commands
     return parser.parse_args(argv)
 
 
@@ -88,7 +95,7 @@ def main(argv: list[str] | None = None):
         return confirm.confirm(night, args.seeds)
     with night.command():
         if night.begun():
-            supervisor.wake(night)  # whatever the command says then, the night goes on
+            supervisor.wake(night)  # even if the command then fails
         if args.command is None:
             status.print_status(night)
         elif args.command == "begin":
@@ -109,9 +116,7 @@ if __name__ == "__main__":
     try:
         main()
     except KeyboardInterrupt:
-        raise Fail("interrupted; what runs goes on: uv run night.py") from None
+        raise Fail("interrupted; what runs continues: uv run night.py") from None
     except OSError as error:
         place, problem = error.filename or ROOT, error.strerror or error
-        raise Fail(
-            f"{place}: {problem}; nothing is lost: mend that, then say the same again"
-        ) from None
+        raise Fail(f"{place}: {problem}; nothing is lost: fix that, then run it again") from None

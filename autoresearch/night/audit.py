@@ -16,11 +16,9 @@ from pathlib import Path
 from autoresearch.common import git, git_bytes, one_line, printable, some
 from autoresearch.night.report import NightReport
 from autoresearch.night.results import Row
-from autoresearch.night.rules import best_of, decide, displaced_by, gain, noise_floor
+from autoresearch.night.rules import best_of, displaced_by
 from autoresearch.night.settings import BASELINE_SEEDS, TARGET
 from autoresearch.referee.ledger import joined
-
-MAY_DIFFER = {TARGET.file, "program.md", "analysis.ipynb", "README.md"}  # from the commit
 
 
 @dataclass(frozen=True)
@@ -32,25 +30,39 @@ class Finding:
         return f"{' ' if self.fine else '!'} {printable(self.words)}"
 
 
+def doubt(words: str, items) -> Iterator[Finding]:
+    """A finding against the results where there are such items."""
+    items = list(items)
+    if items:
+        yield Finding(False, f"{words}: {some(items)}")
+
+
+def matching(what: str, count: int, wrong: list) -> Iterator[Finding]:
+    """How many of `count` scores match the ledger, and which do not."""
+    if count:
+        words = f"{count - len(wrong)} of {count} {what} match the ledger"
+        yield Finding(not wrong, words + (f"; not {some(wrong)}" if wrong else ""))
+
+
 def say_audit():
     """Prints the audit of the night in this folder."""
     print(*audit_lines(NightReport.here()), sep="\n")
 
 
 def audit_lines(report: NightReport) -> list[str]:
-    """The findings, and the verdict as the last line."""
+    """The findings, and a summary as the last line."""
     findings = list(audit(report))
     doubts = sum(not finding.fine for finding in findings)
-    verdict = "Nothing found that speaks against these numbers."
+    summary = "Nothing found that speaks against these numbers."
     if not report.rows:
-        verdict = "No row was read, so nothing was checked."
+        summary = "No row was read, so nothing was checked."
     elif doubts:
-        verdict = f"{doubts} thing{'s' if doubts > 1 else ''} to look at"
-    return [*map(str, findings), verdict]
+        summary = f"{doubts} thing{'s' if doubts > 1 else ''} to look at"
+    return [*map(str, findings), summary]
 
 
 def audit(report: NightReport) -> Iterator[Finding]:
-    """Everything that was compared, and what came of it."""
+    """Each comparison and its result."""
     for words in report.skipped:
         yield Finding(False, words)
     in_git = git("rev-parse", "HEAD", at=report.root, check=False) is not None
@@ -81,7 +93,6 @@ def audit(report: NightReport) -> Iterator[Finding]:
     yield from _test_split(test, confirming)
     yield from _confirmation(report.confirmed, test, confirming)
     yield from _journal(report)
-    yield from _earned(report.history())
     if in_git:
         yield from _code([*val, *confirming], report.root)
         yield from _branch(report)
@@ -121,10 +132,10 @@ def _match(rows: list[Row], runs: list[dict]) -> dict[int, dict]:
         for run in candidates:
             score = run.get("score")
             if row.score is None or score is None:
-                same = row.score is score
+                matches = row.score is score
             else:
-                same = abs(score - row.score) < 1.5e-6  # a row has six decimals
-            if same:
+                matches = abs(score - row.score) < 1.5e-6  # a row has six decimals
+            if matches:
                 matched[row.n] = run
                 candidates.remove(run)
                 break
@@ -142,37 +153,23 @@ def _scores(rows: list[Row], runs: list[dict], matched: dict[int, dict]) -> Iter
         if run is None:
             same = [other for other in runs if row.hash and _commit(other) == row.hash[:7]]
             measured = [f"{other['score']:.6f}" for other in same if other.get("score") is not None]
-            measured = " and ".join(measured) or "nothing"
-            claim = f"{row.score:.6f} claimed, {measured} measured"
-            mismatched.append(f"{row.n} ({one_line(row.commit, 20)}: {claim})")
+            claim = f"{row.score:.6f} claimed, {some(measured) or 'nothing'} measured"
+            mismatched.append(f"experiment {row.n} ({one_line(row.commit, 20)}: {claim})")
         elif run.get("changed"):
             edited.append(row.n)
         elif row.status == "keep" and run.get("seed", BASELINE_SEEDS[0]) != BASELINE_SEEDS[0]:
             other_seed.append(row.n)
-    if scored:
-        words = f"{len(scored) - len(mismatched)} of {len(scored)} scores match the ledger"
-        yield Finding(
-            not mismatched, words + (f"; not experiments {some(mismatched)}" if mismatched else "")
-        )
-    if edited:
-        words = f"{TARGET.file} had uncommitted changes when these were measured: experiments "
-        yield Finding(False, words + some(edited))
-    if other_seed:
-        words = f"kept with another seed than {BASELINE_SEEDS[0]}: experiments "
-        yield Finding(False, words + some(other_seed))
+    yield from matching("scores", len(scored), mismatched)
+    yield from doubt(f"{TARGET.file} had uncommitted changes in experiments", edited)
+    yield from doubt(f"kept with another seed than {BASELINE_SEEDS[0]}", other_seed)
 
 
 def _runs_left_out(runs: list[dict]) -> Iterator[Finding]:
     """Runs of this night that have no row and that the night did not start."""
     scored = [f"{run['score']:.6f} ({_name(run)})" for run in runs if run.get("score") is not None]
-    others = [run for run in runs if run.get("score") is None]
-    if scored:
-        yield Finding(False, f"{len(scored)} measured scores have no row: {some(scored)}")
-    if others:
-        ends = [f"{_name(run)}: {one_line(run.get('failure') or 'no end', 60)}" for run in others]
-        yield Finding(True, f"{len(others)} runs gave no score and have no row: {some(ends)}")
-    if not runs:
-        yield Finding(True, "every run that started has its row")
+    yield from doubt(f"{len(scored)} measured scores have no row", scored)
+    if not scored:
+        yield Finding(True, "every measured score has its row")
 
 
 def _sameness(runs: list[dict]) -> Iterator[Finding]:
@@ -187,13 +184,9 @@ def _sameness(runs: list[dict]) -> Iterator[Finding]:
         if len(count) == 1:
             yield Finding(True, f"one {key} throughout: {count[0][0]}")
         elif count:
-            (usual, times), *others = count
-            groups = []
-            for value, _ in others:
-                names = some([_name(run) for run in runs if run.get(key) == value], 3)
-                groups.append(f"{value} ({names})")
-            words = f"{len(count)} {several}, whose scores cannot be compared: "
-            yield Finding(False, f"{words}{usual} ({times} runs), {some(groups)}")
+            groups = some(f"{value} ({times} runs)" for value, times in count)
+            words = f"{len(count)} {several}, whose scores cannot be compared: {groups}"
+            yield Finding(False, words)
 
 
 # ------------------------------------------------------------------------------- the test split
@@ -217,19 +210,14 @@ def _confirmation(
     measured = {run["run"]: [run.get(key) for key in keys] for run in test}
     scored = [record for record in confirmed if record["score"] is not None]
     mismatched = [r["n"] for r in scored if measured.get(r["run"]) != [r[key] for key in keys]]
-    if scored:
-        words = f"{len(scored) - len(mismatched)} of {len(scored)} scores of the confirmation match"
-        words += " the ledger" + (f"; not runs {some(mismatched)}" if mismatched else "")
-        yield Finding(not mismatched, words)
+    yield from matching("scores of the confirmation", len(scored), mismatched)
     recorded = {(record["commit"], record["seed"]) for record in scored}
-    missing = [run for run in confirming if (run.get("commit"), run.get("seed")) not in recorded]
-    missing = [_name(run) for run in missing if run.get("score") is not None]
-    if missing:
-        words = f"{len(missing)} scores on the test split are missing in the confirmation: "
-        yield Finding(False, words + some(missing))
+    runs = [run for run in confirming if run.get("score") is not None]
+    missing = [r for r in runs if (r.get("commit"), r.get("seed")) not in recorded]
+    yield from doubt("scored on the test split, not in the confirmation", map(_name, missing))
 
 
-# --------------------------------------------------------------------------- journal and rules
+# ---------------------------------------------------------------------------------- the journal
 
 
 def _journal(report: NightReport) -> Iterator[Finding]:
@@ -241,32 +229,8 @@ def _journal(report: NightReport) -> Iterator[Finding]:
     recorded, told = set(records), set(rows)
     unknown = [row.n for row, key in zip(report.rows, rows) if key not in recorded]
     lost = [record["n"] for record, key in zip(report.records, records) if key not in told]
-    if unknown:
-        yield Finding(False, f"rows that the night did not write so: experiments {some(unknown)}")
-    if lost:
-        words = "measured by the night, without such a row: experiments "
-        yield Finding(False, words + some(lost))
-
-
-def _earned(history: list[dict]) -> Iterator[Finding]:
-    """Decides again what was kept, by the rule and by the noise floor known at that time."""
-    kept = []  # scores
-    unearned = []
-    for i, record in enumerate(history):
-        if record["status"] != "keep" or record["score"] is None:
-            continue
-        floor = noise_floor(history[:i])
-        if floor is None and not record["simpler"]:
-            floor = 0.0  # a log without a noise floor: any gain
-        if kept:
-            lowest = max(kept, key=lambda score: gain(score, 0.0))
-            status, _ = decide(record["score"], kept[-1], floor, record["simpler"], lowest)
-            if status != "keep":
-                unearned.append(record["n"])
-        kept.append(record["score"])
-    if unearned:
-        words = "kept without being better than the best by more than noise: experiments "
-        yield Finding(False, words + some(unearned))
+    yield from doubt("rows that the night did not write so", unknown)
+    yield from doubt("experiments without the row that the night wrote", lost)
 
 
 # ------------------------------------------------------------------------------------------- git
@@ -282,18 +246,12 @@ def _objects(names: set[str], root: Path) -> dict[str, str]:
 
 def _sha256_in_git(names: set[str], root: Path) -> dict[str, str]:
     """{`COMMIT:PATH`: sha256 of the file} of those that git has."""
-    objects = _objects(names, root)
-    given = "".join(f"{blob}\n" for blob in sorted(set(objects.values()))).encode()
-    answer = git_bytes("cat-file", "--batch=%(objectname) %(objectsize)", at=root, give=given)
+    blobs = _objects(names, root)
     digests = {}
-    place = 0
-    while place < len(answer):
-        end = answer.index(b"\n", place)
-        blob, size = answer[place:end].decode().split()
-        content = answer[end + 1 : end + 1 + int(size)]
+    for blob in set(blobs.values()):
+        content = git_bytes("cat-file", "blob", blob, at=root)
         digests[blob] = hashlib.sha256(content).hexdigest()
-        place = end + 1 + int(size) + 1
-    return {name: digests[blob] for name, blob in objects.items()}
+    return {name: digests[blob] for name, blob in blobs.items()}
 
 
 def _code(runs: list[dict], root: Path) -> Iterator[Finding]:
@@ -324,12 +282,8 @@ def _code(runs: list[dict], root: Path) -> Iterator[Finding]:
                 from_machine.add(path)  # a kernel from the hub, for example
             else:
                 not_committed.append(f"{path} (in {_name(run)})")
-    if other_script:
-        yield Finding(
-            False, f"what ran is not the {TARGET.file} of its commit: {some(other_script)}"
-        )
-    if not_committed:
-        yield Finding(False, f"imported, and not in the commit: {some(not_committed)}")
+    yield from doubt(f"what ran is not the {TARGET.file} of its commit", other_script)
+    yield from doubt("imported, and not in the commit", not_committed)
     if from_machine:
         words = "imported from the first run on, and in no commit: "
         yield Finding(True, words + some(sorted(from_machine)))
@@ -338,46 +292,33 @@ def _code(runs: list[dict], root: Path) -> Iterator[Finding]:
 def _branch(report: NightReport) -> Iterator[Finding]:
     """Every kept commit is on the branch, nothing else is, and none touches another file."""
     root = report.root
-    changed = set(git("diff", "--name-only", "HEAD", at=root).splitlines()) - MAY_DIFFER
-    if changed:
-        yield Finding(False, f"changed and not committed: {some(sorted(changed))}")
     kept = [row for row in report.rows if row.status == "keep"]
-    if not kept:
-        return
     ids = _objects({f"{row.hash}^{{commit}}" for row in kept if row.hash}, root)
-    full = {row.n: ids.get(f"{row.hash}^{{commit}}") for row in kept}
-    unknown = [one_line(row.commit, 20) or "-" for row in kept if not full[row.n]]
-    if unknown:
-        yield Finding(False, f"kept, but git knows no such commit: {some(unknown)}")
+    commits = {row.n: ids.get(f"{row.hash}^{{commit}}") for row in kept}
+    unknown = [one_line(row.commit, 20) or "-" for row in kept if not commits[row.n]]
+    yield from doubt("kept, but git knows no such commit", unknown)
+    known = [commit for commit in commits.values() if commit]
+    if not known:
+        return
     tip = git("rev-parse", "-q", "--verify", report.branch, at=root, check=False)
     best = best_of(report.records)
     if best and tip in [r["commit"] for r in report.records if r["status"] == "keep"]:
         tip = best["commit"]  # only the agent's own commands move the branch, so it may lag behind
-    history = set((git("rev-list", tip, at=root, check=False) or "").split()) if tip else set()
+    history = (git("rev-list", tip, at=root, check=False) or "").split() if tip else []
     # A best leaves the branch where a better change that conflicts with it displaces it.
-    displaced = set()
-    for record in report.records:
-        if record["status"] == "keep":
-            displaced |= {kept["commit"] for kept in displaced_by(record, report.records)}
-    found = [row for row in kept if full[row.n]]
-    missing = [row.commit for row in found if full[row.n] not in history | displaced]
-    if missing:
-        yield Finding(False, f"kept, but not on the branch {report.branch}: {some(missing)}")
-    start = full[kept[0].n]
-    if start not in history:
-        return
-    since = git("rev-list", "--reverse", tip, f"^{start}", at=root).split()
-    extra = [commit[:7] for commit in since if commit not in full.values()]
-    if extra:
-        yield Finding(False, f"on the branch, but in no row as kept: {some(extra)}")
+    displaced = [lost["commit"] for r in report.records for lost in displaced_by(r, report.records)]
+    missing = [commit[:7] for commit in known if commit not in [*history, *displaced]]
+    yield from doubt(f"kept, but not on the branch {report.branch}", missing)
+    start = known[0]
+    since = history[: history.index(start)] if start in history else []
+    extra = [commit[:7] for commit in since if commit not in known]
+    yield from doubt("on the branch, but in no row as kept", extra)
     other_files = []
-    for commit in dict.fromkeys([*since, *(full[row.n] for row in found)]):
-        words = ["diff", "--name-only", f"{commit}~1", commit]
-        files = set((git(*words, at=root, check=False) or "").splitlines()) - {TARGET.file}
+    for commit in dict.fromkeys([*known, *since]):
+        changed = git("diff", "--name-only", f"{commit}~1", commit, at=root, check=False) or ""
+        files = set(changed.splitlines()) - {TARGET.file}
         if files and commit != start:
             other_files.append(f"{commit[:7]} ({some(sorted(files), 3)})")
-    if other_files:
-        yield Finding(False, f"commits that touch more than {TARGET.file}: {some(other_files)}")
+    yield from doubt(f"commits that touch more than {TARGET.file}", other_files)
     if not (unknown or missing or extra or other_files):
-        words = f"every kept commit is on the branch and touches only {TARGET.file}"
-        yield Finding(True, words if len(kept) > 1 else "the branch stands at the baseline")
+        yield Finding(True, f"every kept commit is on the branch and touches only {TARGET.file}")

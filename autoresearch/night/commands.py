@@ -8,37 +8,37 @@ from __future__ import annotations
 
 import time
 import warnings
-from pathlib import Path
 
 from autoresearch.common import (
     Fail,
-    cache_dir,
     one_line,
     printable,
     read_json,
+    some,
     write_atomically,
     write_json,
 )
 from autoresearch.night import rules
+from autoresearch.night.experiment import Experiment
 from autoresearch.night.repo import merged
 from autoresearch.night.results import COLUMNS
 from autoresearch.night.settings import BASELINE_SEEDS, CLUSTER_TIMEOUT, TARGET, time_limit
 from autoresearch.night.status import (
     WIDTH,
-    baseline_lasts,
+    baseline_is_pending,
     best_losses,
     end_of_log,
     log_of,
     loss_at,
     losses,
-    name_of,
     print_lines,
     print_status,
-    standing,
-    verdict,
+    record_lines,
+    status_lines,
+    title_of,
     what_next,
 )
-from autoresearch.night.store import PAUSE, Night
+from autoresearch.night.store import POLL_SECONDS, Night
 from autoresearch.night.supervisor import capacity, wake
 from autoresearch.referee.ledger import ledger_path, read_ledger
 from autoresearch.referee.manifest import fingerprint, manifest
@@ -47,18 +47,18 @@ from autoresearch.referee.manifest import fingerprint, manifest
 
 
 def begin(night: Night):
-    """Branch, table and baseline. What is there already stays."""
+    """Branch, table and baseline. Idempotent: after a kill it completes what is missing."""
     prepared = manifest()  # raises Fail, with the command to type, where nothing is prepared
     time_limit()
     capacity(night)
     git = night.repo.git
     if git("rev-parse", "-q", "--verify", "HEAD", check=False) is None:
         raise Fail("this repository has no commit yet: git add -A && git commit, then begin")
-    changed = git("status", "--porcelain", "--untracked-files=no").splitlines()
-    others = [line[2:].strip() for line in changed if line[2:].strip() != TARGET.file]
+    changed = git("diff", "--name-only", "HEAD").splitlines()
+    others = [name for name in changed if name != TARGET.file]
     if others:
-        named = ", ".join(others[:5])
-        raise Fail(f"changed and not committed: {named}: commit it, or git checkout it, then begin")
+        advice = "commit it, or git checkout it, then begin"
+        raise Fail(f"changed and not committed: {some(others)}: {advice}")
     check_results(night)
     uncommitted = (
         f"{TARGET.file} has edits: git commit them as the baseline, "
@@ -74,12 +74,12 @@ def begin(night: Night):
     if not night.results.is_file():
         write_atomically(night.results, ("\t".join(COLUMNS) + "\n").encode())
     scored = [r for r in night.records() if r["kind"] == "baseline" and r["score"] is not None]
-    there = [*scored, *(e.asked for e in night.open() if e.is_baseline)]
-    if changed and not there:
+    existing = [*scored, *(e.asked for e in night.open() if e.is_baseline)]
+    if changed and not existing:
         raise Fail(uncommitted)
-    baseline = there[0]["commit"] if there else git("rev-parse", "HEAD")
+    baseline = existing[0]["commit"] if existing else git("rev-parse", "HEAD")
     for seed in BASELINE_SEEDS:
-        if seed not in [asked["seed"] for asked in there]:
+        if seed not in [asked["seed"] for asked in existing]:
             night.enqueue("baseline", baseline, baseline, "baseline", seed)
     night.sync_branch()
     (night.folder / "stop").unlink(missing_ok=True)
@@ -109,7 +109,7 @@ def stop(night: Night):
     """Ends what runs, to run again after `begin`."""
     (night.folder / "stop").touch()
     wake(night)
-    print("stopped: nothing starts; what ran will run again: uv run night.py begin goes on")
+    print("stopped: nothing starts; uv run night.py begin continues, and runs again what ran")
 
 
 # --------------------------------------------------------------------------------- try, wait, drop
@@ -134,12 +134,12 @@ def try_(night: Night, message: str, simpler: bool, expect: float | None):
         )
     mistake = syntax_error(content)
     if mistake:
-        raise Fail(f"{TARGET.file} is not Python ({mistake}): mend it, then try again")
+        raise Fail(f"{TARGET.file} is not Python ({mistake}): fix it, then try again")
     base = night.tip()
     if simpler and len(content) >= len(night.repo.file_at(base)):
         raise Fail(
             f"--simpler is for less code, and {TARGET.file} has not become shorter: "
-            "say it without --simpler"
+            "run it without --simpler"
         )
     message = one_line(message, 2000)
     commit = night.repo.commit_file(content, base, message)
@@ -151,10 +151,7 @@ def try_(night: Night, message: str, simpler: bool, expect: float | None):
     wake(night)
     best = rules.best_of(night.records())
     place = f"the best, {best['commit'][:7]}" if best else f"the baseline, {night.tip()[:7]}"
-    print(
-        f"{n}: queued as {commit[:7]}; {TARGET.file} stands at {place} again, "
-        "free for the next idea"
-    )
+    print(f"{n}: queued as {commit[:7]}; {TARGET.file} is {place} again: edit the next idea")
 
 
 def check_new(night: Night, change: str, base: str):
@@ -176,40 +173,36 @@ def check_new(night: Night, change: str, base: str):
 
 
 def syntax_error(content: bytes) -> str | None:
-    """What a run would stumble over in its first second, or None."""
-    if not TARGET.file.endswith(".py"):
-        return None
+    """Why the file is not Python, or None."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             compile(content, TARGET.file, "exec", dont_inherit=True)
-        except SyntaxError as error:
-            return f"line {error.lineno}: {error.msg}"
-        except ValueError as error:  # a zero byte
+        except (SyntaxError, ValueError) as error:  # ValueError: a zero byte
             return str(error)
     return None
 
 
 def wait(night: Night, seconds: float):
-    """Until something has ended that was not told yet, or the time is over."""
-    log = night.home / "supervisor.log"
+    """Until something has ended that was not reported yet, or the time is over."""
+    log = night.state_dir / "supervisor.log"
     log_size = log.stat().st_size if log.is_file() else 0
-    told = read_json(night.folder / "told") or {"records": 0, "ended": []}
+    reported = read_json(night.folder / "reported.json") or {"records": 0, "ended": []}
     with night.command():
         night.sync_branch()
         if wake(night):
-            seconds = min(seconds, CLUSTER_TIMEOUT)  # said at once, but not in a tight loop
+            seconds = min(seconds, CLUSTER_TIMEOUT)  # soon, but not in a tight loop
     end = time.monotonic() + seconds
     while True:
         experiments = night.open()
         ended = [f"{e.n}-{len(e.runs())}" for e in experiments if e.state() == "ended"]
-        news = len(night.records()) > told["records"]
-        if baseline_lasts(experiments):  # otherwise what ended is decided within a moment
-            news = news or set(ended) - set(told["ended"])
+        news = len(night.records()) > reported["records"]
+        if baseline_is_pending(experiments):  # otherwise what ended is decided within a moment
+            news = news or set(ended) - set(reported["ended"])
         failed = log.is_file() and log.stat().st_size > log_size
         if news or failed or time.monotonic() >= end or not night.can_work():
             break
-        time.sleep(4 * PAUSE)
+        time.sleep(4 * POLL_SECONDS)
     with night.command():
         night.sync_branch()
         wake(night)
@@ -217,40 +210,37 @@ def wait(night: Night, seconds: float):
         if failed:
             lines.append(f"the supervisor ended and starts again: {end_of_log(log, 1)[-1]}")
         records = night.records()
-        lines += news_lines(night, records[told["records"] :])
-        print_lines(lines + standing(night))
+        lines += news_lines(night, records[reported["records"] :])
+        print_lines(lines + status_lines(night))
         print("next:", what_next(night))
-        write_json(night.folder / "told", {"records": len(records), "ended": ended})
+        write_json(night.folder / "reported.json", {"records": len(records), "ended": ended})
 
 
-def news_lines(night: Night, fresh: list[dict]) -> list[str]:
+def news_lines(night: Night, new_records: list[dict]) -> list[str]:
     """What `wait` says of the experiments that have ended since the last one."""
     lines = []
-    if len(fresh) > 4:
-        lines.append(f"{len(fresh) - 4} more have ended since: night.py shows the last rows")
-    for record in fresh[-4:]:
-        lines += verdict(record)
+    if len(new_records) > 4:
+        lines.append(f"{len(new_records) - 4} more have ended since: night.py shows the last rows")
+    for record in new_records[-4:]:
+        lines += record_lines(record)
         if record["status"] == "crash" and record["run"]:
             lines += [f"   | {line}" for line in end_of_log(log_of(night, record), 6)]
-    if any(record["status"] == "keep" for record in fresh):
-        place = f"{TARGET.file} stands at the new best"
-        if night.edits() is not None:
-            place = (
-                f"{TARGET.file} has your edits, made on the best before: "
-                "try puts them on the new one"
-            )
-        lines.append(place)
+    if any(record["status"] == "keep" for record in new_records):
+        if night.edits() is None:
+            lines.append(f"{TARGET.file} is the new best")
+        else:
+            lines.append(f"{TARGET.file} has your edits of the best before: try rebases them")
     return lines
 
 
 def drop(night: Night, n: int):
     """Gives up an experiment that waits or runs."""
-    record, folder = find(night, n)
+    record, experiment = find(night, n)
     if "status" in record:
         raise Fail(f"{n} has ended ({record['status']}): there is nothing to drop")
     if record["kind"] == "baseline":
-        raise Fail(f"{n} is the baseline: all else is measured by it; to end all, night.py stop")
-    (folder / "drop").touch()
+        raise Fail(f"{n} is the baseline, which all else needs; to end all, night.py stop")
+    (experiment.folder / "drop").touch()
     wake(night)
     print(f"{n} is dropped; night.py wait")
 
@@ -258,20 +248,22 @@ def drop(night: Night, n: int):
 # ------------------------------------------------------------------------------- show, bring, runs
 
 
-def find(night: Night, n: int) -> tuple[dict, Path]:
-    """An experiment's record, or what was asked for where it has not ended; and its folder."""
+def find(night: Night, n: int) -> tuple[dict, Experiment]:
+    """(an experiment's record, or what was asked for where it has not ended; the experiment)."""
     folder = night.folder_of(n)
-    asked = read_json(folder / "experiment.json") if folder else None
-    if asked is None:
+    experiment = Experiment.at(folder) if folder else None
+    if experiment is None:
         raise Fail(f"there is no experiment {n}: they go from 1 to {night.next_number() - 1}")
-    record = next((r for r in night.ended() if r["n"] == n), None)
-    return record or asked, folder
+    records = [record for record in night.ended() if record["n"] == n]
+    return records[0] if records else experiment.asked, experiment
 
 
 def show(night: Night, n: int):
     """Decision, diff, losses beside the best's, and the end of the log."""
-    record, folder = find(night, n)
-    lines = verdict(record) if "status" in record else [f"{n}: {name_of(record)}, not decided yet"]
+    record, experiment = find(night, n)
+    lines = [f"{n}: {title_of(record)}, not decided yet"]
+    if "status" in record:
+        lines = record_lines(record)
     if record["kind"] == "try":
         commit = record["commit"]
         words = ("diff-tree", "-p", f"{commit}^", commit, "--", TARGET.file)
@@ -280,22 +272,14 @@ def show(night: Night, n: int):
         lines += changed[:18]
         if len(changed) > 18:
             lines.append(f"... {len(changed) - 18} more lines: git show {commit[:7]}")
-    lines += loss_lines(night, folder)
-    logs = sorted(folder.glob("run-*.log"), key=number_of)
-    if logs:
-        lines += ["end of the log:", *(f"   | {line}" for line in end_of_log(logs[-1], 10))]
+    lines += loss_lines(night, losses(experiment.path("progress.jsonl")))
+    lines += ["end of the log:"]
+    lines += [f"   | {line}" for line in end_of_log(experiment.path("run.log"), 10)]
     print_lines(lines)
 
 
-def number_of(path: Path) -> int:
-    """K of run-K.log or progress-K.jsonl."""
-    return int(path.stem.rpartition("-")[2])
-
-
-def loss_lines(night: Night, folder: Path) -> list[str]:
-    """The last run's losses at each 10% of the budget, and the best's in brackets."""
-    paths = sorted(folder.glob("progress-*.jsonl"), key=number_of)
-    curve = losses(paths[-1]) if paths else []
+def loss_lines(night: Night, curve: list[tuple[float, float]]) -> list[str]:
+    """The losses at each 10% of the budget, and the best's in brackets."""
     if not curve:
         return []
     best_curve = best_losses(night, night.records())
@@ -309,31 +293,27 @@ def loss_lines(night: Night, folder: Path) -> list[str]:
 
 
 def bring(night: Night, what: str):
-    """Into the file: N's change on top of the best, or the best itself. Edits are never lost."""
+    """Puts N's change, or the best, into the file. Edits are never lost."""
     if what == "best":
         return bring_best(night)
     if not what.isdigit():
         raise Fail(f"bring {one_line(what, 20)}: it takes an experiment's number, or best")
     record, _ = find(night, int(what))
-    if record["kind"] == "baseline":
-        raise Fail(f"{what} is the baseline: it has no change; night.py bring best")
-    if record["kind"] == "confirm":
-        raise Fail(f"{what} is a confirmation's run: it has no change; night.py bring best")
+    if record["kind"] != "try":
+        raise Fail(f"{what} ({record['kind']}) has no change: night.py bring best")
     night.sync_branch()
-    commit, tip, edited = record["commit"], night.tip(), night.edits()
-    there = night.repo.file_at(tip) if edited is None else edited
-    place = f"the best, {tip[:7]}" if edited is None else "your edits"
+    commit, tip, edits = record["commit"], night.tip(), night.edits()
+    current = night.repo.file_at(tip) if edits is None else edits
+    place = f"the best, {tip[:7]}" if edits is None else "your edits"
     parent = night.repo.git("rev-parse", f"{commit}^")
-    content = merged(there, night.repo.file_at(parent), night.repo.file_at(commit))
+    content = merged(current, night.repo.file_at(parent), night.repo.file_at(commit))
     if content is None:
         by_hand = f"read it (night.py show {what}) and make it by hand"
         raise Fail(f"{what}'s change does not apply to {place}: {by_hand}")
-    if content == there:
+    if content == current:
         raise Fail(f"{what}'s change is in {place} already: try another idea")
-    night.write_edited(content)
-    print(
-        f"{what}'s change is in {TARGET.file}, on top of {place}: edit further, then night.py try"
-    )
+    night.write_target(content)
+    print(f"{what}'s change is in {TARGET.file}, on top of {place}: edit, then night.py try")
 
 
 def bring_best(night: Night):
@@ -343,39 +323,29 @@ def bring_best(night: Night):
         count = len(list(night.folder.glob("edits-*")))
         aside = night.folder / f"edits-{count + 1}-{TARGET.file}"
         write_atomically(aside, content)
-        night.write_edited(night.repo.file_at(night.tip()))
-        back = f"cp {aside.relative_to(night.root)} {TARGET.file}"
-        print(f"the edits were put aside: {back} brings them back")
+        night.write_target(night.repo.file_at(night.tip()))
+        print(f"your edits were saved in {aside.relative_to(night.root)}")
     night.sync_branch()
-    print(f"{TARGET.file} stands at the best, {night.tip()[:7]}")
+    print(f"{TARGET.file} is the best, {night.tip()[:7]}")
 
 
 def list_runs(count: int):
     """The ledger's last runs as a table; a start without an end was cut off, or is running."""
     ledger = ledger_path()
     size = ledger.stat().st_size if ledger.is_file() else 0
-    start = max(0, size - 4096 * count)  # all of it where the night is short
-    records, damaged = read_ledger(start)
-    if start:
-        damaged = max(0, damaged - 1)  # the line in which we began
+    records, _ = read_ledger(max(0, size - 4096 * count))  # the end: all of 10,000 runs takes 0.8 s
     last = {record.get("run"): record for record in records}  # the end replaces the start
     table = "{:20}  {:8}  {:5}  {:>8}  {:>8}  {:>8}  {:>4}  {}"
     print(table.format("time", "commit", "split", "score", "seconds", "M tokens", "seed", "status"))
     for record in list(last.values())[-count:]:
         print(printable(table.format(*map(str, run_cells(record))))[:160])
-    said = f"{len(last)} runs" if not start else "the last runs; night.py runs 100000 has all"
-    if damaged:
-        said += f", {damaged} damaged lines skipped"
-    print(f"{said}; * has uncommitted changes ({cache_dir()})")
+    print(f"from {ledger}; * has uncommitted changes")
 
 
 def run_cells(record: dict) -> list:
     """One line of the table of runs."""
     score, tokens = record.get("score"), record.get("tokens")
     status = record.get("failure") or ("scored" if score is not None else "no end")
-    share = rules.slow_share(record, [])
-    if share and score is not None:
-        status += f", slow ({share:.0%} of its own best stretch)"
     return [
         record.get("time", "-"),
         (record.get("commit") or "-")[:7] + ("*" if record.get("changed") else ""),

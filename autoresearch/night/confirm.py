@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from statistics import mean, variance
 
 from autoresearch.common import Fail, some
-from autoresearch.night.rules import best_of, gain, spread
+from autoresearch.night.rules import gain, spread
 from autoresearch.night.settings import TARGET
-from autoresearch.night.status import end_of_log, name_of, verdict
+from autoresearch.night.status import end_of_log, record_lines, title_of
 from autoresearch.night.store import Night
 from autoresearch.night.supervisor import wake
 from autoresearch.referee.ledger import read_ledger
@@ -66,7 +66,7 @@ def welch(scores: list[float], others: list[float]) -> tuple[float, float, float
 
 
 def is_it_real(better: float, low: float, high: float) -> str:
-    """The verdict in one sentence."""
+    """The result in one sentence."""
     digits = 4 if high - low > 1e-3 else 6
     words = f"{abs(better):.{digits}f} {'better' if better >= 0 else 'worse'}"
     if low > 0:
@@ -105,8 +105,8 @@ class Confirmation:
 
     def scores(self, record: dict) -> list[float]:
         """Those of the baseline's or the best's runs that have one."""
-        found = [run["score"] for run in self._runs_of(record)]
-        return [score for score in found if score is not None]
+        runs = [self.runs.get((record["commit"], seed), {}) for seed in self.seeds]
+        return [run["score"] for run in runs if run.get("score") is not None]
 
     def in_turn(self) -> Iterator[tuple[str, dict, int]]:
         """(name, record, seed) in the order of running, ABBA: a slow hour hits both alike."""
@@ -128,39 +128,29 @@ class Confirmation:
         return sum(r.get("commit") not in ours or r.get("seed") not in self.seeds for r in starts)
 
     def lines(self, ledger: list[dict]) -> list[str]:
-        """The table, remarks on single runs, and the verdict as the last line."""
-        header = TARGET.test_metric
-        table = [f"{header:11} {'baseline':>9}  {'best':>9}"]
-        remarks = []
+        """The table, remarks on single runs, and whether the gain is real as the last line."""
+        kept = {"baseline": self.baseline, "best": self.best}
+        table = [f"{TARGET.test_metric:11} {'baseline':>9}  {'best':>9}"]
+        commits = f"baseline: {self.baseline['commit'][:7]}, best: {self.best['commit'][:7]}"
+        remarks = [f"{commits}, {title_of(self.best)}"]
         for seed in self.seeds:
             cells = []
-            for name, kept in (("baseline", self.baseline), ("best", self.best)):
-                run = self.runs.get((kept["commit"], seed))
-                cells.append(_cell(run))
-                remarks += _remarks(run, f"{name}, seed {seed}")
+            for name, record in kept.items():
+                run = self.runs.get((record["commit"], seed), {})
+                score = run.get("score")
+                cells.append("-" if score is None else f"{score:.6f}")
+                if run and score is None:
+                    log = f"night.py show {run['n']} has its log, confirm runs it again"
+                    remarks.append(f"{name}, seed {seed} gave no score: {run['why']}; {log}")
             table.append(f"{f'seed {seed}':11} {cells[0]:>9}  {cells[1]:>9}")
-        columns = [self.scores(self.baseline), self.scores(self.best)]
+        columns = [self.scores(record) for record in kept.values()]
         for name, value in (("mean", mean), ("range", spread)):
             cells = [f"{value(scores):.6f}" if scores else "-" for scores in columns]
             table.append(f"{name:11} {cells[0]:>9}  {cells[1]:>9}")
-        commits = f"baseline: {self.baseline['commit'][:7]}, best: {self.best['commit'][:7]}"
-        remarks = [f"{commits}, {name_of(self.best)}", *remarks]
-        if self._baseline_is_older():
-            remarks.append("the baseline's runs are those of an earlier confirmation")
         looks = self.other_looks(ledger)
         remarks.append(f"other runs on the test split: {looks or 'none'}")
         found = self.interval()
-        return [*table, *remarks, is_it_real(*found) if found else "too few scores for a verdict"]
-
-    def _runs_of(self, kept: dict) -> list[dict]:
-        runs = [self.runs.get((kept["commit"], seed)) for seed in self.seeds]
-        return [run for run in runs if run]
-
-    def _baseline_is_older(self) -> bool:
-        """Whether all runs of the baseline ended before the first of the best began."""
-        before = [run["n"] for run in self._runs_of(self.baseline)]
-        after = [run["n"] for run in self._runs_of(self.best)]
-        return bool(before and after) and max(before) < min(after)
+        return [*table, *remarks, is_it_real(*found) if found else "too few scores to decide"]
 
 
 def confirmation_lines(records: list[dict], confirmed: list[dict], ledger: list[dict]) -> list[str]:
@@ -175,42 +165,23 @@ def confirmation_lines(records: list[dict], confirmed: list[dict], ledger: list[
     return confirmation.lines(ledger)
 
 
-def _cell(run: dict | None) -> str:
-    if run is None:
-        return "-"
-    return "crash" if run["score"] is None else f"{run['score']:.6f}"
-
-
-def _remarks(run: dict | None, name: str) -> list[str]:
-    if run is None:
-        return []
-    if run["score"] is None:
-        log = f"night.py show {run['n']} has its log, confirm runs it again"
-        return [f"{name} gave no score: {run['why']}; {log}"]
-    if run["slow"]:
-        return [f"{name} was slow twice ({run['slow']:.0%} of its rate): the faster run counts"]
-    return [f"{name} ran again: {why}" for why in run["again"]]
-
-
 # ------------------------------------------------------------------------------------ the command
 
 
 def confirm(night: Night, seeds: int | None):
     """Queues what is not measured yet, waits until it is, and prints what it means.
 
-    A person types it in the morning. Ctrl-C ends only the waiting; the same command continues, and
-    nothing that has its score runs again. Three seeds detect a gain of three noise floors, eight
-    that of a single one (docs/decisions.md). Raises Fail where there is nothing to confirm.
+    Ctrl-C ends only the waiting; the same command continues, and nothing that has its score runs
+    again. Three seeds detect a gain of three noise floors, eight that of a single one
+    (docs/decisions.md). Raises Fail where there is nothing to confirm.
     """
     if seeds is not None and seeds < 2:
         raise Fail("confirm --seeds: an interval needs at least 2 seeds")
     with night.command():
         confirmation, numbers = queue_confirmation(night, seeds)
         wake(night)
-    looks = confirmation.other_looks(read_ledger()[0])
-    print(f"other runs on the test split: {looks or 'none'}")
-    there = 2 * len(confirmation.seeds) - len(numbers)
-    print(f"{len(numbers)} runs on the test split to wait for, {there} are measured already")
+    measured = 2 * len(confirmation.seeds) - len(numbers)
+    print(f"{len(numbers)} runs on the test split to wait for, {measured} are measured already")
     print("Ctrl-C ends only the waiting; `uv run night.py confirm` continues", flush=True)
     follow(night, numbers)
     confirmation = Confirmation.of(night.records(), night.confirmed(), len(confirmation.seeds))
@@ -231,16 +202,12 @@ def queue_confirmation(night: Night, seeds: int | None) -> tuple[Confirmation, s
             f"the night is running: {some(others)} wait or run: `uv run night.py wait` until they "
             "have ended, or `uv run night.py drop N`, then confirm"
         )
-    if best_of(night.records()) is None:
-        raise Fail(
-            "nothing to confirm: no experiment was kept. `uv run night.py` says what is next"
-        )
     queued = {(e.asked["commit"], e.asked["seed"]): e.n for e in experiments}
     asked = [seed - FIRST_SEED + 1 for _, seed in queued]
     least = max([seeds or SEEDS, *asked])
     confirmation = Confirmation.of(night.records(), night.confirmed(), least)
     if confirmation is None:
-        raise Fail("nothing to confirm: the best is the baseline")
+        raise Fail("nothing to confirm: nothing was kept but the baseline")
     numbers = set()
     for name, record, seed in confirmation.in_turn():
         commit = record["commit"]
@@ -255,19 +222,19 @@ def queue_confirmation(night: Night, seeds: int | None) -> tuple[Confirmation, s
 
 def follow(night: Night, numbers: set[int]):
     """Prints how each of these runs ended; returns when all have. Raises Fail with the supervisor."""
-    log = night.home / "supervisor.log"
+    log = night.state_dir / "supervisor.log"
     logged = log.stat().st_size if log.is_file() else 0
     left = set(numbers)
-    looked = time.monotonic()
+    last_poll = time.monotonic()
     while left:
         for record in night.confirmed():
             if record["n"] in left:
                 left.remove(record["n"])
-                print(*verdict(record), sep="\n", flush=True)
+                print(*record_lines(record), sep="\n", flush=True)
         if log.is_file() and log.stat().st_size > logged:
             last = end_of_log(log, 1)[-1]
             raise Fail(f"the supervisor ended: {last}; `uv run night.py confirm` continues")
-        if time.monotonic() > looked + 2:  # a supervisor that was killed is started again
-            looked = time.monotonic()
+        if time.monotonic() > last_poll + 2:  # a supervisor that was killed is started again
+            last_poll = time.monotonic()
             wake(night)
         time.sleep(0.2)

@@ -22,7 +22,7 @@ class Experiment:
     """One folder of the queue. Its files, each written once, are:
 
     experiment.json   what was asked for: n, kind (baseline, try, confirm), commit, base, seed, ...
-    run-K.json        the K-th run: its id, the commit that runs, the best it stands on, its slot
+    run-K.json        the K-th run: its id, the commit that runs, the best it is based on, its slot
     run-K.log         all that it printed
     progress-K.jsonl  its phases and losses, by the locked clock
     end-K.json        how it ended, and what the ledger says of it
@@ -62,9 +62,9 @@ class Experiment:
         return self.folder / f"{stem}-{k or len(self.runs())}.{ending}"
 
     def _read(self, name: str) -> dict:
-        """A file; empty while it is not there. It is looked for until it is, and read once."""
+        """A file; empty while it is not there. What was read stays known if the folder moves."""
         if name not in self.known:
-            content = read_json(f"{self.folder}/{name}")  # joining a Path costs more than a miss
+            content = read_json(self.folder / name)
             if content is None:
                 return {}
             self.known[name] = content

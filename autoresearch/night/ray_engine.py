@@ -3,10 +3,10 @@ The engine that runs experiments on a Ray cluster: one Ray task a run, one GPU a
 
 - the task takes its code along by value: the commit's .py files at the top and its autoresearch/
 - it runs in the node's environment and prepared cache. A node whose fingerprint, device or disk does
-  not fit sends the run back, with the command to type there, and is not asked again for a while
-- log, progress, how it ended and the ledger's lines come home with the task's answer
-- a lost node is answered by Ray's own retries, a dropped run by Ray's cancellation; where the
-  supervisor dies, its tasks die with it, and the next one queues their runs again, as cut off
+  not fit sends the run back, with the command to type there, and is excluded for a while
+- log, progress, how it ended and the ledger's lines come back with the task's answer
+- a run whose node was lost is queued again, as any run that was cut off; a dropped one is cancelled by
+  Ray. Where the supervisor dies, its tasks die with it, and the next one queues their runs again
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import sys
 import threading
 import time
 from collections import Counter
-from pathlib import Path
 
 from autoresearch.common import (
     Fail,
@@ -39,23 +38,22 @@ from autoresearch.night.worker import outcome
 from autoresearch.referee.ledger import ledger_path
 from autoresearch.referee.manifest import fingerprint, manifest
 
-CONNECT_TIMEOUT = 12  # seconds in which Ray must let us in
-LOOK = 2  # seconds between two looks at the cluster's nodes
-REFUSED = 600  # seconds for which a node that sent a run back is not asked again
-MAX_RETRIES = 2  # by Ray, of a run whose node or worker was lost
+CONNECT_TIMEOUT = 12  # seconds; Ray itself would try for minutes
+POLL_SECONDS = 2  # between two looks at the cluster's nodes
+EXCLUDE_SECONDS = 600  # for which a node that sent a run back gets no other
 
 
 class RayEngine:
-    """Slots, start, poll, words, close: see worker.LocalEngine. Raises Fail without its cluster."""
+    """The same as worker.LocalEngine, on a cluster. Raises Fail where it cannot connect."""
 
     def __init__(self, night: Night, address: str):
         self.night = night
         self.address = address
         self.tasks = {}  # run id: (Ray's reference to the answer, the experiment's locked file)
-        self.nodes = []  # as Ray described them last
-        self.looked = -LOOK
-        self.refused = {}  # node id: (until when, its name, why)
-        self.isolation = ""  # what a node could not keep the runs away from
+        self.nodes = []  # as Ray described them at the last poll
+        self.last_poll = -POLL_SECONDS
+        self.excluded_nodes = {}  # node id: (until when, its name, why)
+        self.isolation_warning = ""
         # Which GPUs the night is on. The file also says that it is on a cluster at all.
         self.settings = night.folder / "cluster.json"
         self.accelerator = (read_json(self.settings) or {}).get("accelerator")
@@ -66,87 +64,91 @@ class RayEngine:
         import ray
 
         self.ray = ray
-        self.output = redirect_output(self.night.home / "ray.log")
-        timer = threading.Timer(CONNECT_TIMEOUT, self.give_up)  # Ray itself would try for a minute
+        # What Ray prints goes into a file of its own; our own errors still reach supervisor.log.
+        sys.stderr = os.fdopen(os.dup(2), "w", buffering=1)
+        logging.getLogger("ray").setLevel(logging.CRITICAL)
+        with open(self.night.state_dir / "ray.log", "ab") as file:
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
+        timer = threading.Timer(CONNECT_TIMEOUT, self.exit_on_timeout)
         timer.daemon = True
         timer.start()
         try:
             ray.init(address=self.address, log_to_driver=False, configure_logging=False)
-        except Exception as error:  # of any type: it is said in one line, and the supervisor ends
-            restore_output(self.output)
-            advice = self.how_to_join()
-            if "mismatch" in str(error):
-                install = "uv run --python X.Y.Z --with ray==N --group cluster night.py"
-                advice = f"with the cluster's versions: {install}"
-            raise Fail(self.problem(f"lets nobody in: {one_line(error, 300)}", advice)) from None
+        except Exception as error:  # of any type: one line says it, and the supervisor ends
+            raise Fail(self.no_connection(one_line(error, 300))) from None
         finally:
             timer.cancel()
         ray.cloudpickle.register_pickle_by_value(ray_node)  # nodes may not have it
 
-    def give_up(self):
-        """Ray's connecting cannot be interrupted, so this process ends."""
-        restore_output(self.output)
-        said = f"answers, but lets nobody in within {CONNECT_TIMEOUT} s"
-        words = self.problem(said, self.how_to_join())
-        self.night.keep_engine_state(1, [words])
-        print(f"FAIL: {words}", file=sys.stderr, flush=True)
+    def exit_on_timeout(self):
+        """Ends this process, because Ray's connecting cannot be interrupted."""
+        problem = self.no_connection(f"no answer within {CONNECT_TIMEOUT} s")
+        self.night.write_engine_state(1, [problem])
+        print(f"FAIL: {problem}", file=sys.stderr, flush=True)
         os._exit(1)
 
-    def problem(self, what: str, advice: str) -> str:
-        return f"the cluster {self.address} {what}; nothing is lost; {advice}"
-
-    def how_to_join(self) -> str:
-        start = f"uv run --group cluster ray start --address={self.address} --num-gpus=0"
-        return f"is this machine one of its nodes? {start}"
+    def no_connection(self, why: str) -> str:
+        advice = (
+            "is this machine one of its nodes? "
+            f"uv run --group cluster ray start --address={self.address} --num-gpus=0"
+        )
+        if "mismatch" in why:
+            install = "uv run --python X.Y.Z --with ray==N --group cluster night.py"
+            advice = f"with the cluster's versions: {install}"
+        return (
+            f"the cluster {self.address} does not accept the connection: {why}; "
+            f"nothing is lost; {advice}"
+        )
 
     def close(self):
         self.ray.shutdown()
-        restore_output(self.output)
 
     # where runs may go
 
     def usable_nodes(self) -> list[dict]:
         """The nodes that may take a run, as Ray describes them."""
-        if time.monotonic() - self.looked > LOOK:
+        if time.monotonic() - self.last_poll > POLL_SECONDS:
             self.nodes = [node for node in self.ray.nodes() if node["Alive"] and gpus_of(node)]
-            self.looked = time.monotonic()
-        now = time.time()
-        self.refused = {node: said for node, said in self.refused.items() if said[0] > now}
-        usable = [node for node in self.nodes if node["NodeID"] not in self.refused]
-        kind = self.accelerator
-        return [node for node in usable if kind is None or kind == accelerator_of(node)]
+            self.last_poll = time.monotonic()
+        for node_id, (until, _, _) in list(self.excluded_nodes.items()):
+            if time.time() > until:
+                del self.excluded_nodes[node_id]
+        usable = [node for node in self.nodes if node["NodeID"] not in self.excluded_nodes]
+        return [node for node in usable if self.accelerator in (None, accelerator_of(node))]
 
     def slots(self) -> list[dict]:
         gpus = sum(map(gpus_of, self.usable_nodes()))
         return [{}] * min(gpus, number_setting("slots", str(max(1, gpus))))
 
-    def words(self) -> list[str]:
-        slots, usable = len(self.slots()), sum(map(gpus_of, self.usable_nodes()))
-        total, kind = sum(map(gpus_of, self.nodes)), self.accelerator or "any type"
-        words = [f"cluster {self.address}: runs on {slots} of {total} GPUs ({kind})"]
-        wanted = number_setting("slots", str(max(1, usable)))
-        if wanted > usable:
-            words[0] += f"; the setting asks for {wanted}"
-        if not usable:
+    def status_lines(self) -> list[str]:
+        slots, total = len(self.slots()), sum(map(gpus_of, self.nodes))
+        kind = self.accelerator or "any type"
+        lines = [f"cluster {self.address}: runs on {slots} of {total} GPUs ({kind})"]
+        if not slots:
             join = f"uv run --group cluster ray start --address={self.address}"
-            words.append(f"no node can take a run: on a machine with such GPUs type {join}")
-        for until, host, why in self.refused.values():
+            lines.append(f"no node can take a run: on a machine with such GPUs type {join}")
+        for until, host, why in self.excluded_nodes.values():
             again = time.strftime("%H:%M", time.localtime(until))
-            words.append(f"node {host} is not asked before {again}: {why}")
-        return [*words, self.isolation] if self.isolation else words
+            lines.append(f"node {host} gets no run before {again}: {why}")
+        if self.isolation_warning:
+            lines.append(self.isolation_warning)
+        return lines
 
     # a run
 
     def start(self, experiment: Experiment, k: int, run: dict, limit: int):
-        """Writes run-K.json and hands the run to Ray; the experiment stays locked until it is home."""
+        """Writes run-K.json and hands the run to Ray. The experiment stays locked until it ended."""
         lock = open(experiment.folder / "lock", "w")
         fcntl.flock(lock, fcntl.LOCK_EX)
         write_json(experiment.folder / f"run-{k}.json", {**run, "cluster": self.address})
         if self.accelerator is None:  # the night will be on what most GPUs here are
-            kinds = [accelerator_of(n) for n in self.usable_nodes() for _ in range(gpus_of(n))]
-            self.accelerator = Counter(kinds).most_common(1)[0][0] if kinds else None
+            kinds = Counter()
+            for node in self.usable_nodes():
+                kinds[accelerator_of(node)] += gpus_of(node)
+            self.accelerator = max(kinds, key=kinds.get, default=None)
             write_json(self.settings, {"accelerator": self.accelerator})
-        order = {
+        job = {
             "asked": experiment.asked,
             "run": run,
             "limit": limit,
@@ -154,80 +156,64 @@ class RayEngine:
             "prepare": prepare_command(manifest()),
             "device": self.night.baseline_conditions().get("device"),
         }
-        options = dict(num_gpus=1, num_cpus=0, max_retries=MAX_RETRIES)
+        # Ray says nowhere how often it retried a task, so what is lost is queued again by the night.
+        options = dict(num_gpus=1, num_cpus=0, max_retries=0)
         if self.accelerator:
             options["accelerator_type"] = self.accelerator
-        if self.refused:
-            options["label_selector"] = {"ray.io/node-id": f"!in({','.join(self.refused)})"}
-        code = code_of(self.night.root, run["commit"])
-        answer = self.ray.remote(ray_node.run_on_node).options(**options).remote(order, code)
+        if self.excluded_nodes:
+            options["label_selector"] = {"ray.io/node-id": f"!in({','.join(self.excluded_nodes)})"}
+        needed = (":(glob)*.py", "autoresearch")  # of the commit, by any run
+        code = git_bytes("archive", "--format=tar", run["commit"], *needed, at=self.night.root)
+        answer = self.ray.remote(ray_node.run_on_node).options(**options).remote(job, code)
         self.tasks[run["id"]] = answer, lock
 
     def poll(self, experiment: Experiment) -> tuple[str, str]:
         """(running, ended or lost; why it is lost) of the last run."""
-        k, run = len(experiment.runs()), experiment.runs()[-1]
+        run = experiment.runs()[-1]
         if run["id"] not in self.tasks:
             return "lost", CUT_OFF  # with the supervisor before us
-        answer, _ = self.tasks[run["id"]]
-        if experiment.dropped() or self.night.stopped():
+        answer, lock = self.tasks[run["id"]]
+        state, why = "ended", ""
+        if experiment.dropped():
             self.ray.cancel(answer, force=True)
-            if experiment.dropped():
-                ended = {"code": -9, "stopped": "dropped", "wall_seconds": 0.0}
-                self.bring_home(experiment, k, run, {"ended": ended})
-            else:
-                experiment.again(STOPPED)
-            return self.finished(run, "ended")
-        if not self.ray.wait([answer], timeout=0)[0]:
+            ended = {"code": -9, "stopped": "dropped", "wall_seconds": 0.0}
+            self.collect(experiment, run, {"ended": ended})
+        elif self.night.stopped():
+            self.ray.cancel(answer, force=True)
+            experiment.again(STOPPED)
+        elif not self.ray.wait([answer], timeout=0)[0]:
             return "running", ""
-        try:
-            said = self.ray.get(answer)
-        except self.ray.exceptions.RayError as error:
-            reason = one_line(str(error).strip().splitlines()[-1], 120)
-            return self.finished(run, "lost", f"{CUT_OFF}: Ray ended it: {reason}")
-        if "refused" in said:
-            self.refused[said["node"]] = time.time() + REFUSED, said["host"], said["refused"]
-            experiment.again(f"sent back by node {said['host']}: {said['refused']}")
         else:
-            self.bring_home(experiment, k, run, said)
-        return self.finished(run, "ended")
-
-    def finished(self, run: dict, state: str, why: str = "") -> tuple[str, str]:
-        _, lock = self.tasks.pop(run["id"])
+            try:
+                self.take(experiment, run, self.ray.get(answer))
+            except self.ray.exceptions.RayError as error:
+                last_line = str(error).strip().splitlines()[-1]
+                state, why = "lost", f"{CUT_OFF}: Ray ended it: {one_line(last_line, 120)}"
+        del self.tasks[run["id"]]
         lock.close()
         return state, why
 
-    def bring_home(self, experiment: Experiment, k: int, run: dict, said: dict):
+    def take(self, experiment: Experiment, run: dict, answer: dict):
+        """What the task answered: a run, or why its node could not run it."""
+        if "excluded" in answer:
+            why, host = answer["excluded"], answer["host"]
+            self.excluded_nodes[answer["node"]] = time.time() + EXCLUDE_SECONDS, host, why
+            experiment.again(f"sent back by node {host}: {why}")
+        else:
+            self.collect(experiment, run, answer)
+
+    def collect(self, experiment: Experiment, run: dict, answer: dict):
         """Log, progress and ledger, and at last end-K.json: with it the run has ended."""
-        folder, records = experiment.folder, said.get("ledger", [])
-        log = said.get("log", b"dropped: what it printed stayed on its node\n")
-        write_atomically(folder / f"run-{k}.log", log)
-        write_atomically(folder / f"progress-{k}.jsonl", said.get("progress", b""))
+        log = answer.get("log", b"dropped: what it printed stayed on its node\n")
+        write_atomically(experiment.path("run.log"), log)
+        write_atomically(experiment.path("progress.jsonl"), answer.get("progress", b""))
+        records = answer.get("ledger", [])
         for record in records:  # no git on the node: the commit is known here
-            more = {"commit": run["commit"], "changed": False, "node": said["host"]}
+            more = {"commit": run["commit"], "changed": False, "node": answer["host"]}
             append_line(ledger_path(), signed({**record, **more}))
-        end = outcome(said["ended"], records, log.decode(errors="replace"), experiment.split)
-        if said.get("retries"):
-            lost = f"{CUT_OFF}: Ray lost its node or its process, and started it again"
-            end["retried"] = [lost] * said["retries"]
-        write_json(folder / f"end-{k}.json", {**end, "host": said.get("host")})
-        self.isolation = said.get("isolation", self.isolation)
-
-
-def redirect_output(path: Path) -> list[int]:
-    """Sends what Ray prints to a file of its own. Returns our two outputs, for restore_output."""
-    kept = [os.dup(1), os.dup(2)]
-    with open(path, "ab") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-    logging.getLogger("ray").setLevel(logging.CRITICAL)
-    return kept
-
-
-def restore_output(kept: list[int]):
-    sys.stdout.flush()
-    sys.stderr.flush()
-    for number, descriptor in enumerate(kept, 1):
-        os.dup2(descriptor, number)
+        end = outcome(answer["ended"], records, log.decode(errors="replace"), experiment.split)
+        write_json(experiment.path("end.json"), {**end, "host": answer.get("host")})
+        self.isolation_warning = answer.get("isolation_warning", self.isolation_warning)
 
 
 def gpus_of(node: dict) -> int:
@@ -236,13 +222,10 @@ def gpus_of(node: dict) -> int:
 
 def accelerator_of(node: dict) -> str | None:
     """Ray's name of the node's type of GPU, where it knows one."""
-    names = [name.partition("accelerator_type:")[2] for name in node["Resources"]]
-    return next(filter(None, names), None)
-
-
-def code_of(root: Path, commit: str) -> bytes:
-    """A tar file of what a run may need of a commit: .py files at the top, and autoresearch/."""
-    return git_bytes("archive", "--format=tar", commit, ":(glob)*.py", "autoresearch", at=root)
+    for resource in node["Resources"]:
+        if resource.startswith("accelerator_type:"):
+            return resource.removeprefix("accelerator_type:")
+    return None
 
 
 def prepare_command(prepared) -> str:

@@ -1,10 +1,10 @@
 """
 What runs on a node of the Ray cluster: a task, and beside it the process that watches the run.
 
-The task (run_on_node, watched) is pickled by value and runs in Ray's worker, on a node that may not
-have this repository: it uses the standard library alone. It unpacks the code, and starts `watch` from
-there as a process of its own, which checks the node, runs, and ends the run with all its children
-when Ray's worker has gone.
+The task (run_on_node) is pickled by value and runs in Ray's worker, on a node that may not have this
+repository: it uses the standard library alone. It unpacks the code and starts `watch` from there as a
+process of its own, which checks the node, runs, and kills the run with all its children when Ray's
+worker has gone.
 """
 
 from __future__ import annotations
@@ -22,17 +22,11 @@ import tempfile
 from pathlib import Path
 
 from autoresearch.common import cache_dir
-from autoresearch.night.worker import (
-    Isolation,
-    become_subreaper,
-    run_environment,
-    run_to_its_end,
-)
-from autoresearch.referee.ledger import ledger_path, read_ledger
+from autoresearch.night import worker
 
 DEVICE_TIMEOUT = 300  # seconds to name the device in; importing torch alone may take a minute
-FREE = 256 << 20  # bytes that the node's temporary folder must have
-LOG_BYTES = 8 << 20  # of the end of a log that come home
+MIN_FREE_BYTES = 256 << 20  # that the node's temporary folder must have
+LOG_BYTES = 8 << 20  # of the end of a log that come back
 
 PREFLIGHT = """
 import json
@@ -42,58 +36,65 @@ print(json.dumps([fingerprint(), device_name(training_device())]))
 """  # in a process of its own: torch's context would stay on the GPU
 
 
-def run_on_node(order: dict, code: bytes) -> dict:
+def run_on_node(job: dict, code: bytes) -> dict:
     """The task, in Ray's worker: unpacks the code, has it run, and returns what came of it.
 
-    {ended, ledger, log, progress, isolation, retries} or {refused: why}; with node and host.
+    {ended, ledger, log, progress, isolation_warning} or {excluded: why}; with node and host.
+    Raises RuntimeError where the watcher was killed.
     """
     import ray
 
-    host = {"host": socket.gethostname(), "node": ray.get_runtime_context().get_node_id()}
+    place = {"host": socket.gethostname(), "node": ray.get_runtime_context().get_node_id()}
+    if shutil.disk_usage(tempfile.gettempdir()).free < MIN_FREE_BYTES:
+        why = f"under {MIN_FREE_BYTES >> 20} MiB are free in {tempfile.gettempdir()}: make room"
+        return {**place, "excluded": why}
     folder = Path(tempfile.mkdtemp(prefix="autoresearch-"))
     try:
-        try:
-            with tarfile.open(fileobj=io.BytesIO(code)) as archive:
-                archive.extractall(folder / "tree")
-            (folder / "order.json").write_text(json.dumps(order))
-        except OSError as error:
-            why = f"{error.strerror} in {tempfile.gettempdir()}: make room there"
-            return {**host, "refused": why}
-        # Ray says nowhere else how often it has started a task.
-        worker = ray._private.worker.global_worker.core_worker
-        retries = worker.get_current_task_attempt_number()
-        [gpus] = [n["Resources"]["GPU"] for n in ray.nodes() if n["NodeID"] == host["node"]]
-        environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
-        environment["OMP_NUM_THREADS"] = str(max(1, os.cpu_count() // int(gpus)))  # Ray sets 1
-        said = watched(folder, environment, order["run"]["id"])
-        said |= {n: (folder / n).read_bytes()[-LOG_BYTES:] for n in said.pop("files", [])}
-        return {**host, **said, "retries": retries}
+        with tarfile.open(fileobj=io.BytesIO(code)) as archive:
+            archive.extractall(folder / "tree")
+        (folder / "job.json").write_text(json.dumps(job))
+        answer = run_watcher(folder, job["run"]["id"])
+        for name in ("log", "progress"):
+            if (folder / name).is_file():
+                answer[name] = (folder / name).read_bytes()[-LOG_BYTES:]
+        return {**place, **answer}
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def watched(folder: Path, environment: dict, run_id: str) -> dict:
-    """What the process beside us says at its end. Raises RuntimeError where it was killed."""
-    process = subprocess.Popen(
-        [sys.executable, "-B", "-c", "from autoresearch.night import ray_node; ray_node.watch()"],
-        cwd=folder / "tree",
-        env=environment,
-        stdin=subprocess.PIPE,  # ends with this process: so that one knows
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        start_new_session=True,
-    )
-    said = process.stdout.read()  # until it has ended, for its first process ends at once
-    errors = process.stderr.read().decode(errors="replace").strip().splitlines()
-    process.wait()
-    if said:
-        return json.loads(said)
-    code = f"from autoresearch.night import worker; worker.end_leftovers({run_id!r})"
-    subprocess.run([sys.executable, "-c", code], cwd=folder / "tree")
-    raise RuntimeError(f"the process that watched it ended: {errors[-1] if errors else 'killed'}")
+def run_watcher(folder: Path, run_id: str) -> dict:
+    """What the watcher says at its end. Raises RuntimeError where it was killed."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+    environment.pop("OMP_NUM_THREADS", None)  # Ray sets 1
+
+    def python(code: str) -> tuple[bytes, bytes]:
+        # Its standard input ends with this process, so that it knows when we have gone.
+        with subprocess.Popen(
+            [
+                sys.executable,
+                "-B",
+                "-c",
+                f"from autoresearch.night import ray_node, worker; {code}",
+            ],
+            cwd=folder / "tree",
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+        ) as process:
+            # not communicate, which would close its input
+            return process.stdout.read(), process.stderr.read()
+
+    output, errors = python("ray_node.watch()")
+    if output:
+        return json.loads(output)
+    python(f"worker.kill_leftovers({run_id!r})")
+    lines = errors.decode(errors="replace").strip().splitlines()
+    raise RuntimeError(f"the process that watched it ended: {lines[-1] if lines else 'killed'}")
 
 
-def worker_is_gone() -> bool:
+def task_is_gone() -> bool:
     """Whether Ray's worker has ended: it holds the other end of our standard input."""
     return bool(select.select([sys.stdin], [], [], 0)[0])
 
@@ -102,52 +103,42 @@ def watch():
     """The process beside Ray's worker: checks the node, runs, says what came of it."""
     if os.fork():
         os._exit(0)  # no child of Ray's worker, which kills its children when it is ended itself
-    become_subreaper()
+    worker.become_subreaper()
     folder = Path.cwd().parent
+    job = json.loads((folder / "job.json").read_text())
     try:
-        order = json.loads((folder / "order.json").read_text())
-        try:
-            said = check_and_run(order, folder)
-        except OSError as error:
-            said = {"refused": f"{error.filename or folder}: {error.strerror}"}
-        if not worker_is_gone():
-            print(json.dumps(said), flush=True)
+        why = check_node(job)
+        answer = {"excluded": why} if why else run_job(job, folder)
+        if not task_is_gone():
+            print(json.dumps(answer), flush=True)
     finally:
-        if worker_is_gone():
+        if task_is_gone():
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def check_and_run(order: dict, folder: Path) -> dict:
-    """{ended, ledger, isolation, files}, or {refused: why} where this node cannot run it."""
-    tree, compiled = folder / "tree", Path("~/.cache/autoresearch-compiled").expanduser()
-    progress_path = folder / "progress"
-    asked, run = order["asked"], order["run"]
-    environment = run_environment(folder, compiled, asked, run, progress_path)
-    why = why_not_here(order, folder, environment)
-    if why:
-        return {"refused": why}
-    isolation = Isolation.here()
-    ledger_path().touch()
-    ledger_start = ledger_path().stat().st_size
-    ended = run_to_its_end(
-        tree, environment, compiled, folder / "log", isolation, order["limit"], worker_is_gone
+def run_job(job: dict, folder: Path) -> dict:
+    """{ended, ledger, isolation_warning}; log and progress lie in the folder."""
+    isolation = worker.Isolation.here()
+    ended, records = worker.run_to_its_end(
+        folder,
+        Path("~/.cache/autoresearch-compiled").expanduser(),
+        job["asked"],
+        job["run"],
+        folder / "log",
+        folder / "progress",
+        isolation,
+        job["limit"],
+        task_is_gone,
     )
-    if ended["code"] and shutil.disk_usage(folder).free < FREE:
-        return {"refused": f"{folder.parent} was full when the run failed: make room there"}
-    progress_path.touch()
-    words = isolation.words and f"node {socket.gethostname()}: {isolation.words}"
-    mine = [r for r in read_ledger(ledger_start)[0] if r.get("run") == run["id"]]
-    files = ["log", "progress"]
-    return {"ended": ended, "ledger": mine, "isolation": words, "files": files}
+    warning = isolation.warning and f"node {socket.gethostname()}: {isolation.warning}"
+    return {"ended": ended, "ledger": records, "isolation_warning": warning}
 
 
-def why_not_here(order: dict, folder: Path, environment: dict) -> str | None:
-    """Why this node cannot run it, with what to type here; None where it can."""
+def check_node(job: dict) -> str | None:
+    """Why this node cannot run it, with the command to type here; None where it can."""
     try:
-        asked = subprocess.run(
+        checked = subprocess.run(
             [sys.executable, "-c", PREFLIGHT],
-            cwd=folder / "tree",
-            env=environment,
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
@@ -155,24 +146,19 @@ def why_not_here(order: dict, folder: Path, environment: dict) -> str | None:
         )
     except subprocess.TimeoutExpired:
         return f"its device did not answer within {DEVICE_TIMEOUT} s"
-    type_there = f"there, in this repository: {order['prepare']}"
-    if asked.returncode:
-        lines = asked.stderr.strip().splitlines() or ["no answer"]
-        reason = lines[-1].removeprefix("FAIL: ")
-        if "nothing is prepared" in reason:
-            reason = f"nothing is prepared in {cache_dir()}; {type_there}"
-        return f"{reason} (Python: {sys.executable})"
-    found, device = json.loads(asked.stdout.splitlines()[-1])
-    if found != order["fingerprint"]:
+    prepare = f"there, in this repository: {job['prepare']}"
+    if checked.returncode:
+        lines = checked.stderr.strip().splitlines() or ["no answer"]
+        return f"{lines[-1].removeprefix('FAIL: ')} ({prepare}; Python: {sys.executable})"
+    found, device = json.loads(checked.stdout.splitlines()[-1])
+    if found != job["fingerprint"]:
         return (
-            f"{cache_dir()} holds another prepared set ({found}, not {order['fingerprint']}); "
-            f"{type_there} --force"
+            f"{cache_dir()} holds another prepared set ({found}, not {job['fingerprint']}); "
+            f"{prepare} --force"
         )
-    if order["device"] and device != order["device"]:
+    if job["device"] and device != job["device"]:
         return (
-            f"its device is {device}, the baseline ran on {order['device']}: "
+            f"its device is {device}, the baseline ran on {job['device']}: "
             "scores of two devices cannot be compared"
         )
-    if shutil.disk_usage(folder).free < FREE:
-        return f"under {FREE >> 20} MiB are free in {folder.parent}: make room there"
     return None

@@ -53,22 +53,11 @@ class NightReport:
             report.started = {run["id"]: run for run in runs}
         return report
 
-    def history(self) -> list[dict]:
-        """The night's records; of a log without them, what its rows say in their place."""
-        if self.records:
-            return self.records
-        found = []
-        for row in self.rows:
-            # Only the baseline's rows are known to be repeats of one commit.
-            commit = row.hash if row.what.startswith("baseline") else None
-            record = {"n": row.n, "score": row.score, "status": row.status}
-            record["commit"] = commit or f"row {row.n}"
-            record["simpler"] = row.what.startswith("simpler")
-            found.append(record)
-        return found
-
     def noise_floor(self) -> float | None:
-        return noise_floor(self.history())
+        """By the night's records; of a log without them, by the rows of its baseline."""
+        rows = [row for row in self.rows if row.hash and row.what.startswith("baseline")]
+        repeats = [{"commit": row.hash, "score": row.score} for row in rows]
+        return noise_floor(self.records or repeats)
 
 
 # -------------------------------------------------------------------------- where the hours went

@@ -1,15 +1,14 @@
 """
 results.tsv: one tab-separated line an experiment. Rows are written and read here and nowhere else.
 
-The night writes the columns below. Reading also takes the logs of other programs and hands: columns
-in any order, no header, any line ends, ids that are no commits.
+The night writes the columns below. Logs of other programs are read, too: columns in any order, no
+header, any line ends, ids that are no commits.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -84,7 +83,7 @@ class Row:
 
 
 def read_results(path: Path) -> tuple[list[Row], list[str]]:
-    """(rows, one sentence for each reason why others were skipped) of any results.tsv.
+    """(rows, a sentence on those that were skipped, if any) of any results.tsv.
 
     Columns are found by name; without a header they are COLUMNS. Statuses count in any case,
     scores where they are positive and finite.
@@ -103,33 +102,27 @@ def read_results(path: Path) -> tuple[list[Row], list[str]]:
             f"{columns}; rename the right one, or change TARGET in autoresearch/night/settings.py"
         ]
     rows = []
-    bad_status = []
-    bad_score = []
+    bad = []
     for place, cells in numbered:
         found = dict(reversed(list(zip(names, cells))))  # the first of two columns with one name
         status = found.get("status", "").lower()
-        score = _number(found.get(TARGET.metric, ""))
-        if status not in STATUSES:
-            bad_status.append((place, found.get("status", "")))
-        elif status != "crash" and not (score is not None and 0 < score < math.inf):
-            bad_score.append((place, found.get(TARGET.metric, "")))
-        else:
-            memory = _number(found.get("memory_gb", ""))
-            row = Row(
-                n=len(rows) + 1,
-                commit=found.get("commit", ""),
-                score=None if status == "crash" else score,
-                memory_gb=memory if memory is not None and 0 <= memory < math.inf else None,
-                status=status,
-                what=found.get("description", ""),
-            )
-            rows.append(row)
-    skipped = []
-    if bad_status:
-        skipped.append(_skipped(bad_status, f"their status is none of {', '.join(STATUSES)}"))
-    if bad_score:
-        skipped.append(_skipped(bad_score, f"their {TARGET.metric} is no positive number"))
-    return rows, skipped
+        score = _positive(found.get(TARGET.metric, ""))
+        if status not in STATUSES or (score is None and status != "crash"):
+            bad.append(f"line {place}: {one_line(' '.join(cells), 40)}")
+            continue
+        row = Row(
+            n=len(rows) + 1,
+            commit=found.get("commit", ""),
+            score=None if status == "crash" else score,
+            memory_gb=_positive(found.get("memory_gb", "")),
+            status=status,
+            what=found.get("description", ""),
+        )
+        rows.append(row)
+    if not bad:
+        return rows, []
+    needed = f"a status of {', '.join(STATUSES)} and a positive {TARGET.metric}"
+    return rows, [f"{len(bad)} rows were skipped, a row needs {needed}: {some(bad, 3)}"]
 
 
 def _is_header(cells: list[str]) -> bool:
@@ -145,11 +138,9 @@ def _number(text: str) -> float | None:
         return None
 
 
-def _skipped(cells: list[tuple[int, str]], why: str) -> str:
-    """The sentence on rows that were skipped for one reason; cells: (line, the bad cell)."""
-    counted = Counter(one_line(text, 20) for _, text in cells).most_common()
-    examples = some(f"{text!r} ({count})" for text, count in counted)
-    return f"{len(cells)} rows were skipped, {why}: {examples}; the first is line {cells[0][0]}"
+def _positive(text: str) -> float | None:
+    number = _number(text)
+    return number if number is not None and 0 < number < math.inf else None
 
 
 # ----------------------------------------------------------------------------------- what was kept

@@ -56,13 +56,10 @@ def noise_floor(records: list[dict]) -> float | None:
     """
     scores: dict[str, list[float]] = {}
     for record in records:
-        if record["score"] is not None and not _is_doubtful(record):
+        doubtful = record.get("slow") or record.get("not_comparable")
+        if record["score"] is not None and not doubtful:
             scores.setdefault(record["commit"], []).append(record["score"])
     return max((spread(known) for known in scores.values() if len(known) > 1), default=None)
-
-
-def _is_doubtful(record: dict) -> bool:
-    return bool(record.get("slow") or record.get("not_comparable"))
 
 
 def best_of(records: list[dict]) -> dict | None:
@@ -106,24 +103,6 @@ def decide(
     return "discard", f"{words}, {within} the noise floor of {floor:.6f}"
 
 
-def better_than_best(records: list[dict]) -> dict | None:
-    """The best record that beats the present best by more than the noise floor, or None.
-
-    Simpler code may have been kept at a slightly worse score since.
-    """
-    best, floor = best_of(records), noise_floor(records)
-    if best is None or floor is None:
-        return None
-    found = [
-        record
-        for record in records
-        if record["score"] is not None
-        and gain(record["score"], best["score"]) > floor
-        and not _is_doubtful(record)
-    ]
-    return max(found, key=lambda record: gain(record["score"], best["score"]), default=None)
-
-
 def displaced_by(record: dict, records: list[dict]) -> list[dict]:
     """The kept changes that a record took off the branch when it became the best, newest first."""
     found = []
@@ -138,20 +117,20 @@ def displaced_by(record: dict, records: list[dict]) -> list[dict]:
 
 
 def calibration(records: list[dict], floor: float | None) -> tuple[int, int, int]:
-    """(predictions, right in direction, right in size) of the experiments that said what to expect.
+    """(predictions, right in direction, right in size) of the experiments with `--expect`.
 
     A size is right within the noise floor, or within a factor of two.
     """
-    said = [r for r in records if r.get("expect") is not None and r.get("got") is not None]
-    said = [r for r in said if not r.get("slow")]
-    direction = sum(r["got"] * r["expect"] > 0 for r in said)
-    size = 0
-    for r in said:
-        near = abs(r["got"] - r["expect"]) <= (floor or 0)
-        ratio = r["got"] / r["expect"] if r["expect"] else 0
-        if near or 0.5 <= ratio <= 2:
-            size += 1
-    return len(said), direction, size
+    predictions = direction = size = 0
+    for record in records:
+        expect, got = record.get("expect"), record.get("got")
+        if expect is None or got is None or record.get("slow"):
+            continue
+        predictions += 1
+        direction += got * expect > 0
+        near = abs(got - expect) <= (floor or 0)
+        size += near or (expect != 0 and 0.5 <= got / expect <= 2)
+    return predictions, direction, size
 
 
 # ------------------------------------------------------------------------------- doubts about a run
@@ -198,8 +177,8 @@ def not_comparable(conditions: dict, baseline: dict) -> str | None:
     differ = [key for key in differ if key not in chosen]
     if not differ:
         return None
-    said = [f"{key} {conditions[key]}, not {baseline[key]} as the baseline" for key in differ]
-    return "; ".join([*said, *reasons])
+    words = [f"{key} {conditions[key]}, not {baseline[key]} as the baseline" for key in differ]
+    return "; ".join([*words, *reasons])
 
 
 # -------------------------------------------------------------------------------- what happens next
@@ -223,9 +202,7 @@ class Record:
     run: dict | None = None  # the run that counts
     slow: float | None = None  # the share of its expected rate, where it was slow
     not_comparable: str | None = None
-    displaced: str | None = (
-        None  # the commit of the best that it replaces instead of building on it
-    )
+    displaced: str | None = None  # commit of the best that it replaces, not builds on
 
 
 @dataclass(frozen=True)
@@ -282,7 +259,7 @@ def _after_conflict(runs: list[dict], history: History, conflict: str) -> Record
     best, base = best_of(history.records), kept_as(run["base"], history.records)
     status, beside = decide(run["score"], best["score"], noise_floor(history.records), False)
     if status == "keep":
-        words = f"{beside}; it displaces the best, for {conflict}"
+        words = f"{beside}; displaces the best {best['commit'][:7]}, with which it conflicts"
         return Record("keep", words, run, slow, displaced=best["commit"])
     on_base = gain(run["score"], base["score"])
     words = f"{why} (on {run['base'][:7]} it was better by {on_base:.6f})"
@@ -294,7 +271,7 @@ def _after_end(asked: dict, runs: list[dict], history: History) -> Record | Agai
     run = _counted(runs, last["commit"], history)
     if run is None:
         return Record("crash", last["failure"], last)
-    # A run is doubted once for each reason, and once more on each best that it stands on.
+    # A run is doubted once for each reason, and once more on each best that it is based on.
     before = [r["again"] for r in runs if "again" in r and r["commit"] == last["commit"]]
     other = not_comparable(run.get("conditions", {}), history.baseline)
     if other:
@@ -338,9 +315,9 @@ def _against_best(asked: dict, run: dict, history: History, slow: float | None) 
     # Only the bests up to its own base: later ones are met by its run on top of them.
     known = records[: records.index(base) + 1] if base else []
     scores = [record["score"] for record in known if record["status"] == "keep"]
-    ever = max(scores, key=lambda score: gain(score, 0), default=None)
+    best_ever = max(scores, key=lambda score: gain(score, 0), default=None)
     floor = noise_floor(records)
-    status, why = decide(run["score"], base.get("score"), floor, asked["simpler"], ever)
+    status, why = decide(run["score"], base.get("score"), floor, asked["simpler"], best_ever)
     if asked["kind"] == "baseline":
         if best:
             status, why = "discard", "measures the noise floor"

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from autoresearch.common import ROOT, Fail, one_line
 from autoresearch.night.rules import LOWER_IS_BETTER
 
-PAGE = ROOT / "program.md"
+PROGRAM = ROOT / "program.md"
 CLUSTER_TIMEOUT = 3  # seconds in which something must listen at the cluster's address
 
 
@@ -47,7 +47,7 @@ BASELINE_SEEDS = (42, 43, 44)  # the first is the seed of every experiment
 
 def setting(name: str, default: str | None = None) -> str:
     """The text behind `- name:` in program.md. Raises Fail where there is none and no default."""
-    text = PAGE.read_text(errors="replace") if PAGE.is_file() else ""
+    text = PROGRAM.read_text(errors="replace") if PROGRAM.is_file() else ""
     found = re.search(rf"^- {name}:[ \t]*(.*?)[ \t]*$", text, re.M)
     if found and found[1]:
         return found[1]
@@ -97,34 +97,18 @@ def local_slots() -> list[dict]:
 
 @functools.cache  # nvidia-smi may take a second
 def visible_gpus() -> list[str]:
-    """Names, each of which as CUDA_VISIBLE_DEVICES shows a run that one GPU. Raises Fail."""
+    """Names, each of which as CUDA_VISIBLE_DEVICES shows a run that one GPU."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        return named_gpus(visible)
-    if not shutil.which("nvidia-smi"):
-        return []
-    try:
-        command = ["nvidia-smi", "-L"]
-        listed = subprocess.run(command, capture_output=True, text=True, timeout=60).stdout
-    except subprocess.TimeoutExpired:
-        raise Fail(
-            "nvidia-smi -L has not answered for 60 s: does the driver hang? "
-            "CUDA_VISIBLE_DEVICES=0,1 (for example) names the GPUs without asking it"
-        ) from None
-    return [str(i) for i in range(len(re.findall(r"^GPU \d+:", listed, re.M)))]
-
-
-def named_gpus(visible: str) -> list[str]:
-    """The entries of CUDA_VISIBLE_DEVICES. CUDA ignores what follows the first that names no GPU."""
+    if visible is None and shutil.which("nvidia-smi"):
+        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True).stdout
+        return re.findall(r"^GPU (\d+):", listed, re.M)
     names = []
-    for entry in visible.split(","):
+    for entry in (visible or "").split(","):
         name = entry.strip()
-        if not re.fullmatch(r"\d+|(GPU|MIG)-\S+", name):
-            break
-        if name in names:
-            raise Fail(f"CUDA_VISIBLE_DEVICES={visible} names {name} twice: name each GPU once")
+        if not re.fullmatch(r"\d+|GPU-\S+", name):
+            break  # CUDA ignores what follows the first entry that names no GPU
         names.append(name)
-    return names
+    return list(dict.fromkeys(names))
 
 
 def cores() -> int:
@@ -139,17 +123,17 @@ def cluster_address() -> str | None:
     address = setting("cluster", os.environ.get("RAY_ADDRESS") or "none").split()[0]
     if address == "none":
         return None
-    said = f"the cluster {one_line(address, 60)} (RAY_ADDRESS, or program.md's setting `cluster`)"
+    named = f"the cluster {one_line(address, 60)} (RAY_ADDRESS, or program.md's setting `cluster`)"
     if address != "auto" and not re.fullmatch(r"[^\s/]+:\d{1,5}", address):
-        raise Fail(f"{said}: it must be HOST:PORT as `ray start --head` prints it, auto, or none")
+        raise Fail(f"{named}: it must be HOST:PORT as `ray start --head` prints it, auto, or none")
     if importlib.util.find_spec("ray") is None:
         install = "uv sync --group cluster (or: uv run --group cluster night.py)"
-        raise Fail(f"{said} needs Ray, which is not installed: {install}")
+        raise Fail(f"{named} needs Ray, which is not installed: {install}")
     return address
 
 
-def cluster_is_silent(address: str | None) -> str | None:
-    """What to say where nothing listens there; whether it is Ray, the supervisor finds out."""
+def cluster_problem(address: str | None) -> str | None:
+    """One line where nothing listens there; whether it is Ray, the supervisor finds out."""
     if address in (None, "auto"):
         return None
     host, port = address.rsplit(":", 1)
@@ -157,7 +141,7 @@ def cluster_is_silent(address: str | None) -> str | None:
         socket.create_connection((host.strip("[]"), int(port)), timeout=CLUSTER_TIMEOUT).close()
     except (OSError, OverflowError, UnicodeError):
         return (
-            f"the cluster {address} does not answer. Nothing is lost: all goes on when it does "
-            "(`ray start --head` there, or another `cluster:` in program.md)"
+            f"the cluster {address} does not answer. Nothing is lost: the night continues when it "
+            "does (`ray start --head` there, or another `cluster:` in program.md)"
         )
     return None

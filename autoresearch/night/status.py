@@ -1,5 +1,5 @@
 """
-What the commands print: where the night stands, what a decision means, what runs and how far it is.
+What the commands print: the state of the night, the result of an experiment, the progress of a run.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from autoresearch.common import one_line, seconds_of
 from autoresearch.night import rules
 from autoresearch.night.experiment import Experiment
 from autoresearch.night.results import row_of
-from autoresearch.night.settings import TARGET, cluster_address, cluster_is_silent
+from autoresearch.night.settings import TARGET, cluster_address, cluster_problem
 from autoresearch.night.store import Night
 from autoresearch.night.supervisor import capacity
 from autoresearch.night.worker import log_text, read_progress
@@ -28,53 +28,38 @@ def print_lines(lines: list[str]):
         print(line[:200])
 
 
-# ------------------------------------------------------------------------------------ one experiment
+# ---------------------------------------------------------------------------------- one experiment
 
 
-def name_of(experiment: dict) -> str:
+def title_of(experiment: dict) -> str:
     """experiment: a record, or what experiment.json holds."""
     if experiment["kind"] == "baseline":
         return f"baseline, seed {experiment['seed']}"
     return one_line(experiment["message"], 70)
 
 
-def verdict(record: dict) -> list[str]:
-    """What a record says to the agent, in a few lines."""
+def record_lines(record: dict) -> list[str]:
+    """An experiment's result, in a few lines."""
     metric = TARGET.test_metric if record["kind"] == "confirm" else TARGET.metric
     score = "" if record["score"] is None else f"  {metric} {record['score']:.6f}"
     status = record["status"] if record["run"] else "not run"
-    lines = [f"{record['n']}: {status}{score}: {record['why']}  ({name_of(record)})"]
+    lines = [f"{record['n']}: {status}{score}: {record['why']}  ({title_of(record)})"]
     if record["expect"] is not None and record["got"] is not None:
         lines.append(f"   expected {record['expect']:+.6f}, got {record['got']:+.6f}")
     if record["slow"]:
-        lines.append(
-            f"   SLOW twice ({record['slow']:.0%} of its expected rate): the faster run counts"
-        )
+        share = f"{record['slow']:.0%} of its expected rate"
+        lines.append(f"   SLOW twice ({share}): the faster run counts")
     lines += [f"   ran again: {why}" for why in record["again"]]
     per_second = rules.rate(record)
     if per_second:
         best = f" (the best before: {record['base_rate']:,.0f})" if record["base_rate"] else ""
-        seconds = f"{record['wall_seconds']:.0f} s in all"
-        lines.append(
-            f"   {per_second:,.0f} tokens/s{best}, {record['steps'] or '?'} steps, {seconds}"
-        )
-    if record["kind"] == "baseline" and record["status"] == "keep":
-        if record["steps"] and record["steps"] < FEW_STEPS:
-            lines.append(
-                f"   under {FEW_STEPS} steps a score measures the machine more than the idea"
-            )
+        done = f"{record['steps'] or '?'} steps, {record['wall_seconds']:.0f} s in all"
+        lines.append(f"   {per_second:,.0f} tokens/s{best}, {done}")
+    if record["kind"] == "baseline" and 0 < (record["steps"] or 0) < FEW_STEPS:
+        lines.append(f"   under {FEW_STEPS} steps a score measures the machine more than the idea")
     if record["why"].startswith(rules.CONFLICT):
         lines.append(f"   its diff: night.py show {record['n']}; make it by hand if still worth it")
     return lines
-
-
-def displaced_lines(record: dict, records: list[dict]) -> list[str]:
-    """Which kept changes a record took off the branch, and how to bring them back."""
-    return [
-        f"     it displaced {lost['n']}, {lost['commit'][:7]} ({name_of(lost)}): night.py show "
-        f"{lost['n']}, make that change again on top, and try"
-        for lost in rules.displaced_by(record, records)
-    ]
 
 
 def log_of(night: Night, record: dict, name: str = "run", ending: str = "log") -> Path:
@@ -104,21 +89,17 @@ def loss_at(curve: list[tuple[float, float]], percent: float) -> float | None:
     return next((loss for share, loss in reversed(curve) if share <= percent), None)
 
 
-def phase(experiment: Experiment, best_curve: list[tuple[float, float]]) -> str:
-    """`compiling, 20 s so far`, `training 40%, loss 2.41 (best at 40%: 2.2)`, or `scoring`."""
+def progress(experiment: Experiment, best_curve: list[tuple[float, float]]) -> str:
+    """`compiling, 20 s so far`, or `training 40%, loss 2.41 (best at 40%: 2.2)`."""
     run = experiment.runs()[-1]
     so_far = f"{time.time() - seconds_of(run['began']):.0f} s so far"
     if "cluster" in run:
-        return f"on the cluster, {so_far}"  # its losses come home with its score
+        return f"on the cluster, {so_far}"  # its losses come back with its score
     path = experiment.path("progress.jsonl")
-    lines = read_progress(path)
-    if lines and lines[-1]["phase"] == "scoring":
-        return "scoring"
-    curve = losses(path)
-    if not curve:
-        return (
-            f"training, {so_far}" if any("percent" in x for x in lines) else f"compiling, {so_far}"
-        )
+    lines, curve = read_progress(path), losses(path)
+    phase = lines[-1]["phase"] if lines else "starting"
+    if phase != "training" or not curve:
+        return f"{phase}, {so_far}"
     percent, loss = curve[-1]
     beside = loss_at(best_curve, percent)
     best = f" (best at {percent:.0f}%: {beside:.4g})" if beside is not None else ""
@@ -128,90 +109,82 @@ def phase(experiment: Experiment, best_curve: list[tuple[float, float]]) -> str:
 # -------------------------------------------------------------------------------------- the night
 
 
-def baseline_lasts(experiments: list[Experiment]) -> bool:
-    """Whether what has ended stays undecided for a while."""
+def baseline_is_pending(experiments: list[Experiment]) -> bool:
+    """Whether the baseline's runs go on; until they have ended nothing is decided."""
     return any(e.is_baseline and e.state() != "ended" for e in experiments)
 
 
-def standing(night: Night) -> list[str]:
-    """Where the night stands, what runs, what waits."""
+def status_lines(night: Night) -> list[str]:
+    """The best, what runs, what waits."""
     records = night.records()
     ended = {record["n"] for record in night.ended()}
     experiments = [e for e in night.open() if e.n not in ended]
-    silent = cluster_is_silent(cluster_address())
-    lines = [silent] if silent else list(night.engine_state()["words"])
+    problem = cluster_problem(cluster_address())
+    lines = [problem] if problem else night.engine_state()["lines"]
     lines += best_lines(records)
     curve = best_losses(night, records)
     return lines + [open_line(e, experiments, curve) for e in experiments]
 
 
 def best_lines(records: list[dict]) -> list[str]:
-    """The best, from where it came, and what there is to know beside it."""
+    """The best, the baseline, how many experiments ended, the noise floor, the predictions."""
     best, floor = rules.best_of(records), rules.noise_floor(records)
-    lines = []
-    if best:
+    if not best:
+        return []
+    kept = [record for record in records if record["status"] == "keep"]
+    scored = sum(record["score"] is not None for record in records)
+    noise = "not measured yet" if floor is None else f"{floor:.6f}"
+    lines = [
+        f"best {best['score']:.6f}: {best['n']}, {best['commit'][:7]}, {title_of(best)}",
+        f"     baseline {kept[0]['score']:.6f}; {len(records)} experiments ended, {scored} scored, "
+        f"{len(kept)} kept; noise floor {noise}",
+    ]
+    for lost in rules.displaced_by(best, records):
+        again = f"night.py show {lost['n']}, make that change again on top, and try"
         lines.append(
-            f"best {best['score']:.6f}: {best['n']}, {best['commit'][:7]}, {name_of(best)}"
+            f"     it displaced {lost['n']}, {lost['commit'][:7]} ({title_of(lost)}): {again}"
         )
-        kept = [record for record in records if record["status"] == "keep"]
-        scored = sum(record["score"] is not None for record in records)
-        noise = f"noise floor {floor:.6f}"
-        if floor is None:
-            noise = (
-                f"noise floor not measured yet ({rules.UNMEASURED_FLOOR:.1%} of the best counts)"
-            )
-        lines.append(
-            f"     from {kept[0]['score']:.6f}; {len(records)} ended, {scored} with a score, "
-            f"{len(kept)} kept; {noise}"
-        )
-        lines += displaced_lines(best, records)
-        better = rules.better_than_best(records)
-        if better:
-            lines.append(
-                f"     better, but not on the branch: {better['n']}, {better['score']:.6f} "
-                f"({name_of(better)}): bring {better['n']} and try it again"
-            )
-    said, direction, size = rules.calibration(records, floor)
-    if said:
-        lines.append(f"     predictions: {direction} of {said} right in direction, {size} in size")
+    predictions, direction, size = rules.calibration(records, floor)
+    if predictions:
+        right = f"{direction} of {predictions} right in direction, {size} in size"
+        lines.append(f"     predictions: {right}")
     return lines
 
 
 def open_line(
     experiment: Experiment, experiments: list[Experiment], best_curve: list[tuple[float, float]]
 ) -> str:
-    """Of one that waits, runs, or is not decided yet."""
+    """One that waits, runs, or is not decided yet."""
     words = experiment.state()
     runs = experiment.runs()
     if words == "running":
-        words = phase(experiment, best_curve)
+        words = progress(experiment, best_curve)
     elif words == "ended":
         score = runs[-1].get("score")
         words = "ended without a score" if score is None else f"ended, {score:.6f}"
-        if baseline_lasts(experiments):
+        if baseline_is_pending(experiments):
             words += "; decided when the baseline's runs have all ended"
     before = [run["again"] for run in runs if "again" in run]
     if before:
         words += f"; once more, because of the run before: {before[-1]}"
-    return f"{experiment.n}: {words}  ({name_of(experiment.asked)})"
+    return f"{experiment.n}: {words}  ({title_of(experiment.asked)})"
 
 
 def what_next(night: Night) -> str:
     """What the agent should type next."""
     records, experiments = night.records(), night.open()
     if night.stopped():
-        return "the night was stopped (night.py stop); the human continues it with night.py begin"
+        return "the night was stopped: whoever stopped it continues with night.py begin"
     if rules.best_of(records) is None and not any(e.is_baseline for e in experiments):
-        return "the baseline gave no score (see above): tell the human, or mend it and say begin"
+        return "the baseline gave no score (see above): tell the human, or fix it and run begin"
     waiting = [e for e in experiments if e.asked["kind"] == "try" and e.state() == "waiting"]
     edited = night.edits() is not None
     if len(waiting) >= capacity(night):
         kept = f"; {TARGET.file} keeps its edits until then" if edited else ""
         return f"the queue is full: night.py wait{kept}"
     if edited:
-        return (
-            f'{TARGET.file} has edits: finish them, then night.py try "..."; or night.py bring best'
-        )
+        finish = 'finish them, then night.py try "..."; or night.py bring best'
+        return f"{TARGET.file} has edits: {finish}"
     or_wait = ", or night.py wait" if experiments else ""
     return f'edit {TARGET.file} and night.py try "what changes; what is expected"{or_wait}'
 
@@ -224,7 +197,7 @@ def print_status(night: Night):
         return
     print(f"night {night.tag} on {night.branch}")
     night.sync_branch()
-    lines = standing(night)
+    lines = status_lines(night)
     recent = [f"  {row_of(record)[:WIDTH]}" for record in night.records()[-5:]]
     if recent:
         lines += ["last rows of results.tsv:", *recent]

@@ -1,7 +1,7 @@
 """
 What the night remembers: experiments, which are folders of files, and the journal of those that
-have ended. Every file is written once, by rename, and every step is idempotent: after a kill at any
-line, the next command resumes.
+have ended. Every file is written once, by rename, and every step is idempotent: after a kill, the
+next command completes what is missing.
 
     .night/TAG/queue/N/       an experiment that waits, runs, or is not decided yet
     .night/TAG/done/N/        one that has its line in the journal
@@ -37,8 +37,8 @@ from autoresearch.night.experiment import Experiment
 from autoresearch.night.repo import Repository
 from autoresearch.night.settings import TARGET, setting
 
-PAUSE = 0.05  # seconds between two looks at files that others write
-COMMAND_PATIENCE = 10  # seconds a command waits for another one
+POLL_SECONDS = 0.05  # seconds between two looks at files that others write
+COMMAND_TIMEOUT = 10  # seconds a command waits for another one
 # Our own names in .night.
 RESERVED_TAGS = "command compiled engine.json ray.log supervisor supervisor.log".split()
 
@@ -49,29 +49,27 @@ class Night:
     def __init__(self, root: Path = ROOT):
         self.root = root
         self.repo = Repository(root, TARGET.file)
-        top = self.repo.git("rev-parse", "--show-toplevel", check=False)
-        if not top:
+        if not (root / ".git").exists():
             make = "git init, git add -A, git commit, then begin"
-            raise Fail(f"{root} is no git repository with files: {make}")
-        if Path(top).resolve() != root:
-            raise Fail(f"night.py must stand at the top of its repository, which is {top}")
+            raise Fail(f"{root} is no git repository: {make}")
         self.tag = setting("tag")
         self.branch = f"autoresearch/{self.tag}"
-        said = f"program.md, setting `tag: {one_line(self.tag, 40)}`"
-        if self.repo.git("check-ref-format", f"refs/heads/{self.branch}", check=False) is None:
-            raise Fail(f"{said}: it cannot be a part of a branch's name; take a word like nov25")
-        if self.tag in RESERVED_TAGS:
-            raise Fail(f"{said}: night.py has files of that name; take another")
-        self.home = root / ".night"
-        self.folder = self.home / self.tag
+        name_is_valid = self.repo.git("check-ref-format", f"refs/heads/{self.branch}", check=False)
+        if name_is_valid is None or self.tag in RESERVED_TAGS:
+            raise Fail(
+                f"program.md, setting `tag: {one_line(self.tag, 40)}`: it cannot name a branch and "
+                "a folder of the night; take a word like nov25"
+            )
+        self.state_dir = root / ".night"
+        self.folder = self.state_dir / self.tag
         self.queue, self.done = self.folder / "queue", self.folder / "done"
         self.journal = self.folder / "journal.jsonl"
         self.results = root / "results.tsv"
-        self.edited = root / TARGET.file
-        self._experiments: dict[str, Experiment] = {}  # of the queue, as the last look found them
-        self._records: list[dict] = []  # of the journal: what was read so far,
+        self.target_path = root / TARGET.file
+        # Of the journal, what was read so far, and up to which byte: it may hold 10,000 lines.
+        self._records: list[dict] = []
         self._confirmed: list[dict] = []
-        self._read_bytes = 0  # and up to which byte
+        self._read_bytes = 0
 
     # what has ended
 
@@ -134,14 +132,9 @@ class Night:
 
     def open(self) -> list[Experiment]:
         """What waits, runs, or is not decided yet, by number."""
-        names = [name for name in os.listdir(self.queue) if name.isdigit()]
-        found = {}
-        for name in sorted(names, key=int):
-            experiment = self._experiments.get(name) or Experiment.at(self.queue / name)
-            if experiment:
-                found[name] = experiment
-        self._experiments = found
-        return [*found.values()]
+        numbers = sorted(int(name) for name in os.listdir(self.queue) if name.isdigit())
+        found = [Experiment.at(self.queue / str(n)) for n in numbers]
+        return [experiment for experiment in found if experiment]  # one may end meanwhile
 
     def folder_of(self, n: int) -> Path | None:
         for place in (self.queue, self.done):
@@ -189,8 +182,7 @@ class Night:
 
     def record(self, experiment: Experiment, step: rules.Record):
         """Writes the experiment's line of the journal. With it the experiment has ended."""
-        asked, run = experiment.asked, step.run or {}
-        runs = experiment.runs()
+        asked, run, runs = experiment.asked, step.run or {}, experiment.runs()
         score = run.get("score") if step.status != "crash" else None
         base = {} if experiment.is_confirm else rules.kept_as(run.get("base", ""), self.records())
         named = ("n", "kind", "seed", "message", "simpler", "expect", "change")
@@ -214,7 +206,6 @@ class Night:
             "memory_gb": run.get("memory_gb") or 0.0,
             "ended": utc(),
         }
-        record["again"] += run.get("retried", [])  # by Ray, within the run
         if step.displaced:
             record["displaced"] = step.displaced
         append_line(self.journal, json.dumps(record).encode())
@@ -243,23 +234,23 @@ class Night:
         tree = str(experiment.folder / "tree")
         self.repo.git("worktree", "remove", "--force", "--force", tree, check=False)  # git's part
 
-    # what the supervisor's engine last said, for the commands, which do not ask it
+    # the supervisor's engine, for the commands, which have none
 
-    def keep_engine_state(self, slots: int, words: list[str]):
-        """slots: how many runs at once. words: lines for the status."""
-        state = {"slots": slots, "words": words}
+    def write_engine_state(self, slots: int, lines: list[str]):
+        """slots: how many runs at once. lines: for the status."""
+        state = {"slots": slots, "lines": lines}
         if self.engine_state() != state:
-            write_json(self.home / "engine.json", state)
+            write_json(self.state_dir / "engine.json", state)
 
     def engine_state(self) -> dict:
-        return read_json(self.home / "engine.json") or {"slots": 1, "words": []}
+        return read_json(self.state_dir / "engine.json") or {"slots": 1, "lines": []}
 
     @contextlib.contextmanager
     def lock(self, name: str, seconds: float) -> Iterator[bool]:
         """A lock of the night; False where another process has held it all the time."""
-        self.home.mkdir(exist_ok=True)
+        self.state_dir.mkdir(exist_ok=True)
         end = time.monotonic() + seconds
-        with open(self.home / name, "w") as file:
+        with open(self.state_dir / name, "w") as file:
             while True:
                 try:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -268,15 +259,15 @@ class Night:
                     if time.monotonic() >= end:
                         file.close()
                         break
-                    time.sleep(PAUSE)
+                    time.sleep(POLL_SECONDS)
             yield not file.closed
 
     @contextlib.contextmanager
     def command(self):
         """One command at a time touches the agent's tree."""
-        with self.lock("command", COMMAND_PATIENCE) as ours:
+        with self.lock("command", COMMAND_TIMEOUT) as ours:
             if not ours:
-                raise Fail("another night.py command has been at work for 10 s: say it again")
+                raise Fail("another night.py command has been at work for 10 s: run it again")
             yield
 
     # the agent's tree: moved by the agent's own commands alone
@@ -294,16 +285,16 @@ class Night:
     def edits(self) -> bytes | None:
         """The agent's file, where it is neither the branch's, the best's nor a queued one; else None."""
         tip = self.tip()
-        if not self.edited.is_file():
+        if not self.target_path.is_file():
             return None  # deleted: the best is put in its place
-        content = self.edited.read_bytes()
+        content = self.target_path.read_bytes()
         best = rules.best_of(self.records())
         known = {tip, best["commit"] if best else tip, *(e.asked["commit"] for e in self.open())}
         return None if self.repo.is_file_of(content, known) else content
 
-    def write_edited(self, content: bytes):
-        mode = self.edited.stat().st_mode if self.edited.is_file() else 0o644
-        write_atomically(self.edited, content, mode)
+    def write_target(self, content: bytes):
+        mode = self.target_path.stat().st_mode if self.target_path.is_file() else 0o644
+        write_atomically(self.target_path, content, mode)
 
     def sync_branch(self):
         """Moves branch and file to the best, unless an edit is in progress."""
@@ -312,8 +303,8 @@ class Night:
         if self.edits() is None:
             commit = best["commit"] if best else tip
             content = self.repo.file_at(commit)
-            if not self.edited.is_file() or self.edited.read_bytes() != content:
-                self.write_edited(content)
+            if not self.target_path.is_file() or self.target_path.read_bytes() != content:
+                self.write_target(content)
             if commit != tip:
                 if all(tip not in (record["commit"], record["base"]) for record in self.records()):
                     self.keep_ref(f"not-of-the-night-{tip[:7]}", tip)  # somebody's own commit

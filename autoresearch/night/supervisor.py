@@ -1,8 +1,8 @@
 """
 The detached process that works through the queue: queue -> engine -> rules.next_step -> store.
 
-One a repository, by the lock `.night/supervisor`. All its state is in the night's files: after a kill
-at any line, the next one continues. The engine that starts the runs is handed in.
+One a repository, by the lock `.night/supervisor`. All its state is in the night's files: if it is
+killed, the next one continues. The engine that starts the runs is handed in.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from autoresearch.night.experiment import Experiment
 from autoresearch.night.repo import merged
 from autoresearch.night.settings import (
     cluster_address,
-    cluster_is_silent,
+    cluster_problem,
     local_slots,
     number_setting,
     setting,
     time_limit,
 )
-from autoresearch.night.store import PAUSE, Night
+from autoresearch.night.store import POLL_SECONDS, Night
 
 
 class Supervisor:
@@ -41,11 +41,11 @@ class Supervisor:
         self.night.recover()
         pause = 0.0
         while True:
-            if self.turn():
+            if self.poll_once():
                 pause = 0.0
             elif not self.may_continue():
                 return
-            pause = min(pause + PAUSE / 10, 5 * PAUSE)
+            pause = min(pause + POLL_SECONDS / 10, 5 * POLL_SECONDS)
             time.sleep(pause)
 
     def may_continue(self) -> bool:
@@ -54,19 +54,19 @@ class Supervisor:
             return True
         return not self.engine.slots() and self.night.can_work()
 
-    def turn(self) -> bool:
+    def poll_once(self) -> bool:
         """Looks once at the queue. Returns whether anything changed."""
-        self.night.keep_engine_state(len(self.engine.slots()), self.engine.words())
+        self.night.write_engine_state(len(self.engine.slots()), self.engine.status_lines())
         moved = False
         for experiment in self.night.open():
             state = experiment.state()
             if state == "waiting" and experiment.dropped():
-                self.carry_out(experiment, self.next_step(experiment))
+                self.apply(experiment, self.next_step(experiment))
                 moved = True
             elif state in ("running", "cut off"):
                 found, why = self.engine.poll(experiment)
                 if found == "lost":
-                    self.carry_out(experiment, self.next_step(experiment, lost=why))
+                    self.apply(experiment, self.next_step(experiment, lost=why))
                 moved = moved or found != "running"
         moved = self.process_finished() or moved
         return self.fill_slot() or moved
@@ -82,7 +82,7 @@ class Supervisor:
             runs[-1]["lost"] = lost
         return rules.next_step(asked, runs, self.night.history(), conflict)
 
-    def carry_out(self, experiment: Experiment, step: rules.Record | rules.Again):
+    def apply(self, experiment: Experiment, step: rules.Record | rules.Again):
         if isinstance(step, rules.Again):
             experiment.again(step.why)
         else:
@@ -102,12 +102,12 @@ class Supervisor:
             again = [pair for pair in steps if isinstance(pair[1], rules.Again)]
             if again:
                 for experiment, step in again:
-                    self.carry_out(experiment, step)
+                    self.apply(experiment, step)
                 return True
         else:
             ended.sort(key=self.gained, reverse=True)
         for experiment in ended:
-            self.carry_out(experiment, self.next_step(experiment))
+            self.apply(experiment, self.next_step(experiment))
         return bool(ended)
 
     def gained(self, experiment: Experiment) -> float:
@@ -122,16 +122,16 @@ class Supervisor:
         experiments = self.night.open()
         free = self.engine.slots()
         states = {e.n: e.state() for e in experiments}
-        # What has ended keeps its slot until it is decided, for it may move the best. While the
-        # baseline lasts, nothing is decided.
-        lasts = any(e.is_baseline for e in experiments)
-        occupying = ("running",) if lasts else ("running", "ended")
+        # What has ended keeps its slot until it is decided, for it may move the best. Before the
+        # baseline has ended, nothing is decided.
+        baseline_is_open = any(e.is_baseline for e in experiments)
+        occupying = ("running",) if baseline_is_open else ("running", "ended")
         for experiment in experiments:
             if states[experiment.n] in occupying and free:
                 slot = experiment.runs()[-1]["slot"]
                 free.remove(slot if slot in free else free[0])  # the setting may have changed
         waiting = [e for e in experiments if states[e.n] == "waiting"]
-        if not lasts and not rules.best_of(self.night.records()):
+        if not baseline_is_open and not rules.best_of(self.night.records()):
             waiting = []  # the baseline has no score: nothing can be compared
         # Then what runs again, the larger gain first: it moves the best, the others follow.
         waiting.sort(key=lambda e: (not e.is_baseline, not e.runs(), -self.gained(e), e.n))
@@ -148,7 +148,7 @@ class Supervisor:
             base = best["commit"]
         commit, conflict = self.rebase(experiment, base)
         if commit is None:
-            self.carry_out(experiment, self.next_step(experiment, conflict))
+            self.apply(experiment, self.next_step(experiment, conflict))
             return
         run = {"id": uuid.uuid4().hex[:12], "commit": commit, "base": base, "slot": slot}
         k = len(experiment.runs()) + 1
@@ -192,16 +192,17 @@ def capacity(night: Night) -> int:
 
 
 def supervise(make_engine: Callable[[Night], object]):
-    """Holds the lock and works; looks once more after releasing it, for what was queued meanwhile."""
+    """Holds the lock and works; checks once more after releasing it, for what was queued meanwhile."""
     night = Night()
     while True:
-        with night.lock("supervisor", 1) as ours:  # a command that looks holds it for a moment
+        # A command holds this lock briefly while it checks for a supervisor.
+        with night.lock("supervisor", 1) as ours:
             if not ours:
                 return
             try:
                 engine = make_engine(night)
             except Fail as problem:
-                night.keep_engine_state(1, [str(problem).removeprefix("FAIL: ")])
+                night.write_engine_state(1, [str(problem).removeprefix("FAIL: ")])
                 raise
             try:
                 Supervisor(night, engine).work()
@@ -214,8 +215,8 @@ def supervise(make_engine: Callable[[Night], object]):
 def wake(night: Night) -> str | None:
     """Starts a supervisor where there is work and none; it outlives command, terminal and agent.
 
-    Returns what keeps it from that, where its cluster does not answer. Raises Fail on a setting that
-    cannot be used: here it is said to somebody who reads it.
+    Returns the problem where its cluster does not answer. Raises Fail on a setting that cannot be
+    used: whoever typed the command reads it.
     """
     time_limit()
     capacity(night)
@@ -223,17 +224,17 @@ def wake(night: Night) -> str | None:
     if not address and not setting("cluster", "") and (night.folder / "cluster.json").exists():
         raise Fail(
             "this night runs on a Ray cluster, and RAY_ADDRESS is not set: set it again, or put "
-            "`- cluster: ADDRESS` (none: go on without) into program.md"
+            "`- cluster: ADDRESS` (none: continue without) into program.md"
         )
     if not night.can_work():
         return None
     with night.lock("supervisor", 0) as free:
         if not free:
             return None
-    silent = cluster_is_silent(address)
-    if silent:
-        return silent
-    with open(night.home / "supervisor.log", "ab") as log:
+    problem = cluster_problem(address)
+    if problem:
+        return problem
+    with open(night.state_dir / "supervisor.log", "ab") as log:
         subprocess.Popen(
             [sys.executable, str(ROOT / "night.py"), "supervise"],
             cwd=night.root,

@@ -1,8 +1,7 @@
 """
 One run: a worktree, a process of its own that watches it, a time limit, and isolation.
 
-LocalEngine starts runs on this machine. What runs and ends one (run_environment, run_to_its_end,
-outcome) is also what a node of a cluster calls.
+LocalEngine starts runs on this machine; a node of a cluster calls run_to_its_end, too.
 """
 
 from __future__ import annotations
@@ -23,14 +22,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from autoresearch.common import cache_dir, read_json, seconds_of, utc, write_json
+from autoresearch.common import cache_dir, seconds_of, utc, write_json
 from autoresearch.night import rules
 from autoresearch.night.experiment import Experiment, split_of
 from autoresearch.night.settings import TARGET, local_slots
 from autoresearch.night.store import Night
 from autoresearch.referee.ledger import ledger_path, read_ledger
 
-LOOK = 0.25  # seconds between two looks at a run
+POLL_SECONDS = 0.25  # seconds between two looks at a run
 COMPILER_WRITES = 10  # seconds; a compiler writes one file within them, on a busy machine
 
 # ------------------------------------------------------------------------------ ending processes
@@ -48,12 +47,12 @@ def die_with_parent():
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
-def end_group(group: int):
+def kill_group(group: int):
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(group, signal.SIGKILL)
 
 
-def end_children():
+def kill_children():
     """Kills what is left below this process, also what left its session (Linux, as a subreaper)."""
     while True:
         children = []
@@ -68,7 +67,7 @@ def end_children():
             return
 
 
-def end_leftovers(run_id: str):
+def kill_leftovers(run_id: str):
     """Kills what a run has left whose watcher died: all that carries its id (Linux)."""
     mark = f"AUTORESEARCH_RUN={run_id}".encode()
     found, end = True, time.monotonic() + 10
@@ -96,11 +95,12 @@ class Isolation:
     """What this machine can keep a run away from."""
 
     prefix: list[str]  # of the run's command
-    words: str  # what is missing, in one sentence for the status; empty where nothing is
+    warning: str  # what is missing, in one sentence for the status; empty where nothing is
 
     @classmethod
     def here(cls) -> Isolation:
         """No network and a read-only cache by Linux's namespaces, where this user may make them."""
+        ledger_path().touch()
         inside = ["sh", "-c", MOUNTS, "sh", str(cache_dir()), str(ledger_path())]
         for options in (["--net", "--mount"], ["-r", "--net", "--mount"]):
             prefix = ["unshare", *options, *inside]
@@ -115,14 +115,8 @@ class Isolation:
         )
 
 
-def run_environment(
-    folder: Path, compiled: Path, asked: dict, run: dict, progress_path: Path
-) -> dict:
-    """The user's variables, with a home and temporary files of the run's own in `folder`.
-
-    compiled: where the compilers' caches are, which all runs share. asked, run: what
-    experiment.json and run-K.json hold.
-    """
+def run_environment(folder: Path, compiled: Path, asked: dict, run: dict, progress: Path) -> dict:
+    """The user's variables, with HOME and TMPDIR of the run's own in `folder`."""
     home, temporary = folder / "home", folder / "tmp"
     for path in (home, temporary, compiled):
         path.mkdir(parents=True, exist_ok=True)
@@ -135,14 +129,14 @@ def run_environment(
         "AUTORESEARCH_RUN": run["id"],
         "AUTORESEARCH_SEED": str(asked["seed"]),
         "AUTORESEARCH_SPLIT": split_of(asked),
-        "AUTORESEARCH_PROGRESS": str(progress_path),
+        "AUTORESEARCH_PROGRESS": str(progress),
         "PYTHONDONTWRITEBYTECODE": "1",
     }
     environment.setdefault("TORCHINDUCTOR_CACHE_DIR", str(compiled / "inductor"))
+    environment.setdefault("HF_HOME", os.path.expanduser("~/.cache/huggingface"))
     with contextlib.suppress(OSError, KeyError):  # there already; or a user without a name
         # torch looks for its precompiled headers among the temporary files: compiled once for all
         os.symlink(compiled, temporary / f"torchinductor_{getpass.getuser()}")
-    environment.setdefault("HF_HOME", os.path.expanduser("~/.cache/huggingface"))
     return environment
 
 
@@ -179,29 +173,34 @@ def read_progress(path: Path) -> list[dict]:
         for line in path.read_bytes().splitlines():
             with contextlib.suppress(ValueError):  # one being written
                 lines.append(json.loads(line))
-    return [line for line in lines if isinstance(line, dict) and "phase" in line]
+    return lines
 
 
 def run_to_its_end(
-    tree: Path,
-    environment: dict,
+    folder: Path,
     compiled: Path,
+    asked: dict,
+    run: dict,
     log_path: Path,
+    progress_path: Path,
     isolation: Isolation,
     limit: int,
-    given_up: Callable[[], bool],
-) -> dict:
-    """Runs the target's command in `tree`; ends it, with its children, at the limit or when given up.
+    should_stop: Callable[[], bool],
+) -> tuple[dict, list[dict]]:
+    """Runs the target's command in `folder`/tree; kills it, with its children, at the limit.
 
-    Returns its exit code, why it was stopped (or None), and its seconds. The calling process must
-    have no other children.
+    compiled: the compilers' caches, which all runs share. asked, run: what experiment.json and
+    run-K.json hold. limit: in seconds. Returns how it ended (exit code, why it was stopped or None,
+    seconds), and the ledger's records of it. The calling process must have no other children.
     """
     began = time.monotonic()
+    ledger_start = ledger_path().stat().st_size
+    environment = run_environment(folder, compiled, asked, run, progress_path)
     stopped = None
     with open(log_path, "wb") as log:
         process = subprocess.Popen(
             [*isolation.prefix, *TARGET.command],
-            cwd=tree,
+            cwd=folder / "tree",
             env=environment,
             stdin=subprocess.DEVNULL,
             stdout=log,
@@ -209,24 +208,25 @@ def run_to_its_end(
             start_new_session=True,
             preexec_fn=die_with_parent,
         )
-        while True:
-            try:
-                code = process.wait(timeout=LOOK)
-                break
-            except subprocess.TimeoutExpired:
-                if given_up():
-                    stopped = "dropped"
-                elif time.monotonic() - began > limit:
-                    stopped = f"still running after {limit} s, the limit in program.md"
-                if stopped:
-                    end_group(process.pid)
-        end_group(process.pid)
-        end_children()
-    phases = [line["phase"] for line in read_progress(Path(environment["AUTORESEARCH_PROGRESS"]))]
+    while True:
+        try:
+            code = process.wait(timeout=POLL_SECONDS)
+            break
+        except subprocess.TimeoutExpired:
+            if should_stop():
+                stopped = "dropped"
+            elif time.monotonic() - began > limit:
+                stopped = f"still running after {limit} s, the limit in program.md"
+            if stopped:
+                kill_group(process.pid)
+    kill_group(process.pid)
+    kill_children()
+    phases = [line["phase"] for line in read_progress(progress_path)]
     if code < 0 and "training" not in phases:  # killed while it compiled
         delete_half_compiled(compiled, time.time() - COMPILER_WRITES)
     seconds = round(time.monotonic() - began, 2)
-    return {"code": code, "stopped": stopped, "wall_seconds": seconds}
+    records = [r for r in read_ledger(ledger_start)[0] if r.get("run") == run["id"]]
+    return {"code": code, "stopped": stopped, "wall_seconds": seconds}, records
 
 
 def outcome(ended: dict, records: list[dict], log: str, split: str) -> dict:
@@ -234,9 +234,10 @@ def outcome(ended: dict, records: list[dict], log: str, split: str) -> dict:
 
     A score counts where the run exited with 0 and was scored on the split that was asked for.
     """
-    said = {key: value for record in records for key, value in record.items()}
+    measured = {key: value for record in records for key, value in record.items()}
+    conditions = (*rules.CONDITIONS, rules.FELL_BACK)
     code = ended["code"]
-    score = said.get("score") if code == 0 and said.get("split") == split else None
+    score = measured.get("score") if code == 0 and measured.get("split") == split else None
     if not isinstance(score, (int, float)) or not math.isfinite(score):
         score = None
     return {
@@ -244,10 +245,10 @@ def outcome(ended: dict, records: list[dict], log: str, split: str) -> dict:
         "ended": utc(),
         "wall_seconds": ended["wall_seconds"],
         "score": score,
-        "failure": why_it_failed(code, ended["stopped"], said, log) if score is None else None,
-        "memory_gb": (said.get("peak_memory_mb") or 0) / 1024,
-        "conditions": {k: said[k] for k in (*rules.CONDITIONS, rules.FELL_BACK) if k in said},
-        **{key: said.get(key) for key in ("steps", "tokens", "training_seconds", "pace")},
+        "failure": why_it_failed(code, ended["stopped"], measured, log) if score is None else None,
+        "memory_gb": (measured.get("peak_memory_mb") or 0) / 1024,
+        "conditions": {name: measured[name] for name in conditions if name in measured},
+        **{name: measured.get(name) for name in ("steps", "tokens", "training_seconds", "pace")},
     }
 
 
@@ -260,9 +261,9 @@ def why_it_failed(code: int, stopped: str | None, ledger: dict, log: str) -> str
     if code == 0:
         return "it ended without a score in the ledger"
     lines = log.strip().splitlines()
-    said = [line for line in lines if "FAIL: " in line]
-    if said:
-        return said[-1].split("FAIL: ")[-1]
+    failures = [line for line in lines if "FAIL: " in line]
+    if failures:
+        return failures[-1].split("FAIL: ")[-1]
     if any(line.startswith("Timeout (") for line in lines):
         return "timeout: it hung (the log shows where)"
     if code < 0:
@@ -277,22 +278,21 @@ def why_it_failed(code: int, stopped: str | None, ledger: dict, log: str) -> str
 class LocalEngine:
     """Runs on this machine, each watched by a process that outlives the supervisor.
 
-    An engine has slots, start, poll, words and close; ray_engine.py holds the other one.
+    ray_engine.RayEngine has the same methods.
     """
 
     def __init__(self, night: Night):
         self.night = night
+        self.compiled = night.state_dir / "compiled"
         self._slots = local_slots()
-        ledger_path().touch()
         self._isolation = Isolation.here()
 
     def slots(self) -> list[dict]:
-        """The environment of each place where a run may stand."""
+        """The environment of each slot."""
         return list(self._slots)
 
-    def words(self) -> list[str]:
-        """Lines for the status."""
-        return [self._isolation.words] if self._isolation.words else []
+    def status_lines(self) -> list[str]:
+        return [self._isolation.warning] if self._isolation.warning else []
 
     def start(self, experiment: Experiment, k: int, run: dict, limit: int):
         """Adds a worktree, writes run-K.json, and leaves the run to a process that holds the lock."""
@@ -310,7 +310,7 @@ class LocalEngine:
                 os.closerange(3, lock.fileno())
                 os.closerange(lock.fileno() + 1, 1 << 12)  # the supervisor's own lock among them
                 become_subreaper()
-                self.watch(experiment, k, limit)
+                self.watch(experiment, k, run, limit)
             except BaseException:
                 traceback.print_exc()  # into supervisor.log
                 sys.stderr.flush()
@@ -318,27 +318,25 @@ class LocalEngine:
                 os._exit(0)
         lock.close()  # the child holds it until it ends, whatever becomes of us
 
-    def watch(self, experiment: Experiment, k: int, limit: int):
+    def watch(self, experiment: Experiment, k: int, run: dict, limit: int):
         """Runs the K-th run to its end and writes end-K.json. In a process of its own."""
-        folder, compiled = experiment.folder, self.night.home / "compiled"
-        run = read_json(folder / f"run-{k}.json")
-        ledger_start = ledger_path().stat().st_size
-        progress_path = folder / f"progress-{k}.jsonl"
-        environment = run_environment(folder, compiled, experiment.asked, run, progress_path)
-        log_path = folder / f"run-{k}.log"
-
-        def given_up() -> bool:
-            return experiment.dropped() or self.night.stopped()
-
-        ended = run_to_its_end(
-            folder / "tree", environment, compiled, log_path, self._isolation, limit, given_up
+        log_path = experiment.path("run.log", k)
+        ended, records = run_to_its_end(
+            experiment.folder,
+            self.compiled,
+            experiment.asked,
+            run,
+            log_path,
+            experiment.path("progress.jsonl", k),
+            self._isolation,
+            limit,
+            lambda: experiment.dropped() or self.night.stopped(),
         )
         if ended["stopped"] == "dropped" and not experiment.dropped():
             experiment.again(rules.STOPPED)
             return
-        mine = [r for r in read_ledger(ledger_start)[0] if r.get("run") == run["id"]]
-        end = outcome(ended, mine, log_text(log_path), experiment.split)
-        write_json(folder / f"end-{k}.json", end)
+        end = outcome(ended, records, log_text(log_path), experiment.split)
+        write_json(experiment.path("end.json", k), end)
 
     def poll(self, experiment: Experiment) -> tuple[str, str]:
         """(running, ended or lost; why it is lost) of the last run."""
@@ -347,11 +345,11 @@ class LocalEngine:
                 pass
         state = experiment.state()
         if state != "cut off":
-            return ("running" if state == "running" else "ended"), ""
+            return state, ""
         run = experiment.runs()[-1]  # its watcher died, by a kill or a power cut
-        end_leftovers(run["id"])
-        delete_half_compiled(self.night.home / "compiled", seconds_of(run["began"]))
+        kill_leftovers(run["id"])
+        delete_half_compiled(self.compiled, seconds_of(run["began"]))
         return "lost", rules.CUT_OFF
 
     def close(self):
-        """Nothing to release: each run belongs to its watcher."""
+        """Nothing to release: each run has its own watcher process."""

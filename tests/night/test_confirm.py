@@ -1,8 +1,4 @@
-"""Is the gain real? The interval against scipy's numbers, the verdict on simulated nights, the queue."""
-
-import math
-import random
-import shutil
+"""Is the gain real? The interval against scipy's numbers, the table, the queue."""
 
 import pytest
 from repository import make_repository
@@ -25,12 +21,8 @@ from autoresearch.night.store import Night
     # fmt: off
     [
         (1, 12.706204736174694),
-        (1.2, 8.648826510748867),
-        (2, 4.302652729749462),
         (2.5, 3.5746548420036817),
         (4, 2.7764451051977934),
-        (7.3, 2.345066736547703),
-        (30, 2.0422724563012378),
         (1e6, 1.959966356814107),
     ],
     # fmt: on
@@ -74,46 +66,6 @@ def test_the_verdict_in_one_sentence(interval, sentence):
     assert is_it_real(*interval) == sentence
 
 
-# ---- what it is for: nights of 100 experiments, of which the luckiest are kept
-
-
-def simulated(draw: random.Random, ideas: list[float]) -> tuple[float, bool | None]:
-    """(what the best is truly better by, whether a confirmation calls it real).
-
-    Noise has a standard deviation of 1. ideas: the true gains. None where nothing was kept.
-    """
-    baseline = [{"commit": "baseline", "score": draw.gauss(0, 1)} for _ in range(3)]
-    floor, best, truth, kept = rules.noise_floor(baseline), baseline[0]["score"], 0.0, 0
-    for idea in ideas:
-        score = draw.gauss(-truth - idea, 1)
-        if rules.decide(score, best, floor, simpler=False)[0] == "keep":
-            best, truth, kept = score, truth + idea, kept + 1
-    if not kept:
-        return truth, None
-    scores = [draw.gauss(-truth, 1) for _ in range(3)]
-    others = [draw.gauss(0, 1) for _ in range(3)]
-    return truth, is_it_real(*welch(scores, others)).endswith(": real")
-
-
-def test_where_no_idea_helps_it_says_real_in_at_most_one_night_in_twenty():
-    draw = random.Random(1)
-    verdicts = [real for _, real in (simulated(draw, [0.0] * 100) for _ in range(1000))]
-    verdicts = [real for real in verdicts if real is not None]
-    assert len(verdicts) > 500 and sum(verdicts) <= 0.05 * len(verdicts)
-
-
-def test_a_gain_of_three_noise_floors_is_called_real_in_at_least_nineteen_of_twenty():
-    draw = random.Random(2)
-    verdicts = []
-    for _ in range(1000):
-        ideas = [0.0] * 100
-        ideas[draw.randrange(100)] = 3 * 3 / math.sqrt(math.pi)  # the mean range of three draws
-        truth, real = simulated(draw, ideas)
-        if truth > 0:  # else the night has missed it
-            verdicts.append(real)
-    assert len(verdicts) > 750 and sum(verdicts) >= 0.95 * len(verdicts)
-
-
 # ---- the table
 
 
@@ -121,9 +73,8 @@ def kept(n: int, commit: str) -> dict:
     return {"n": n, "commit": commit, "status": "keep", "kind": "try", "message": f"idea {n}"}
 
 
-def run(n: int, commit: str, seed: int, score: float | None, **more) -> dict:
-    said = {"n": n, "commit": commit, "seed": seed, "score": score, "why": "no room"}
-    return {**said, "kind": "confirm", "slow": None, "again": [], **more}
+def run(n: int, commit: str, seed: int, score: float | None) -> dict:
+    return {"n": n, "commit": commit, "seed": seed, "score": score, "why": "no room"}
 
 
 def test_the_table_shows_each_score_and_what_is_missing():
@@ -131,8 +82,8 @@ def test_the_table_shows_each_score_and_what_is_missing():
     confirmed = [
         run(4, "base", 45, 1.0),
         run(5, "best", 45, 0.9),
-        run(6, "best", 46, 0.91, slow=0.4),
-        run(7, "base", 46, 1.02, again=["cut off"]),
+        run(6, "best", 46, 0.91),
+        run(7, "base", 46, 1.02),
         run(8, "base", 47, None),
         run(9, "other", 45, 0.1),  # of another best, at another time
     ]
@@ -147,12 +98,10 @@ def test_the_table_shows_each_score_and_what_is_missing():
         "test_bpb     baseline       best",
         "seed 45      1.000000   0.900000",
         "seed 46      1.020000   0.910000",
-        "seed 47         crash          -",
+        "seed 47             -          -",
         "mean         1.010000   0.905000",
         "range        0.020000   0.010000",
         "baseline: base, best: best, idea 3",
-        "baseline, seed 46 ran again: cut off",
-        "best, seed 46 was slow twice (40% of its rate): the faster run counts",
         "baseline, seed 47 gave no score: no room; night.py show 8 has its log, confirm runs it again",
         "other runs on the test split: 2",
         "0.1050 better, 0.0358 to 0.1742: real",  # scipy, too
@@ -166,20 +115,10 @@ def test_there_is_no_confirmation_of_a_baseline_and_no_verdict_on_too_little():
     nothing = Confirmation.of(records, [])
     assert nothing.seeds == [] and nothing.interval() is None
     one = Confirmation.of(records, [run(3, "base", 45, 1.0), run(4, "best", 45, 0.9)])
-    assert one.seeds == [45] and one.lines([])[-1] == "too few scores for a verdict"
+    assert one.seeds == [45] and one.lines([])[-1] == "too few scores to decide"
     # more seeds were asked for before: fewer are not enough now
     more = [run(n, "best", 40 + n, 0.9) for n in range(5, 10)]
     assert Confirmation.of(records, more, least=3).seeds == [45, 46, 47, 48, 49]
-
-
-def test_a_baseline_that_was_measured_before_is_said_to_be_older():
-    records = [kept(1, "base"), kept(2, "best")]
-    runs = [run(n, commit, seed, 1.0) for n, (commit, seed) in enumerate(
-        [("base", 45), ("base", 46), ("best", 45), ("best", 46)], 3)]  # fmt: skip
-    words = "the baseline's runs are those of an earlier confirmation"
-    assert words in Confirmation.of(records, runs).lines([])
-    runs[1]["n"] = 5.5  # measured in turn
-    assert words not in Confirmation.of(records, runs).lines([])
 
 
 # ---- the queue, in a repository without a supervisor
@@ -190,7 +129,7 @@ def night(tmp_path, monkeypatch):
     """A night with a baseline and nothing queued; wake() is counted in night.woken."""
     page = tmp_path / "program.md"
     page.write_text("- tag: test\n")
-    monkeypatch.setattr(settings, "PAGE", page)
+    monkeypatch.setattr(settings, "PROGRAM", page)
     monkeypatch.setenv("AUTORESEARCH_CACHE", str(tmp_path))
     (tmp_path / "train.py").write_text("print()\n")
     make_repository(tmp_path)
@@ -248,25 +187,15 @@ def test_baseline_and_best_are_queued_in_turn_and_never_twice(night):
     assert queue_confirmation(night, 4)[1] == {5, 6, 7, 8, 9, 10, 11}
 
 
-def test_an_experiment_that_is_recorded_and_not_archived_yet_does_not_run(night):
-    keep(night, 0.9)
-    shutil.copytree(night.done / "2", night.queue / "2")
-    assert len(queue_confirmation(night, None)[1]) == 6
-
-
 def test_what_cannot_be_confirmed_is_one_line(night):
     with pytest.raises(Fail, match="an interval needs at least 2 seeds"):
         confirm.confirm(night, 1)
-    with pytest.raises(Fail, match="nothing to confirm: the best is the baseline"):
+    with pytest.raises(Fail, match="nothing to confirm: nothing was kept but the baseline"):
         queue_confirmation(night, None)
     commit = night.records()[0]["commit"]
     night.enqueue("try", commit, commit, "wider", 42)
     with pytest.raises(Fail, match="the night is running: 2 wait or run"):
         queue_confirmation(night, None)
-    end(night, 2, None)
-    night.journal.write_text("")
-    with pytest.raises(Fail, match="nothing to confirm: no experiment was kept"):
-        queue_confirmation(Night(night.root), None)
 
 
 def test_it_waits_for_its_runs_and_then_says_what_they_mean(night, monkeypatch, capsys):
@@ -280,15 +209,12 @@ def test_it_waits_for_its_runs_and_then_says_what_they_mean(night, monkeypatch, 
     confirm.confirm(night, 2)
     said = capsys.readouterr().out.splitlines()
     assert night.woken == [night]
-    assert said[:2] == [
-        "other runs on the test split: none",
-        "4 runs on the test split to wait for, 0 are measured already",
-    ]
-    assert [line[:9] for line in said[3:7]] == ["3: scored", "4: scored", "5: scored", "6: scored"]
+    assert said[0] == "4 runs on the test split to wait for, 0 are measured already"
+    assert [line[:9] for line in said[2:6]] == ["3: scored", "4: scored", "5: scored", "6: scored"]
     assert said[-1] == "0.1000 better, 0.0970 to 0.1030: real"
-    confirm.confirm(night, 2)  # said again, nothing runs again
+    confirm.confirm(night, 2)  # nothing runs again
     again = capsys.readouterr().out.splitlines()
-    assert again[1].startswith("0 runs on the test split to wait for, 4 are")
+    assert again[0].startswith("0 runs on the test split to wait for, 4 are")
     assert again[-1] == said[-1]
 
 
@@ -316,7 +242,7 @@ def test_while_it_waits_a_killed_supervisor_is_started_again(night, monkeypatch)
 
 def test_a_supervisor_that_failed_ends_the_waiting_with_its_words(night, monkeypatch):
     keep(night, 0.9)
-    log = night.home / "supervisor.log"
+    log = night.state_dir / "supervisor.log"
     log.write_text("of another day\n")
     monkeypatch.setattr(
         confirm.time, "sleep", lambda _: log.write_text("of another day\ndisk full\n")
@@ -340,7 +266,7 @@ def test_a_real_night_that_displaced_a_best_is_confirmed_and_stands_the_audit(la
     assert lab.say("confirm", "--seeds", 2).splitlines()[-1] == said[-1]
     assert lab.say("audit").splitlines() == [
         "  5 of 5 scores match the ledger",
-        "  every run that started has its row",
+        "  every measured score has its row",
         "  the test split was scored 4 times",
         "  4 of 4 scores of the confirmation match the ledger",
         "  every kept commit is on the branch and touches only train.py",

@@ -16,9 +16,9 @@ from lab import Lab, needs_proc, parent_of
 pytestmark = needs_proc
 
 TRACED = {
-    "begin": "begin enqueue sync_branch write_atomically write_edited keep_ref",
-    "try": "try_ enqueue sync_branch write_atomically write_edited keep_ref commit_file",
-    "supervise": "work recover turn process_finished carry_out fill_slot start rebase clear record"
+    "begin": "begin enqueue sync_branch write_atomically write_target keep_ref",
+    "try": "try_ enqueue sync_branch write_atomically write_target keep_ref commit_file",
+    "supervise": "work recover poll_once process_finished apply fill_slot start rebase clear record"
     " archive write_row append_line write_atomically commit_file keep_ref again watch",
 }
 
@@ -130,7 +130,7 @@ def queued_only(lab: Lab, message: str, **constants):
 
 def ended_on_paper(lab: Lab, n: int, score: float):
     """As if its run had ended while no supervisor lived."""
-    folder = lab.home / f"nov21/queue/{n}"
+    folder = lab.state_dir / f"nov21/queue/{n}"
     asked = json.loads((folder / "experiment.json").read_text())
     run = {"id": f"paper-{n}", "slot": {}, "began": asked["asked"]}
     run |= {"commit": asked["commit"], "base": asked["base"]}
@@ -159,7 +159,7 @@ def test_the_supervisor_killed_at_any_line_loses_nothing_and_runs_nothing_twice(
         assert ended == dict(zip((4, 5, 6, 7), zip(statuses, scores)))
         assert it.best()["n"] == 4  # on top of 5, whose gain is larger
         for n, runs in {4: 2, 5: 1, 6: 1, 7: 1}.items():
-            assert len(list(it.home.glob(f"nov21/done/{n}/end-*.json"))) == runs
+            assert len(list(it.state_dir.glob(f"nov21/done/{n}/end-*.json"))) == runs
             reasons = [why for why in it.record(n)["again"] if why != "cut off"]
             assert len(reasons) == runs - 1
 
@@ -209,7 +209,7 @@ def test_a_killed_run_is_a_crash_a_killed_watcher_a_repeat_and_a_killed_command_
 def test_stop_ends_what_runs_and_begin_runs_it_again(lab):
     held, waits = lab.attempt("wider", WIDTH=1, HOLD="a"), lab.attempt("deeper", DEPTH=1)
     lab.until_held(held)
-    assert "stopped: nothing starts; what ran will run again" in lab.say("stop")
+    assert "stopped: nothing starts; uv run night.py begin continues" in lab.say("stop")
     lab.until_idle()
     lab.until(lambda: not lab.running())
     began = time.monotonic()
@@ -225,23 +225,6 @@ def test_stop_ends_what_runs_and_begin_runs_it_again(lab):
     lab.say()
     lab.until_idle()
     lab.check()
-
-
-def test_stop_during_the_baseline(fresh, tmp_path):
-    lab = fresh.copy(tmp_path / "it")
-    lab.edit(HOLD="a")
-    lab.git("commit", "-qam", "a long baseline")
-    lab.say("begin")
-    lab.until_held(1)
-    assert "to end all, night.py stop" in lab.refused("drop", 1)
-    lab.say("stop")
-    lab.until_idle()
-    lab.until(lambda: not lab.running())
-    lab.say("begin")
-    assert lab.until_ended(1, go="a")["status"] == "keep"
-    lab.until_ended(3)
-    lab.until_idle()
-    assert len(lab.records()) == 3
 
 
 def test_the_supervisor_outlives_the_agent_its_process_group_and_its_session(lab):
@@ -285,7 +268,7 @@ def test_a_run_ends_with_its_watcher_also_where_nobody_looks(lab):
 
 def test_a_worktree_cut_off_while_it_was_made_is_made_again(lab):
     queued_only(lab, "wider", WIDTH=1)
-    tree = lab.home / "nov21/queue/4/tree"
+    tree = lab.state_dir / "nov21/queue/4/tree"
     lab.git("worktree", "add", "-q", "--detach", str(tree), "main")
     [administration] = (lab.root / ".git/worktrees").iterdir()
     (administration / "locked").write_text("initializing")  # as git has it until it is done

@@ -3,7 +3,6 @@
 import json
 
 import pytest
-from miniature import ROOT
 
 from autoresearch.night import rules
 from autoresearch.night.rules import History, Record, next_step
@@ -19,12 +18,10 @@ from autoresearch.night.rules import History, Record, next_step
         (0.989, 1.000, 0.010, False, "keep"),  # better by more than the noise
         (0.9901, 1.000, 0.010, False, "discard"),  # better, within the noise
         (1.000, 1.000, 0.010, False, "discard"),  # a tie
-        (1.000, 1.000, 0.000, False, "discard"),  # a tie where no noise was seen
         (0.9999, 1.000, 0.000, False, "keep"),  # so any gain counts
         (1.009, 1.000, 0.010, True, "keep"),  # simpler, equal within the noise
         (1.011, 1.000, 0.010, True, "discard"),  # simpler, but worse
         (0.970, 1.000, 0.010, True, "keep"),  # simpler and better
-        (1.200, 1.000, 0.010, False, "discard"),
         (0.9979, 1.000, None, False, "keep"),  # floor not measured: 0.2% of the best
         (0.9981, 1.000, None, False, "discard"),
     ],
@@ -35,14 +32,6 @@ def test_what_is_kept_in_both_directions(monkeypatch, score, best, floor, simple
     monkeypatch.setattr(rules, "LOWER_IS_BETTER", False)  # an accuracy, say: the mirror image
     mirrored = [None if value is None else 2 - value for value in (score, best)]
     assert rules.decide(*mirrored, floor, simpler)[0] == status
-
-
-def test_the_reason_of_a_decision_names_the_numbers():
-    kept, worse = rules.decide(0.98, 1.0, 0.01, False), rules.decide(1.02, 1.0, 0.01, False)
-    assert kept[1] == "better by 0.020000, the noise floor is 0.010000"
-    assert worse[1] == "worse by 0.020000, more than the noise floor of 0.010000"
-    assert "within the noise floor" in rules.decide(0.995, 1.0, 0.01, False)[1]
-    assert "simpler" in rules.decide(1.0, 1.0, 0.01, True)[1]
 
 
 def test_simplifications_do_not_add_up_to_a_loss():
@@ -81,13 +70,11 @@ STALLED = FAST_HALF + [[10 + 9 * i, 1000 + 100 * i] for i in range(1, 11)]
         (1000, 10, even(10, 1000), [], None),  # as fast all along
         (1000, 10, even(10, 1000), [140], None),  # 71% of another run: it happens
         (1000, 10, even(10, 1000), [200], 0.5),  # half the rate of the same code
-        (1000, 10, even(10, 1000), [90, 200], 0.5),
         (2000, 100, STALLED, [], 0.2),  # a first half five times as fast as the whole
         (1000, 10, [], [], None),  # nothing to compare with
         (1000, 10, None, [200], 0.5),
         (1000, 10, [[1, 500], [10, 1000]], [], None),  # too few points for a best stretch
         (None, 10, even(10, 1000), [200], None),  # no count
-        (1000, None, even(10, 1000), [200], None),
     ],
     # fmt: on
 )
@@ -116,20 +103,11 @@ FLEX = {**FLASH, "attention": "flex", "fell_back": ["FlashAttention 3 is not usa
             "compiled False, not True as the baseline; OSError",
         ),
         ({**FLASH, "device": "A100"}, FLASH, "device A100, not H100 as the baseline"),
-        (
-            {**FLASH, "driver": "580"},
-            {**FLASH, "driver": "570"},
-            "driver 580, not 570 as the baseline",
-        ),
         # the change's own
         ({**FLASH, "attention": "mine"}, FLASH, None),
-        ({**FLEX, "attention": "mine"}, FLEX, None),
         ({**FLASH, "compiled": False, "dtype": "float32"}, {**FLASH, "dtype": "bfloat16"}, None),
         # an older ledger, or a train.py that does not say
         ({}, FLASH, None),
-        (FLASH, {}, None),
-        # somebody prepared another set meanwhile
-        ({"fingerprint": "b"}, {"fingerprint": "a"}, "fingerprint b, not a as the baseline"),
     ],
     # fmt: on
 )
@@ -150,23 +128,6 @@ def test_predictions_are_counted_by_direction_and_by_size():
     assert rules.calibration(cases, floor=0.001) == (4, 2, 2)
     assert rules.calibration(cases, floor=None) == (4, 2, 1)
     assert rules.calibration([], floor=0.001) == (0, 0, 0)
-
-
-def test_a_score_better_than_the_best_beyond_the_noise_is_not_passed_over():
-    def record(n, score, status="discard", commit=None, **more):
-        return dict(n=n, score=score, status=status, commit=commit or f"c{n}", **more)
-
-    baseline = [record(1, 1.0, "keep", "c1"), record(2, 1.01, commit="c1")]
-    kept = [*baseline, record(3, 0.9, "keep")]
-    assert rules.better_than_best(kept) is None
-    assert rules.better_than_best([record(1, 1.0, "keep"), record(3, 0.5)]) is None  # no floor yet
-    near, better, lower = record(4, 0.895), record(5, 0.85), record(6, 0.84)
-    assert rules.better_than_best([*kept, near]) is None
-    assert rules.better_than_best([*kept, near, better, lower])["n"] == 6
-    for doubt in ("slow", "not_comparable"):
-        assert rules.better_than_best([*kept, record(7, 0.5, **{doubt: 0.4})]) is None
-    assert rules.better_than_best([*kept, better, record(8, 0.8, "keep")]) is None
-    assert rules.better_than_best([record(1, None, "crash")]) is None
 
 
 # --------------------------------------------------------------- what happens next, line by line
@@ -247,34 +208,26 @@ STEPS = {
         "the baseline", run(1.0, "base", "base"), records=NONE[:1], **SEED),
     "a slow seed runs again before it fixes the noise floor": again(
         "slow (50% of its expected rate)", run(1.2, "base", tokens=500), rates=[50, 100], records=[], **SEED),
-    "a seed on another attention runs again": again(
-        "not comparable: attention flex", run(1.2, "base", "base", conditions=FLEX), records=[], **SEED),
     "a score where the baseline has none": discard("the baseline has no", run(0.5, "base"), records=NONE),
     # a best that moved: what ran on the old one and won there runs again on the new one
     "won on the best before": again("the best moved; on base it was better", run(0.930, "base")),
     "lost on the best before": discard("the best moved; on base it was worse", run(1.02, "base")),
-    "within the noise on the best before": discard("the best moved; on base", run(0.995, "base")),
     "won there and on the new best": keep("better", run(0.98, **WON), run(0.93, commit="mine2")),
     "won there, not on the new best": discard("worse", run(0.93, **WON), run(0.951, commit="mine2")),
-    "won there, broke on the new best": crash("it broke", run(0.93, **WON), run(commit="mine2")),
     "simpler code is compared with the best that it stood on": again(
         "the best moved; on base it was simpler", run(1.005, "base"), **SIMPLER),
     # where it does not go on top of the new best
     "waited, and conflicts": crash("rejected (conflict): it conflicts", **CONFLICT),
-    "was cut off, and conflicts": crash("rejected (conflict): ", run(**CUT), **CONFLICT),
     "won there, conflicts, and is better than the new best by more than the noise": keep(
         "better by 0.020000", run(0.930, **WON), **CONFLICT),
     "won there, conflicts, and is within the noise of the new best": discard(
         "rejected (conflict): it conflicts with the best, best (on base it was better by 0.055000)",
         run(0.945, **WON), **CONFLICT),
-    "won there, conflicts, and is worse than the new best": discard(
-        "rejected (conflict): ", run(0.960, **WON), **CONFLICT),
     "is simpler, conflicts, and is no better than the new best": discard(
         "rejected (conflict): ", run(0.955, **WON), **CONFLICT, **SIMPLER),
     "of two runs on the best before the faster one counts in a conflict": keep(
         "better by 0.020000", run(0.99, "base", tokens=400, again="slow"), run(0.93, **WON), **CONFLICT),
     # interruptions
-    "cut off": again("cut off", run(lost="cut off")),
     "cut off twice": again("cut off: its node", run(**CUT), run(lost="cut off: its node")),
     "cut off three times": crash(
         "cut off 3 times: its node", run(**CUT), run(**CUT), run(lost="cut off: its node")),
@@ -288,9 +241,6 @@ STEPS = {
         "better", run(0.99, tokens=400, again="slow (40%)"), run(0.93, tokens=500), rates=[40, 50, 100]),
     "slow, and the repeat is not": discard(
         "worse by 0.010000", run(0.5, tokens=500, again="slow (50%)"), run(0.96), rates=[50, 100]),
-    "slow on the best before, and again on the new": again(
-        "slow (50%", run(0.9, "base", "old", 500, again="slow (50%)"), run(0.9, commit="old", **WON),
-        run(0.9, tokens=500), rates=[50, 100]),
     "under a third of the best's rate": again(
         "slow, by the machine or by the change (30% of the best's", run(0.96, tokens=300)),
     "so twice: the change is as slow as that": discard(
@@ -307,11 +257,9 @@ STEPS = {
     "dropped while it waited for its second run": crash(
         "dropped while it waited", run(0.9, **WON), **DROPPED),
     "dropped while it ran": crash("dropped", run(0.5, code=-9), **DROPPED),
-    "dropped, and cut off": crash("dropped", dict(id="r", lost="cut off"), **DROPPED),
     "dropped, and conflicts": crash("dropped while it waited", run(0.9, **WON), **CONFLICT, **DROPPED),
     # a confirmation: no decision, but the same doubts
     "confirmed": case("scored", "on the test split", [run(1.4)], **CONFIRM),
-    "confirmed, without a score": crash("it broke", run(), **CONFIRM),
     "confirmed, slow": again("slow (50%", run(1.4), rates=[200], **CONFIRM),
     "confirmed, twice on another attention": crash(
         "twice not comparable", run(1.4, **OTHER), run(1.4, conditions=FLEX), **CONFIRM),
@@ -343,38 +291,9 @@ def test_the_record_names_the_run_that_counts_and_what_is_to_be_known_of_it():
     assert step_of("dropped while it waited").run is None
 
 
-def test_the_win_that_the_committed_example_discarded_becomes_its_best():
-    """bench/night: experiment 16 scored 1.465 on 1.655, and was handed back under a best of 1.578."""
-    lines = (ROOT / "bench/night/results.tsv").read_text().splitlines()[1:]
-    rows = [dict(zip(("commit", "score", "_", "status", "what"), x.split("\t"))) for x in lines]
-    records, tip = [], None
-    for n, row in enumerate(rows[:15], 1):
-        score = float(row["score"]) or None
-        kind = "baseline" if n <= 3 else "try"
-        records.append({**row, "n": n, "kind": kind, "score": score, "base": tip or row["commit"]})
-        tip = row["commit"] if row["status"] == "keep" else tip
-    assert rules.best_of(records)["score"] == 1.577574
-    win = run(1.465204, commit="03a3bb1", **{**WON, "base": "b661119"})
-    conflict = "it conflicts with the best, 60768ee"
-    step = next_step(dict(n=16, kind="try", simpler=False), [win], past(records), conflict)
-    assert (step.status, step.displaced) == ("keep", "60768ee")
-    assert step.why == (
-        "better by 0.112370, the noise floor is 0.069607; it displaces the best, "
-        "for it conflicts with the best, 60768ee"
-    )
-    record = dict(n=16, displaced="60768ee", base="b661119")
-    assert [lost["n"] for lost in rules.displaced_by(record, records)] == [15]
-
-
 def test_all_kept_changes_that_were_displaced_are_named():
     chain = [*BEST, kept(4, "c4", "best", 0.94), kept(5, "c5", "c4", 0.92)]
     win = dict(n=6, displaced="c5", base="best")
     assert [record["n"] for record in rules.displaced_by(win, chain)] == [5, 4]
     assert [r["n"] for r in rules.displaced_by({**win, "base": "base"}, chain)] == [5, 4, 3]
     assert rules.displaced_by(dict(n=7, base="c5"), chain) == []
-
-
-def test_the_gain_of_what_waits_to_run_again_is_over_the_best_that_it_stood_on():
-    assert rules.gained([run(0.93, "base")], BEST) == pytest.approx(0.07)
-    assert rules.gained([run(0.93)], BEST) == pytest.approx(0.02)
-    assert rules.gained([run()], BEST) == rules.gained([], BEST) == -float("inf")

@@ -3,13 +3,13 @@
 import json
 import os
 import shutil
-import subprocess
 
 import pytest
+from repository import make_repository
 
 from autoresearch.common import Fail, write_json
 from autoresearch.night import commands, rules, settings
-from autoresearch.night.repo import Repository, merged
+from autoresearch.night.repo import merged
 from autoresearch.night.store import Experiment, Night
 
 pytestmark = pytest.mark.skipif(not shutil.which("git"), reason="needs git")
@@ -18,14 +18,12 @@ pytestmark = pytest.mark.skipif(not shutil.which("git"), reason="needs git")
 @pytest.fixture
 def night(tmp_path, monkeypatch):
     """A night in a repository of its own, on its branch, with nothing queued."""
-    monkeypatch.setattr(settings, "PAGE", tmp_path / "program.md")
-    (tmp_path / "program.md").write_text("- tag: nov21\n- goal: -\n- slots:\n")
+    monkeypatch.setattr(settings, "PROGRAM", tmp_path / "program.md")
+    (tmp_path / "program.md").write_text("- tag: nov21\n")
     (tmp_path / "train.py").write_text("x = 1\n")
     (tmp_path / "train.py.txt").write_text("a neighbour\n")
     (tmp_path / ".gitignore").write_text("results.tsv\n.night/\n")
-    identity = ["-c", "user.name=x", "-c", "user.email=x@x"]
-    for words in ("init -q -b autoresearch/nov21 --template=", "add -A", "commit -qm lab"):
-        subprocess.run(["git", *identity, *words.split()], cwd=tmp_path, check=True)
+    make_repository(tmp_path, "autoresearch/nov21")
     night = Night(tmp_path)
     night.queue.mkdir(parents=True)
     night.done.mkdir()
@@ -119,49 +117,24 @@ def test_a_confirmation_has_no_row_and_is_no_record_of_the_night(night):
     assert len(night.results.read_text().splitlines()) == 2
 
 
-def test_a_record_holds_what_the_page_and_the_audit_read(night):
-    base = ended(night, score=1.0, tokens=1000, training_seconds=10.0)
-    first = night.records()[0]
-    night.sync_branch()
-    ended(night, score=0.9, text=b"x = 3\n", memory_gb=2.0, retried=["cut off: Ray lost it"])
-    record = night.records()[1]
-    assert (record["base"], record["base_rate"]) == (first["commit"], 100.0)
-    assert record["got"] == pytest.approx(-0.1) and record["memory_gb"] == 2.0
-    assert record["again"] == ["cut off: Ray lost it"] and "displaced" not in record
-    assert (record["run"], record["k"], record["kind"]) == ("run2", 1, "try")
-    [run] = [run for run in night.timed_runs() if run["n"] == base.n]
-    assert (run["kind"], run["id"]) == ("try", "run1")
-
-
 def test_the_branch_and_the_file_go_to_the_best_but_an_edit_in_progress_stays(night):
     baseline = night.tip()
     ended(night, score=1.0)
-    night.edited.write_text("x = 'mine'\n")
+    night.target_path.write_text("x = 'mine'\n")
     night.sync_branch()
-    assert night.tip() == baseline and night.edited.read_text() == "x = 'mine'\n"
+    assert night.tip() == baseline and night.target_path.read_text() == "x = 'mine'\n"
     assert night.edits() == b"x = 'mine'\n"
-    night.edited.unlink()  # deleted is no edit
+    night.target_path.unlink()  # deleted is no edit
     night.sync_branch()
-    assert night.tip() == night.records()[0]["commit"] and night.edited.read_text() == "x = 2\n"
+    assert (
+        night.tip() == night.records()[0]["commit"] and night.target_path.read_text() == "x = 2\n"
+    )
     assert night.edits() is None
-    night.edited.write_text("x = 9\n")
+    night.target_path.write_text("x = 9\n")
     night.repo.git("add", "train.py")  # somebody's index
-    night.edited.write_text("x = 2\n")
+    night.target_path.write_text("x = 2\n")
     night.sync_branch()
     assert night.repo.git("status", "--porcelain") == ""
-
-
-def test_the_branch_follows_a_best_that_displaced_another_and_that_one_keeps_its_ref(night):
-    ended(night, score=1.0)
-    first = night.records()[0]["commit"]
-    # both on the baseline: the branch has not moved in between
-    ended(night, score=0.9, text=b"x = 3\n")
-    night.sync_branch()
-    second = night.records()[1]["commit"]
-    assert night.tip() == second
-    assert night.repo.git("rev-parse", "refs/autoresearch/nov21/1") == first
-    assert night.repo.git("merge-base", "--is-ancestor", first, second, check=False) is None
-    assert "not-of-the-night" not in night.repo.git("show-ref")
 
 
 def test_rates_and_conditions_are_those_of_all_runs(night):
@@ -194,7 +167,7 @@ def test_a_commit_touches_the_file_alone_and_neither_tree_index_nor_branch(night
     commit = repo.commit_file(b"x = 5\n", tip, "a\tmessage")
     assert repo.git("diff", "--name-only", tip, commit) == "train.py"
     assert repo.file_at(commit) == b"x = 5\n" and night.tip() == tip
-    assert repo.git("status", "--porcelain") == "" and night.edited.read_text() == "x = 1\n"
+    assert repo.git("status", "--porcelain") == "" and night.target_path.read_text() == "x = 1\n"
     assert repo.is_file_of(b"x = 5\n", [tip, commit]) and not repo.is_file_of(b"x = 5\n", [tip])
 
 
@@ -224,8 +197,3 @@ def test_a_change_that_is_queued_or_has_its_score_on_this_best_is_not_tried_agai
     commands.check_new(night, "abc", "another best")
     with pytest.raises(Fail, match="change of experiment 1 .discard, 0.900000"):
         commands.check_new(night, "abc", tip)
-
-
-def test_an_empty_setting_is_none_and_the_file_is_named(night):
-    assert settings.setting("slots", "4") == "4" and settings.setting("goal") == "-"
-    assert night.repo == Repository(night.root, "train.py")

@@ -10,9 +10,8 @@ from pathlib import Path
 
 import pytest
 from lab import MANIFEST, Lab, needs_proc
-from test_rules import FLASH, FLEX
 
-from autoresearch.common import Fail, signed
+from autoresearch.common import signed
 from autoresearch.night import settings, status, worker
 
 
@@ -26,9 +25,7 @@ def test_a_night_with_all_that_a_run_can_do(lab):
         ("a tie", [], dict(COMMENT=1), "discard", "equal to the best"),
         ("without a comment", ["--simpler"], dict(COMMENT=2), "keep", "simpler"),
         ("a mistake", [], dict(EVENT=None), "crash", "NameError"),
-        ("an import", [], dict(EVENT="import"), "crash", "No module named 'no_such_module'"),
         ("diverges", [], dict(EVENT="nan"), "crash", "loss diverged at step 4"),
-        ("too large", [], dict(EVENT="memory"), "crash", "CUDA out of memory"),
         ("claims", [], dict(EVENT="claim"), "crash", "without a score in the ledger"),
         ("a megabyte", [], dict(EVENT="noise"), "crash", "one long line of bytes"),
         ("children", [], dict(EVENT="orphans", DEPTH=1), "keep", "better by 0.01"),
@@ -54,7 +51,7 @@ def test_a_night_with_all_that_a_run_can_do(lab):
     lab.check()
     assert lab.best()["score"] == pytest.approx(0.98)
     assert (lab.best()["memory_gb"], lab.best()["steps"]) == (2.0, 100)  # the ledger's
-    noise, hangs = lab.say("show", 13), lab.say("show", 15)
+    noise, hangs = lab.say("show", 11), lab.say("show", 13)
     assert "one long line of bytes" in noise and noise.replace("\n", "").isprintable()
     assert "+EVENT = 'hang'" in hangs and "40% 2.600 (2.600)" in hangs
     assert lab.say("runs").count(" scored") == 8  # three seeds, five experiments with a score
@@ -77,17 +74,18 @@ clock.ask_score(device)
 clock.end(score=0.5)
 """
     lab = Lab.made(tmp_path / "it", train=train)
-    (lab.cache / "manifest.json").write_bytes(signed({**MANIFEST, "time_budget": 0.4}))
+    (lab.cache / "manifest.json").write_bytes(signed({**MANIFEST, "time_budget": 0.45}))
     lab.say("begin")
-    lab.until(lambda: (lab.home / "nov21/queue/1/end-1.json").is_file(), 60)
+    lab.until(lambda: (lab.state_dir / "nov21/queue/1/end-1.json").is_file(), 60)
     lab.say("stop")
-    end = json.loads((lab.home / "nov21/queue/1/end-1.json").read_text())
+    end = json.loads((lab.state_dir / "nov21/queue/1/end-1.json").read_text())
     assert (end["score"], end["failure"], end["steps"], end["tokens"]) == (0.5, None, 21, 2100)
     assert 0.05 < end["memory_gb"] < 5 and end["conditions"]["attention"] == "sdpa"
-    lines = worker.read_progress(lab.home / "nov21/queue/1/progress-1.jsonl")
+    assert end["conditions"]["fell_back"] == []
+    lines = worker.read_progress(lab.state_dir / "nov21/queue/1/progress-1.jsonl")
     phases = [phase for phase, _ in itertools.groupby(lines, lambda line: line["phase"])]
     assert phases == ["compiling", "training", "scoring"]
-    curve = status.losses(lab.home / "nov21/queue/1/progress-1.jsonl")
+    curve = status.losses(lab.state_dir / "nov21/queue/1/progress-1.jsonl")
     assert len(curve) >= 15 and curve[0][1] > curve[-1][1] > 0.9
     assert status.loss_at(curve, 50) == pytest.approx(2, abs=0.3)
     lab.until_idle()
@@ -137,13 +135,13 @@ def test_a_run_has_a_home_of_its_own_and_no_file_that_is_not_committed(lab):
     (lab.root / "helper.py").write_text("weights = 1\n")
     n = lab.attempt("leaves files behind", HOLD="a", EVENT="leaves")
     lab.until_held(n)
-    folder = lab.home / f"nov21/queue/{n}"
+    folder = lab.state_dir / f"nov21/queue/{n}"
     tracked = {"left.bin", ".git", "train.py", "train.py.txt", "night.py", "prepare.py"}
     tracked |= {"program.md", ".gitignore", "autoresearch"}
     assert {path.name for path in (folder / "tree").iterdir()} == tracked
     assert [path.name for path in (folder / "home").iterdir()] == ["left"]
     links = [path for path in (folder / "tmp").iterdir() if path.name != "left"]
-    assert [link.resolve() for link in links] == [lab.home / "compiled"]  # torch's headers
+    assert [link.resolve() for link in links] == [lab.state_dir / "compiled"]  # torch's headers
     lab.kill_watcher()
     lab.until_held(n, k=2)  # cut off, and started again: `left` did not exist
     assert lab.until_ended(n, go="a")["status"] == "discard"
@@ -156,7 +154,7 @@ def test_a_run_has_no_network_and_cannot_write_the_cache_but_the_ledger(fresh, m
     monkeypatch.setenv("AUTORESEARCH_CACHE", str(fresh.cache))
     isolation = worker.Isolation.here()
     if not isolation.prefix:
-        pytest.skip(isolation.words)
+        pytest.skip(isolation.warning)
     code = (
         "import os, socket, sys\ncache = sys.argv[1]\n"
         "try:\n    socket.create_connection(('192.0.2.1', 9), timeout=5)\n"
@@ -180,7 +178,7 @@ def test_a_machine_without_namespaces_says_so_in_the_status(fresh, tmp_path):
 
 
 def test_what_a_killed_compiler_had_in_hand_is_no_kernel_for_the_next_run(lab):
-    compiled = lab.home / "compiled/inductor"
+    compiled = lab.state_dir / "compiled/inductor"
     n = lab.attempt("compiles", EVENT="compiles")
     lab.until(lambda: (compiled / "half.main.so").exists())
     (compiled / "whole.main.so").touch()
@@ -226,26 +224,6 @@ def test_a_slow_run_is_repeated_once_and_the_faster_one_counts(fresh, tmp_path):
     told = lab.say("wait", 0)
     assert "SLOW twice (29% of its expected rate)" in told and "ran again: slow (29%" in told
     assert "6,000 tokens/s (the best before: 20,000), 100 steps" in told
-    assert "scored, slow (29% of its own best stretch)" in lab.say("runs")
-    lab.until_idle()
-    lab.check()
-
-
-def test_a_run_on_other_attention_is_repeated_and_not_counted(fresh, tmp_path):
-    lab = fresh.copy(tmp_path / "it")
-    flash, flex = dict(conditions=FLASH), dict(conditions=FLEX)
-    # the baseline's first seed fell back: it is repeated before anything is measured by it
-    lab.plan(r0=flex, r1=flash, r2=flash, r3=flash)
-    lab.say("begin")
-    lab.until_ended(3)
-    because = "attention flex, not flash3 as the baseline; FlashAttention 3 is not usable"
-    assert [r["again"] for r in lab.records()] == [[f"not comparable: {because}"], [], []]
-    assert [r["not_comparable"] for r in lab.records()] == [None] * 3
-    # twice: it ends, is not kept however good, and is no part of the noise floor
-    lab.plan(r4={**flex, "score": -0.5}, r5={**flex, "score": -0.4})
-    record = lab.until_ended(lab.attempt("wider still", WIDTH=2))
-    assert (record["status"], record["why"]) == ("discard", f"twice not comparable: {because}")
-    assert "noise floor 0.000200" in lab.say() and "better, but not" not in lab.say()
     lab.until_idle()
     lab.check()
 
@@ -253,18 +231,24 @@ def test_a_run_on_other_attention_is_repeated_and_not_counted(fresh, tmp_path):
 # ------------------------------------------------------------------------------------------ slots
 
 
-def test_the_gpus_are_named_as_cuda_takes_their_names(monkeypatch):
-    assert settings.named_gpus("0, 3") == ["0", "3"]
-    assert settings.named_gpus("GPU-5c89,GPU-77aa") == ["GPU-5c89", "GPU-77aa"]
-    assert settings.named_gpus("1,-1,0") == ["1"]  # what follows a wrong name CUDA does not see
-    for none in ("", "-1", "NoDevFiles", "none"):
-        assert settings.named_gpus(none) == []
-    with pytest.raises(Fail, match="GPU-5c89 twice"):
-        settings.named_gpus("GPU-5c89,GPU-5c89")
-
-
 TWO_GPUS = "GPU 0: NVIDIA H200 (UUID: GPU-5c89)\nGPU 1: NVIDIA H200 (UUID: GPU-77aa)\n"
 HALF_THE_CORES = [str(max(1, settings.cores() // 2))] * 2
+
+
+@pytest.mark.parametrize(
+    "visible, names",
+    [
+        ("0, 3", ["0", "3"]),
+        ("GPU-5c89,GPU-77aa,GPU-5c89", ["GPU-5c89", "GPU-77aa"]),
+        ("1,-1,0", ["1"]),  # what follows a wrong name CUDA does not see
+        ("NoDevFiles", []),
+    ],
+)
+def test_the_gpus_are_named_as_cuda_takes_their_names(monkeypatch, visible, names):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    settings.visible_gpus.cache_clear()
+    assert settings.visible_gpus() == names
+    settings.visible_gpus.cache_clear()
 
 
 @needs_proc
@@ -272,10 +256,9 @@ HALF_THE_CORES = [str(max(1, settings.cores() // 2))] * 2
     "visible, listed, slots, name, seen",
     [
         (None, TWO_GPUS, None, "CUDA_VISIBLE_DEVICES", ["0", "1"]),
-        ("GPU-77aa,GPU-5c89", None, None, "CUDA_VISIBLE_DEVICES", ["GPU-5c89", "GPU-77aa"]),
         ("", TWO_GPUS, 2, "OMP_NUM_THREADS", HALF_THE_CORES),
     ],
-    ids=["listed by nvidia-smi", "named by the user", "two slots on the cores"],
+    ids=["listed by nvidia-smi", "two slots on the cores"],
 )
 def test_two_runs_at_once_see_a_gpu_each_or_share_the_cores(
     lab, tmp_path, visible, listed, slots, name, seen
@@ -302,13 +285,3 @@ def test_two_runs_at_once_see_a_gpu_each_or_share_the_cores(
     lab.until_ended(numbers[0], go="x")
     for n in numbers[1:]:
         lab.until_ended(n)
-
-
-def test_more_slots_than_gpus_are_refused_and_so_is_one_gpu_twice(lab):
-    lab.set("- slots: 3")
-    lab.env["CUDA_VISIBLE_DEVICES"] = "0,1"
-    lab.edit(NOTE=1)
-    assert "`slots: 3`: only 2 GPUs are visible, and runs that share" in lab.refused("try", "x")
-    lab.env["CUDA_VISIBLE_DEVICES"] = "0,1,1"
-    assert "names 1 twice" in lab.refused("try", "x")
-    assert lab.queue() == []
