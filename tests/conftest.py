@@ -15,9 +15,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # Begun first, so that the other processes have something to do until the end.
 LONGEST = [
+    "test_ray_engine.py",
+    "test_kills.py",
     "test_train.py",
-    "test_night.py",
-    "test_cluster.py",
+    "test_commands.py",
     "test_leaks.py",
     "test_climbmix.py",
 ]

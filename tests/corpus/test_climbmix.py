@@ -144,6 +144,7 @@ SETTINGS = ("HF_ENDPOINT", "AUTORESEARCH_CACHE", "NO_PROXY")
 def hub(monkeypatch, tmp_path):
     for name, value in CONSTANTS.items():
         monkeypatch.setattr(room, name, value)
+    before = set(threading.enumerate())
     hub = Hub()
     (tmp_path / "cache").mkdir()
     for name, value in zip(SETTINGS, (hub.url, str(tmp_path / "cache"), "127.0.0.1")):
@@ -151,7 +152,7 @@ def hub(monkeypatch, tmp_path):
     monkeypatch.delenv("HF_TOKEN", raising=False)
     yield hub
     hub.close()
-    for thread in threading.enumerate():  # of failed calls: in life they end with the process
+    for thread in set(threading.enumerate()) - before:  # of failed calls: else they end with us
         if thread.name.startswith("ThreadPoolExecutor"):
             thread.join(10)
 
