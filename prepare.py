@@ -659,7 +659,7 @@ def command_line() -> Parser:
     )
     corpus.add_argument(
         "--data",
-        type=Path,
+        type=lambda text: Path(text).expanduser(),  # a shell leaves the ~ of --data=~/notes
         metavar="DIR",
         help="your own *.parquet (column text), *.jsonl (field text), *.txt, *.md below DIR, "
         "or one such file",
@@ -688,6 +688,8 @@ def command_line() -> Parser:
 
 def main(argv: list[str] | None = None):
     args = command_line().parse_args(argv)
+    if args.num_shards == 0:
+        raise Fail("--num-shards 0: give at least 1, or -1 for all")
     corpus = "climbmix"
     if args.demo:
         corpus = "demo"

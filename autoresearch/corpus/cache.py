@@ -75,11 +75,13 @@ def unfinished_set() -> Path:
 
 
 def put_in_place(directory: Path, described: dict):
-    """Replaces the prepared set by the finished one. In between nothing is prepared."""
-    path = cache_dir() / "manifest.json"
-    path.unlink(missing_ok=True)
-    for old in sets():
-        shutil.rmtree(old)
-    os.rename(directory, cache_dir() / described["key"])
-    write_atomically(path, signed(described))
+    """The finished set takes its name, the manifest names it, and then the others go."""
+    final = cache_dir() / described["key"]
+    others = [old for old in sets() if old != final]
+    if final.exists():  # the same set, made again by --force
+        shutil.rmtree(final)
+    os.rename(directory, final)
+    write_atomically(cache_dir() / "manifest.json", signed(described))
     read_manifest.cache_clear()
+    for old in others:
+        shutil.rmtree(old)

@@ -39,8 +39,8 @@ def training_device():
         return torch.device("cuda")
     if torch.backends.mps.is_available():
         return torch.device("mps")
-    is_hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
-    if NVIDIA_CARD.exists() and not is_hidden and manifest()["corpus"] != "demo":
+    is_meant = torch.version.cuda and os.environ.get("CUDA_VISIBLE_DEVICES") not in ("", "-1")
+    if NVIDIA_CARD.exists() and is_meant and manifest()["corpus"] != "demo":
         raise Fail(
             f"there is an NVIDIA card, but torch {torch.__version__} cannot use it. Install a "
             f"driver for CUDA {torch.version.cuda} or newer from https://www.nvidia.com/drivers, "

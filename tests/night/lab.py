@@ -131,7 +131,11 @@ class Lab:
     def __init__(self, folder: Path):
         self.folder, self.root, self.cache = folder, folder / "lab", folder / "cache"
         self.state_dir = self.root / ".night"
-        self.env = {**os.environ, "AUTORESEARCH_CACHE": str(self.cache), "CUDA_VISIBLE_DEVICES": ""}
+        # torch names its compiler's cache in the environment of a process that has compiled
+        clean = {
+            k: v for k, v in os.environ.items() if not k.startswith(("TORCHINDUCTOR", "TRITON"))
+        }
+        self.env = {**clean, "AUTORESEARCH_CACHE": str(self.cache), "CUDA_VISIBLE_DEVICES": ""}
         unwanted = "EMAIL GIT_AUTHOR_NAME GIT_AUTHOR_EMAIL AUTORESEARCH_SEED RAY_ADDRESS"
         for name in unwanted.split():
             self.env.pop(name, None)
