@@ -54,6 +54,7 @@ from autoresearch.corpus.cache import (
     lock,
     prepared_before,
     put_in_place,
+    remove_others,
     unfinished_set,
 )
 from autoresearch.corpus.climbmix import TEST_SHARD, climbmix
@@ -618,6 +619,7 @@ def say_it_is_there():
     """Raises Fail where a file of the prepared set is damaged or missing."""
     Tokenizer.from_directory()
     check_prepared("val")
+    remove_others(set_dir())
     print(f"already prepared in {cache_dir()}: fingerprint {fingerprint()}; nothing to do")
 
 

@@ -194,8 +194,8 @@ def test_killed_while_the_new_set_takes_the_place_of_the_old(
     if (prepare.cache_dir() / "manifest.json").exists():
         prepare.check_prepared("val")
         prepare.Tokenizer.from_directory()
-        assert (prepare.fingerprint() == before) == (done == 0)
-    prepare.main([*command, "--force"] if done == 0 else command)
+        assert (prepare.fingerprint() == before) == (done < 2)
+    prepare.main([*command, "--force"] if done < 2 else command)
     prepare.check_prepared("val")
     assert prepare.manifest()["vocab_size"] == 290
     assert sets_in(prepare.cache_dir()) == [prepare.manifest()["key"]]

@@ -77,11 +77,16 @@ def unfinished_set() -> Path:
 def put_in_place(directory: Path, described: dict):
     """The finished set takes its name, the manifest names it, and then the others go."""
     final = cache_dir() / described["key"]
-    others = [old for old in sets() if old != final]
     if final.exists():  # the same set, made again by --force
         shutil.rmtree(final)
     os.rename(directory, final)
     write_atomically(cache_dir() / "manifest.json", signed(described))
     read_manifest.cache_clear()
-    for old in others:
-        shutil.rmtree(old)
+    remove_others(final)
+
+
+def remove_others(prepared: Path):
+    """Deletes the sets that the manifest does not name; a kill may have left one."""
+    for directory in sets():
+        if directory != prepared:
+            shutil.rmtree(directory)
