@@ -34,6 +34,9 @@ CONTINUATION_WINDOW = 1 << 20  # tokens, in which another continuation is looked
 _draw = random.SystemRandom()  # without a seed: a place that can be foreseen can be fitted
 
 
+ONLY_EARLIER = "Every position may only read itself and earlier ones of its own row"
+
+
 @dataclass(frozen=True)
 class Entry:
     """A row of the stream that the model is scored on."""
@@ -140,38 +143,35 @@ class LeakCheck:
                 hidden.append(mine[entry.cut])
                 shown.append(scored[entry.row, entry.cut])
         if moved:
-            judge_state(np.array(moved))
+            self._judge_state(np.array(moved))
         if hidden:
             everywhere = scored[self.has_bytes[self.rows[:, 1:]]]
-            judge_leak(np.array(hidden), np.array(shown), everywhere)
+            self._judge_leak(np.array(hidden), np.array(shown), everywhere)
         return scored
 
+    @staticmethod
+    def _judge_state(moved: np.ndarray):
+        """moved: losses of rows given again minus those of the first time."""
+        distance, gain = np.abs(moved).mean(), -moved.mean()
+        if distance > MOVED_NATS or gain > GAINED_NATS:
+            fail(
+                "the model keeps state while it is scored: rows of early calls, given again in late "
+                f"ones, got other logits ({distance:.3f} nats a target): no score. The same input "
+                "must get the same answer"
+            )
 
-def judge_state(moved: np.ndarray):
-    """moved: losses of rows given again minus those of the first time."""
-    distance, gain = np.abs(moved).mean(), -moved.mean()
-    if distance > MOVED_NATS or gain > GAINED_NATS:
-        fail(
-            "the model keeps state while it is scored: rows of early calls, given again in late "
-            f"ones, got other logits ({distance:.3f} nats a target): no score. The same input "
-            "must get the same answer"
-        )
-
-
-def judge_leak(hidden: np.ndarray, shown: np.ndarray, everywhere: np.ndarray):
-    """Losses of the same targets in cut rows and in whole ones; everywhere: of all targets."""
-    lost = (hidden - shown).mean()
-    sigma = everywhere.std() / math.sqrt(len(hidden))
-    unlike = hidden.mean() - everywhere.mean() > UNLIKE_SIGMAS * sigma
-    if lost > LOST_NATS or (unlike and len(hidden) >= UNLIKE_ROWS):
-        fail(
-            f"the model sees the future: {len(hidden)} targets cost {hidden.mean():.3f} nats each "
-            f"where other text follows, {shown.mean():.3f} in their own text, and all targets "
-            f"{everywhere.mean():.3f}. {ONLY_EARLIER}"
-        )
-
-
-ONLY_EARLIER = "Every position may only read itself and earlier ones of its own row"
+    @staticmethod
+    def _judge_leak(hidden: np.ndarray, shown: np.ndarray, everywhere: np.ndarray):
+        """Losses of the same targets in cut rows and in whole ones; everywhere: of all targets."""
+        lost = (hidden - shown).mean()
+        sigma = everywhere.std() / math.sqrt(len(hidden))
+        unlike = hidden.mean() - everywhere.mean() > UNLIKE_SIGMAS * sigma
+        if lost > LOST_NATS or (unlike and len(hidden) >= UNLIKE_ROWS):
+            fail(
+                f"the model sees the future: {len(hidden)} targets cost {hidden.mean():.3f} nats each "
+                f"where other text follows, {shown.mean():.3f} in their own text, and all targets "
+                f"{everywhere.mean():.3f}. {ONLY_EARLIER}"
+            )
 
 
 class ExactCheck:

@@ -469,7 +469,7 @@ def test_a_model_that_knows_it_is_scored_gets_no_score(cheat, word, monkeypatch)
     ],
 )
 def test_how_far_rows_run_again_may_move(moved, refused):
-    refuses(refused, leakcheck.judge_state, np.array(moved))
+    refuses(refused, leakcheck.LeakCheck._judge_state, np.array(moved))
 
 
 @pytest.mark.parametrize(
@@ -486,7 +486,7 @@ def test_how_much_more_hidden_targets_may_cost(hidden, shown, count, refused):
     """All targets: mean 3, deviation 1."""
     everywhere = np.array([2.0, 4.0] * 100)
     costs = np.full(count, hidden), np.full(count, shown)
-    refuses(refused, leakcheck.judge_leak, *costs, everywhere)
+    refuses(refused, leakcheck.LeakCheck._judge_leak, *costs, everywhere)
 
 
 def refuses(refused, judge, *losses):
