@@ -122,6 +122,7 @@ def fit(
         for tensor, value in zip(tensors, saved):
             tensor.copy_(value)
             tensor.grad = None
+    gc.collect()  # it is off during a run, and compiling leaves cycles that hold gigabytes
     print(f"compiling and warm-up took {time.perf_counter() - began:.1f} s", flush=True)
     if step_seconds > budget:
         fail(
