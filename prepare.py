@@ -16,10 +16,11 @@ In this order:
 
 The rest is in autoresearch/: corpus (downloads, text files, splits) runs once, before any run;
 referee (manifest, clock, ledger, leak check) runs in every run and is locked like this file. The
-fingerprint covers the manifest, this file and the referee: same fingerprint, comparable scores.
+fingerprint covers the manifest, this file, common.py and the referee: same fingerprint, comparable
+scores.
 
-`train.py` imports MAX_SEQ_LEN, TIME_BUDGET (both from the manifest), Tokenizer, make_dataloader,
-evaluate_bpb and clock. Importing this file starts nothing.
+`train.py` needs MAX_SEQ_LEN, TIME_BUDGET (both from the manifest), Tokenizer, make_dataloader,
+evaluate_bpb and clock from here. Importing this file starts nothing.
 """
 
 from __future__ import annotations
@@ -232,12 +233,12 @@ def encode_source(source: Source, tokenizer: Tokenizer, row_length: int, pool, p
     if source.path:
         for split, group, text in source.documents():
             yield split, group, tokenizer.encode_array(text)
-            progress.add(len(text))
+            progress.add(len(text.encode()))
         return
 
     def encode_passage(passage: Passage) -> list[np.ndarray]:
         text = passage.text()
-        progress.add(len(text))
+        progress.add(len(text.encode()))
         return cut_to_rows(tokenizer, text, row_length - 1)
 
     cut = [ids for rows in pool.map(encode_passage, source.passages) for ids in rows]

@@ -1,7 +1,7 @@
 """
 The commands of `night.py`, as an agent or a person types them. Each says what to type next.
 
-The agent's branch and file move in here and nowhere else.
+Only a command moves the agent's branch and file (store.sync_branch); the supervisor never does.
 """
 
 from __future__ import annotations

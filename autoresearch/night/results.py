@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from autoresearch.common import one_line, some, write_atomically
-from autoresearch.night.rules import CONFLICT, gain
+from autoresearch.night.rules import CONFLICT, CUT_OFF, gain
 from autoresearch.night.settings import BASELINE_SEEDS, TARGET
 
 COLUMNS = ["commit", TARGET.metric, "memory_gb", "status", "description"]
@@ -42,7 +42,7 @@ def _description(record: dict) -> str:
         text += f" [{record['why']}]"
     if record.get("displaced"):
         text += f" [displaces {record['displaced'][:7]}]"
-    lost = [why for why in record.get("again", []) if why.startswith("cut off: ")]
+    lost = [why for why in record.get("again", []) if why.startswith(f"{CUT_OFF}: ")]
     if lost:  # by a cluster, which says why
         text += f" [ran again, {lost[-1]}]"
     return one_line(text, 400).replace('"', "'")

@@ -262,7 +262,8 @@ def _after_conflict(runs: list[dict], history: History, conflict: str) -> Record
         words = f"{beside}; displaces the best {best['commit'][:7]}, with which it conflicts"
         return Record("keep", words, run, slow, displaced=best["commit"])
     on_base = gain(run["score"], base["score"])
-    words = f"{why} (on {run['base'][:7]} it was better by {on_base:.6f})"
+    better = "better" if on_base >= 0 else "simpler, and worse"
+    words = f"{why} (on {run['base'][:7]} it was {better} by {abs(on_base):.6f})"
     return Record("discard", words, run, slow)
 
 

@@ -87,7 +87,7 @@ class Clock:
         end = _now() if self._ended is None else self._ended
         return end - self._began
 
-    # ------------------------------------------------------------------ called by prepare.py alone
+    # ------------------------------------------------------------------ called by locked code
 
     def expect(self, device):
         """A training loader exists. The first one begins the run and starts the watchdog."""

@@ -64,6 +64,15 @@ def test_a_run_holds_its_set_until_its_end(standing):
     assert is_free()
 
 
+def test_the_clock_expires_with_the_budget(standing):
+    prepare, moment = standing
+    next(loader_of(prepare))
+    moment.sleep(0.9 * BUDGET)
+    assert not prepare.clock.expired
+    moment.sleep(0.1 * BUDGET)
+    assert prepare.clock.expired and prepare.clock.progress == 1.0
+
+
 def test_the_clock_starts_with_the_first_batch(standing):
     prepare, moment = standing
     clock = prepare.clock
