@@ -98,6 +98,18 @@ def test_the_prepared_rows_score_as_by_hand(prepared, score, monkeypatch, split)
     assert end_of_the_ledger(prepared)["split"] == split
 
 
+@pytest.mark.parametrize("split", ["val", "test"])
+def test_scored_tokens_of_which_one_was_changed_are_refused(prepared_copy, split):
+    """Also where their file was whole when the run began."""
+    [entry] = [e for e in prepared_copy.manifest()["tokens"] if e["tokens"][split]]
+    path = prepared_copy.set_dir() / f"{entry['name']}.bin"
+    raw = bytearray(path.read_bytes())
+    raw[2] ^= 1  # the token after the first BOS
+    path.write_bytes(raw)
+    with pytest.raises(prepare.Fail, match=f"{path.name} is damaged or missing"):
+        prepared_copy.scored_rows(split)
+
+
 def test_the_ledger_counts_the_passes_and_seconds(prepared, score):
     model = Table(table())
     score(model)

@@ -1,6 +1,7 @@
 """prepare.py's command line: the same again, another set, by force, interrupted, and bad input."""
 
 import contextlib
+import hashlib
 import json
 import os
 import random
@@ -33,7 +34,7 @@ import prepare
 from autoresearch.common import Fail, parse_signed, signed
 from autoresearch.corpus import cache as cache_room
 from autoresearch.corpus import documents
-from autoresearch.referee.manifest import read_manifest, shared_lock
+from autoresearch.referee.manifest import FORMAT, read_manifest, shared_lock
 
 SMALL = "--seq-len 32 --vocab-size 280 --eval-tokens 512".split()
 
@@ -224,19 +225,20 @@ def test_a_source_without_a_document_is_no_damage(cache, tmp_path, capsys):
     prepare.check_prepared("val")
 
 
-@pytest.mark.parametrize("damage", ["format", "cut", "edited"])
+@pytest.mark.parametrize("damage", ["older", "newer", "cut", "edited"])
 def test_a_manifest_that_cannot_be_read(prepared_copy, miniature, damage):
     path = prepare.cache_dir() / "manifest.json"
     raw = path.read_bytes()
     contents = {
-        "format": signed({**parse_signed(raw), "format": 99}),
+        "older": signed({**parse_signed(raw), "format": FORMAT - 1}),
+        "newer": signed({**parse_signed(raw), "format": FORMAT + 1}),
         "cut": raw[:100],
         "edited": raw.replace(b'"time_budget": 2', b'"time_budget": 3'),
     }
     path.write_bytes(contents[damage])
     read_manifest.cache_clear()
     command = ["--data", str(miniature.parent / "texts"), *MINIATURE]
-    reason = "of another version" if damage == "format" else "damaged"
+    reason = "of another version" if damage in ("older", "newer") else "damaged"
     for use in (lambda: prepare.main(command), lambda: prepare.check_prepared("val")):
         with pytest.raises(Fail, match=f"manifest.json is {reason}.* with --force"):
             use()
@@ -532,6 +534,14 @@ def test_the_tokenizer_learns_from_the_start_of_each_document_and_all_of_a_plain
         assert [(part[0], len(part)) for part in learned] == expected
 
 
+def test_of_a_file_without_a_name_the_tokenizer_learns_the_documents_drawn_for_training(tmp_path):
+    drawn = {"a" * 9: "train", "b" * 9: "val", "c" * 9: "test", "d" * 9: None, "e" * 9: "train"}
+    put_jsonl(tmp_path / "some.jsonl", list(drawn))
+    split_of = {hashlib.sha256(text.encode()).digest(): drawn[text] for text in drawn}.get
+    source = documents.Source("some.jsonl", None, tmp_path / "some.jsonl", split_of=split_of)
+    assert list(prepare.tokenizer_text([source])) == ["a" * 9, "e" * 9]
+
+
 def test_as_many_rows_are_scored_as_the_evaluation_tokens_fill(prepared):
     """2,048 tokens in rows of 64; of what is one pass over the split, no more than there is."""
     manifest = prepared.manifest()
@@ -561,6 +571,16 @@ def test_passages_are_a_row_or_a_little_more_and_end_where_a_paragraph_does():
             assert end.endswith("\r\n \r\n")
         elif "\n" in further.rstrip("\n"):
             assert end.endswith("\n")
+
+
+def test_a_passage_without_a_line_end_and_its_bos_fill_a_row_exactly(cache, tmp_path):
+    draw = random.Random(4)
+    for split, count in (("train", 4000), ("val", 99), ("test", 99)):
+        put(tmp_path / "data" / f"{split}.txt", words(draw, count))
+    prepare.main(["--data", str(tmp_path / "data"), *SMALL])
+    [entry] = [entry for entry in prepare.manifest()["tokens"] if entry["tokens"]["train"]]
+    _, index = prepare.open_tokens(prepare.set_dir(), entry, verify=True)
+    assert len(index) > 100 and sum(index[:, 2] != 33) <= 1  # the text's end
 
 
 def test_of_a_long_plain_text_nearly_all_tokens_are_in_rows(cache, tmp_path):

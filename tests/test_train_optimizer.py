@@ -210,6 +210,15 @@ def test_whole_steps_are_those_of_a_float64_transcription(monkeypatch, power, sc
             assert unsure.double().mean() < 0.002, (step, name)
 
 
+def test_a_step_clears_the_gradients_so_that_the_next_does_not_add_to_them():
+    model = small()
+    optimizer = MuonAdamW(train.param_groups(model), compiled=False)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step(1.0, 0.85, 1.0)
+    assert [name for name, p in model.named_parameters() if p.grad is not None] == []
+
+
 def test_equal_shapes_are_stepped_together():
     model = small()
     optimizer = MuonAdamW(train.param_groups(model), compiled=False)
