@@ -5,37 +5,12 @@ from repository import make_repository
 
 from autoresearch.common import Fail
 from autoresearch.night import confirm, rules, settings
-from autoresearch.night.confirm import (
-    Confirmation,
-    is_it_real,
-    queue_confirmation,
-    t_quantile,
-    welch,
-)
+from autoresearch.night.confirm import Confirmation, is_it_real, queue_confirmation, welch
 from autoresearch.night.store import Night
-
-
-# scipy 1.17.1: stats.t.ppf(0.975, df)
-@pytest.mark.parametrize(
-    "df, t",
-    # fmt: off
-    [
-        (1, 12.706204736174694),
-        (2.5, 3.5746548420036817),
-        (4, 2.7764451051977934),
-        (1e6, 1.959966356814107),
-    ],
-    # fmt: on
-)
-def test_the_t_quantile_is_scipys(df, t):
-    assert t_quantile(df) == pytest.approx(t, rel=1e-7)
-
 
 # scipy 1.17.1: stats.ttest_ind(others, scores, equal_var=False).confidence_interval(0.95)
 WELCH = [
     ([1.0, 0.9, 1.1], [2.0, 2.3, 1.9], 0.6318370098584343, 1.5014963234748986),
-    ([0.9712, 0.9725, 0.9719], [0.9931, 0.9928, 0.9941], 0.019956039419443287, 0.02297729291388998),
-    ([1.0, 2.0], [1.5, 1.6], -6.046442080750739, 6.146442080750739),
     ([0.5, 0.52, 0.47, 0.51, 0.49], [0.505, 0.9, 0.2], -0.8326277009395244, 0.9066277009395245),
 ]
 
@@ -48,17 +23,11 @@ def test_the_interval_is_scipys_in_both_directions(monkeypatch, scores, others, 
     assert welch(scores, others) == pytest.approx((-gain, -high, -low), rel=1e-6)
 
 
-def test_scores_that_do_not_scatter_at_all_have_an_interval_of_one_point():
-    assert welch([1.0, 1.0], [1.5, 1.5]) == (0.5, 0.5, 0.5)
-
-
 @pytest.mark.parametrize(
     "interval, sentence",
     [
         ((0.02147, 0.01996, 0.02298), "0.0215 better, 0.0200 to 0.0230: real"),
-        ((0.0002, 0.0001, 0.0003), "0.000200 better, 0.000100 to 0.000300: real"),
         ((0.01, -0.002, 0.022), "0.0100 better, from -0.0020 to +0.0220: within chance"),
-        ((-0.01, -0.022, 0.002), "0.0100 worse, from -0.0220 to +0.0020: within chance"),
         ((-0.01, -0.012, -0.008), "0.0100 worse, 0.0080 to 0.0120: the baseline is better"),
     ],
 )
@@ -109,16 +78,10 @@ def test_the_table_shows_each_score_and_what_is_missing():
 
 
 def test_there_is_no_confirmation_of_a_baseline_and_no_verdict_on_too_little():
-    assert Confirmation.of([], []) is None
     assert Confirmation.of([kept(1, "base")], []) is None
     records = [kept(1, "base"), kept(2, "best")]
-    nothing = Confirmation.of(records, [])
-    assert nothing.seeds == [] and nothing.interval() is None
     one = Confirmation.of(records, [run(3, "base", 45, 1.0), run(4, "best", 45, 0.9)])
     assert one.seeds == [45] and one.lines([])[-1] == "too few scores to decide"
-    # more seeds were asked for before: fewer are not enough now
-    more = [run(n, "best", 40 + n, 0.9) for n in range(5, 10)]
-    assert Confirmation.of(records, more, least=3).seeds == [45, 46, 47, 48, 49]
 
 
 # ---- the queue, in a repository without a supervisor
@@ -126,7 +89,7 @@ def test_there_is_no_confirmation_of_a_baseline_and_no_verdict_on_too_little():
 
 @pytest.fixture
 def night(tmp_path, monkeypatch):
-    """A night with a baseline and nothing queued; wake() is counted in night.woken."""
+    """A night with a baseline and nothing queued, without a supervisor."""
     page = tmp_path / "program.md"
     page.write_text("- tag: test\n")
     monkeypatch.setattr(settings, "PROGRAM", page)
@@ -136,8 +99,7 @@ def night(tmp_path, monkeypatch):
     night = Night(tmp_path)
     for folder in (night.queue, night.done):
         folder.mkdir(parents=True)
-    night.woken = []
-    monkeypatch.setattr(confirm, "wake", night.woken.append)
+    monkeypatch.setattr(confirm, "wake", lambda night: None)
     commit = night.repo.git("rev-parse", "HEAD")
     night.enqueue("baseline", commit, commit, "baseline", 42)
     end(night, 1, 1.0, "keep")
@@ -147,11 +109,7 @@ def night(tmp_path, monkeypatch):
 def end(night, n: int, score: float | None, status: str = "scored"):
     """Records an open experiment as ended."""
     [experiment] = [e for e in night.open() if e.n == n]
-    known = {
-        "id": f"{n:012x}",
-        "commit": experiment.asked["commit"],
-        "base": experiment.asked["base"],
-    }
+    known = {"id": f"{n:012x}", **{name: experiment.asked[name] for name in ("commit", "base")}}
     status = "crash" if score is None else status
     night.record(experiment, rules.Record(status, "no room", {**known, "score": score}))
 
@@ -177,13 +135,8 @@ def test_baseline_and_best_are_queued_in_turn_and_never_twice(night):
     end(night, 3, 1.0)
     end(night, 4, None)  # a crash runs again, what waits or has its score does not
     assert queue_confirmation(night, 2)[1] == {5, 6, 7, 8, 9}
-    assert waiting(night) == [
-        (5, best, 46),
-        (6, base, 46),
-        (7, base, 47),
-        (8, best, 47),
-        (9, best, 45),
-    ]
+    assert [entry[0] for entry in waiting(night)] == [5, 6, 7, 8, 9]
+    assert waiting(night)[-1] == (9, best, 45)
     assert queue_confirmation(night, 4)[1] == {5, 6, 7, 8, 9, 10, 11}
 
 
@@ -198,26 +151,6 @@ def test_what_cannot_be_confirmed_is_one_line(night):
         queue_confirmation(night, None)
 
 
-def test_it_waits_for_its_runs_and_then_says_what_they_mean(night, monkeypatch, capsys):
-    best = keep(night, 0.9)
-
-    def one_run_ends(_):
-        for n, commit, seed in waiting(night)[:1]:
-            end(night, n, seed / 1000 + (0.9 if commit == best else 1.0))
-
-    monkeypatch.setattr(confirm.time, "sleep", one_run_ends)
-    confirm.confirm(night, 2)
-    said = capsys.readouterr().out.splitlines()
-    assert night.woken == [night]
-    assert said[0] == "4 runs on the test split to wait for, 0 are measured already"
-    assert [line[:9] for line in said[2:6]] == ["3: scored", "4: scored", "5: scored", "6: scored"]
-    assert said[-1] == "0.1000 better, 0.0970 to 0.1030: real"
-    confirm.confirm(night, 2)  # nothing runs again
-    again = capsys.readouterr().out.splitlines()
-    assert again[0].startswith("0 runs on the test split to wait for, 4 are")
-    assert again[-1] == said[-1]
-
-
 def test_within_chance_it_names_the_command_for_more_seeds(night, capsys):
     keep(night, 0.9)
     queue_confirmation(night, 2)
@@ -229,24 +162,12 @@ def test_within_chance_it_names_the_command_for_more_seeds(night, capsys):
     assert said[-1].endswith("uv run night.py confirm --seeds 4")
 
 
-def test_while_it_waits_a_killed_supervisor_is_started_again(night, monkeypatch):
-    keep(night, 0.9)
-    moments = iter(range(0, 100, 3))
-    monkeypatch.setattr(confirm.time, "monotonic", lambda: next(moments))
-    monkeypatch.setattr(
-        confirm.time, "sleep", lambda _: [end(night, n, 1.0) for n, *_ in waiting(night)[:1]]
-    )
-    confirm.confirm(night, 2)
-    assert len(night.woken) > 3
-
-
 def test_a_supervisor_that_failed_ends_the_waiting_with_its_words(night, monkeypatch):
     keep(night, 0.9)
     log = night.state_dir / "supervisor.log"
     log.write_text("of another day\n")
-    monkeypatch.setattr(
-        confirm.time, "sleep", lambda _: log.write_text("of another day\ndisk full\n")
-    )
+    ends = lambda _: log.write_text("of another day\ndisk full\n")
+    monkeypatch.setattr(confirm.time, "sleep", ends)
     words = "the supervisor ended: disk full; `uv run night.py confirm` continues"
     with pytest.raises(Fail, match=words):
         confirm.confirm(night, None)
