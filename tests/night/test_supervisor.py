@@ -1,9 +1,4 @@
-"""The supervisor with an engine on paper: which run starts on what, and what becomes of wins on a best
-that has moved.
-
-The queue, git and the rules are the real ones. A run ends when the history says so, with the score that
-a table gives the file it ran.
-"""
+"""The supervisor with an engine on paper, where a run ends when the history says so."""
 
 import fcntl
 import re
@@ -118,7 +113,7 @@ class PaperNight:
             self.numbers[name] = self.night.enqueue("try", commit, tip, name, 42, **more)
         self.supervise()
 
-    def end(self, *names, score=True, slow=False):
+    def end(self, *names, slow=False):
         """The runs end between two looks of the supervisor."""
         for name in names:
             experiment = self.experiment(name)
@@ -129,31 +124,17 @@ class PaperNight:
             gain = self.gains.get(changes, sum(together))
             seed = experiment.asked["seed"] - BASELINE_SEEDS[0]
             end = dict(code=0, score=1 - gain / 1000 + seed / 2000, failure=None, memory_gb=1.0)
-            end |= dict(
-                tokens=300 if slow else 1000, training_seconds=5.0, steps=100, conditions={}
-            )
-            if not score:
-                end |= dict(code=1, score=None, failure="it broke")
+            end |= dict(tokens=300 if slow else 1000, training_seconds=5.0, steps=100)
+            end |= dict(conditions={})
             write_json(experiment.path("end.json"), end)
             self.engine.locks[experiment.n].close()
         self.supervise()
-
-    def breaks(self, name):
-        self.end(name, score=False)
 
     def slow(self, name):
         self.end(name, slow=True)
 
     def lose(self, name):
         self.engine.lost.add(self.numbers[name])
-        self.supervise()
-
-    def drop(self, *names):
-        """As the agent; the engine ends what runs."""
-        for name in names:
-            (self.experiment(name).folder / "drop").touch()
-            if self.experiment(name).state() == "running":
-                self.breaks(name)
         self.supervise()
 
     def slots(self, count):
@@ -202,12 +183,6 @@ class PaperNight:
 
 # fmt: off
 HISTORIES = {  # gains; steps; the branch; fates; which runs started on what
-    "each win runs again on the one before": (
-        dict(A1=5, B1=10, C1=3),
-        "tries A1 B1 C1; end A1; end B1; end C1; end C1; end B1; end B1",
-        "A1 C1 B1", dict(A1="keep 5 1", C1="keep 8 2", B1="keep 18 3"),
-        "A1 on -, B1 on -, C1 on -, B1 on A1, C1 on A1, B1 on C1",
-    ),
     "of wins that end at once the largest is kept, the others follow": (
         dict(A1=5, B1=10, C1=7),
         "tries A1 B1 C1; end A1 B1 C1; end A1 C1; end A1",
@@ -231,13 +206,6 @@ HISTORIES = {  # gains; steps; the branch; fates; which runs started on what
         "A1", dict(A2="discard 5.5 1 runs: rejected .conflict.: it conflicts with the best, .* by 0.0055"),
         "A1 on -, A2 on -",
     ),
-    "what conflicts and is better than the new best displaces it": (
-        dict(A1=5, A2=8, B1=1.5, C1=2),
-        "tries A1 A2 C1; end A1; end A2; tries B1; end B1; end C1; end C1",
-        "A2 B1 C1", dict(A1="keep 5 1", A2="keep 8 1 runs: better by 0.003000", B1="keep 9.5 1",
-                         C1="keep 11.5 2"),
-        "A1 on -, A2 on -, C1 on -, B1 on A2, C1 on B1",
-    ),
     "it displaces all that was kept since its own base; what ran on those runs again on it": (
         dict(A1=5, A2=12, B1=2, D1=4),
         "tries A1 A2 B1; end A1; end B1; end B1; tries D1; end A2; end D1; end D1",
@@ -249,12 +217,6 @@ HISTORIES = {  # gains; steps; the branch; fates; which runs started on what
         "tries A1 A1+B1; end A1+B1; end A1",
         "A1+B1", {"A1": "discard 5 1 runs: rejected .conflict.: its change is in the best, .* already"},
         "A1 on -, A1+B1 on -",
-    ),
-    "dropped while it waits for its second run, and while that lasts": (
-        dict(A1=1.5, B1=1.4, C1=1.3),
-        "tries A1 B1 C1; slots 1; end A1; end B1; end C1; drop C1; drop B1",
-        "A1", dict(C1="crash - 1 runs: dropped while it waited", B1="crash - 2 runs: dropped"),
-        "A1 on -, B1 on -, C1 on -, B1 on A1",
     ),
     "what the engine loses runs again, twice": (
         dict(A1=5, B1=2),
@@ -333,22 +295,5 @@ def test_what_is_queued_while_the_supervisor_releases_its_lock_is_worked_off(roo
 
     supervisor.supervise(make_engine)
     assert len(engines) == 2 and paper.night.records()[-1]["why"] == "dropped while it waited"
-    # an engine that cannot be had is said where every command shows it
-
-    def no_engine(night):
-        raise Fail("no cluster")
-
-    with pytest.raises(Fail, match="no cluster"):
-        supervisor.supervise(no_engine)
-    assert paper.night.engine_state()["lines"] == ["no cluster"]
 
 
-def test_it_waits_for_a_slot_that_the_engine_may_still_get_until_it_is_stopped(root):
-    paper = PaperNight(root, dict(A1=5))
-    working = supervisor.Supervisor(paper.night, paper.engine)
-    assert not working.may_continue()
-    paper.slots(0)
-    paper.tries("A1")
-    assert not working.poll_once() and working.may_continue()
-    (paper.night.folder / "stop").touch()
-    assert not working.may_continue()
