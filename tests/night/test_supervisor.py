@@ -7,7 +7,7 @@ import shutil
 import pytest
 from repository import make_repository
 
-from autoresearch.common import Fail, write_json
+from autoresearch.common import write_json
 from autoresearch.night import rules, settings, supervisor
 from autoresearch.night.results import row_of
 from autoresearch.night.settings import BASELINE_SEEDS
@@ -295,5 +295,3 @@ def test_what_is_queued_while_the_supervisor_releases_its_lock_is_worked_off(roo
 
     supervisor.supervise(make_engine)
     assert len(engines) == 2 and paper.night.records()[-1]["why"] == "dropped while it waited"
-
-
