@@ -335,6 +335,11 @@ class Lab:
             assert changed == "train.py"
         assert (self.root / "train.py").read_bytes() == self.file_at(kept[-1]["commit"])
         assert self.git("status", "--porcelain") == ""
+        # the ratchet: nothing measured is better than the best by more than the noise
+        measured = [
+            r["score"] for r in records if r["score"] is not None and not r["not_comparable"]
+        ]
+        assert kept[-1]["score"] - min(measured) <= 0.0003
         # every experiment has its row, its ref, its log, its score from the ledger
         rows = self.rows()
         assert rows[0] == ["commit", "val_bpb", "memory_gb", "status", "description"]

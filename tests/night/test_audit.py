@@ -192,10 +192,6 @@ class Falsify:
             lab.measure(lab.tip, 0.98, by_night=False, split="test")
         return ["the test split was scored 3 times"]
 
-    def lose_the_ledger(lab):
-        lab.ledger = []
-        return ["the ledger holds no run of this night: no score can be checked"]
-
     def import_a_helper_from_elsewhere_later(lab):
         lab.ledger[-1]["imported"]["/tmp/helper.py"] = "0" * 16
         return ["imported, and not in the commit: /tmp/helper.py (in "]

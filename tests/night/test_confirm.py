@@ -77,13 +77,6 @@ def test_the_table_shows_each_score_and_what_is_missing():
     ]
 
 
-def test_there_is_no_confirmation_of_a_baseline_and_no_verdict_on_too_little():
-    assert Confirmation.of([kept(1, "base")], []) is None
-    records = [kept(1, "base"), kept(2, "best")]
-    one = Confirmation.of(records, [run(3, "base", 45, 1.0), run(4, "best", 45, 0.9)])
-    assert one.seeds == [45] and one.lines([])[-1] == "too few scores to decide"
-
-
 # ---- the queue, in a repository without a supervisor
 
 

@@ -1,6 +1,5 @@
 """What is read of a night, and where its hours went."""
 
-import dataclasses
 import json
 import re
 
@@ -13,19 +12,6 @@ from autoresearch.night.report import NightReport, hours_line
 from autoresearch.night.results import Row
 
 START = 1_000_000.0
-
-
-def test_the_noise_floor_of_a_log_without_its_night_is_that_of_its_baseline(tmp_path):
-    rows = [
-        Row(1, "aaaaaaa", 1.0, None, "keep", "baseline"),
-        Row(2, "aaaaaaa", 1.0004, None, "discard", "baseline, seed 43"),
-        Row(3, "aaaaaaa", 1.2, None, "discard", "an idea that was never committed"),
-    ]
-    assert NightReport(tmp_path, rows).noise_floor() == pytest.approx(0.0004)
-    records = [{"commit": "b" * 40, "score": score} for score in (1.0, 1.0007)]
-    assert NightReport(tmp_path, rows, records=records).noise_floor() == pytest.approx(0.0007)
-    rows = [dataclasses.replace(row, commit="none") for row in rows]
-    assert NightReport(tmp_path, rows).noise_floor() is None
 
 
 def test_a_night_is_read_as_far_as_it_is_there(tmp_path, monkeypatch):

@@ -40,19 +40,6 @@ def ended(night: Night, status="keep", score=1.0, text=b"x = 2\n", **more) -> Ex
     return Experiment.at(night.done / str(n))
 
 
-def test_a_run_that_ends_between_two_looks_has_ended_and_was_not_cut_off(night, monkeypatch):
-    night.enqueue("try", night.tip(), night.tip(), "an idea", 42)
-    [experiment] = night.open()
-    write_json(experiment.folder / "run-1.json", {"id": "a"})
-
-    def ends_now(_):
-        write_json(experiment.folder / "end-1.json", {"code": 0})
-        return False
-
-    monkeypatch.setattr(Experiment, "alive", ends_now)
-    assert experiment.state() == "ended"
-
-
 def test_a_torn_line_of_the_journal_is_ignored_and_ended_by_the_next(night):
     ended(night, score=1.0)
     with open(night.journal, "ab") as file:
@@ -119,15 +106,9 @@ def test_the_same_change_on_another_file_has_the_same_id(night):
     assert id_of(base, b"a = 1", b"a = 2") != id_of(base, b"b = 1", b"b = 2")
 
 
-def test_a_change_that_is_queued_or_has_its_score_on_this_best_is_not_tried_again(night):
+def test_a_change_that_is_queued_is_not_queued_again(night):
     tip = night.tip()
     night.enqueue("try", tip, tip, "an idea", 42, change="abc")
     commands.check_new(night, "another", tip)
     with pytest.raises(Fail, match="change of experiment 1, which has not ended"):
-        commands.check_new(night, "abc", tip)
-    [experiment] = night.open()
-    run = dict(id="a", commit=tip, base=tip, score=0.9)
-    night.record(experiment, rules.Record("discard", "why", run))
-    commands.check_new(night, "abc", "another best")
-    with pytest.raises(Fail, match="change of experiment 1 .discard, 0.900000"):
         commands.check_new(night, "abc", tip)
