@@ -1,4 +1,4 @@
-"""The audit on honest nights and on falsified ones: each falsification is one edit in a real repository."""
+"""The audit on honest nights and on falsified ones, each falsified by one edit."""
 
 import dataclasses
 import hashlib
@@ -41,19 +41,11 @@ class Lab(NightReport):
     def measure(self, commit: str, score: float | None, source=b"", by_night=True, **more) -> dict:
         """A run's two lines in the ledger. Returns the second, to be edited."""
         run = f"{len(self.ledger):012x}"
-        start = {
-            "run": run,
-            "event": "start",
-            "time": "2026-03-05T01:00:00Z",
-            "repo": str(self.root / ".night/test/queue/1/tree" if by_night else self.root),
-            "branch": "HEAD" if by_night else "autoresearch/test",
-            "commit": commit,
-            "changed": False,
-            "fingerprint": "f" * 12,
-            "seed": 42,
-            "device": "H200",
-            "split": "val",
-        }
+        repo = self.root / ".night/test/queue/1/tree" if by_night else self.root
+        start = {"run": run, "event": "start", "time": "2026-03-05T01:00:00Z", "repo": str(repo)}
+        start |= {"branch": "HEAD" if by_night else "autoresearch/test", "commit": commit}
+        start |= {"fingerprint": "f" * 12, "device": "H200"}
+        start |= {"changed": False, "seed": 42, "split": "val"}
         if source:
             start["train_sha256"] = hashlib.sha256(source).hexdigest()
         names = ("prepare.py", "autoresearch/common.py")
@@ -83,13 +75,10 @@ class Lab(NightReport):
         return self.experiment(self.commit(f"{what}\n", *files), score, "keep", what, **more)
 
     def confirm(self):
-        """Baseline and best on the test split; one run was slow and ran again."""
+        """Baseline and best on the test split."""
         for n, record in enumerate([self.records[0], self.records[-1]] * 3, 8):
-            seed = 45 + (n - 8) // 2
-            score = record["score"] + 0.01 + n / 1e5
-            for _ in range(2 if n == 9 else 1):
-                end = self.measure(record["commit"], score, split="test", seed=seed)
-            confirmed = {"n": n, "commit": record["commit"], "seed": seed}
+            confirmed = {"n": n, "commit": record["commit"], "seed": 45 + (n - 8) // 2}
+            end = self.measure(record["commit"], 0.98, split="test", seed=confirmed["seed"])
             self.confirmed.append({**confirmed, "score": end["score"], "run": end["run"]})
 
     def audit(self) -> list[str]:
@@ -118,18 +107,15 @@ def lab(tmp_path) -> Lab:
     return lab
 
 
-SAME = [
-    "  6 of 6 scores match the ledger",
-    "  every measured score has its row",
-    "  one fingerprint throughout: ffffffffffff",
-    "  one device throughout: H200",
-    "  every kept commit is on the branch and touches only train.py",
-    FINE,
-]
-
-
 def test_nothing_speaks_against_an_honest_night(lab):
-    assert lab.audit() == SAME
+    assert lab.audit() == [
+        "  6 of 6 scores match the ledger",
+        "  every measured score has its row",
+        "  one fingerprint throughout: ffffffffffff",
+        "  one device throughout: H200",
+        "  every kept commit is on the branch and touches only train.py",
+        FINE,
+    ]
 
 
 # ---- Each case: what is done to an honest night, and what the audit must then say.
@@ -161,14 +147,10 @@ class Falsify:
         return ["commits that touch more than train.py: ", "(prepare.py)"]
 
     def measure_on_another_machine(lab):
-        lab.keep(0.92, torch="2.15.0", driver="580.1")
-        other = {"fingerprint": "e" * 12, "device": "A100", "torch": "2.11.0", "driver": "590.2"}
-        lab.keep(0.90, what="seven", **other)
+        lab.keep(0.90, fingerprint="e" * 12, device="A100")
         return [
-            "2 fingerprints, whose scores cannot be compared: ffffffffffff (9 runs), eeeeeeeeeeee (",
-            "2 devices, whose scores cannot be compared: H200 (9 runs), A100 (1 runs)",
-            "2 versions of torch, whose scores cannot be compared: 2.15.0 (1 runs), 2.11.0 (",
-            "2 versions of the driver, whose scores cannot be compared: 580.1 (1 runs), 590.2 (",
+            "2 fingerprints, whose scores cannot be compared: ffffffffffff (8 runs), eeeeeeeeeeee (",
+            "2 devices, whose scores cannot be compared: H200 (8 runs), A100 (1 runs)",
         ]
 
     def commit_without_a_row(lab):
@@ -228,17 +210,12 @@ def test_the_audit_finds(lab, falsify):
 # ---- What an honest night may hold, too.
 
 
-def displace(lab):
-    """A change on the first kept one takes the branch from the two that were kept since."""
-    lab.git("reset", "-q", "--hard", lab.records[2]["commit"])
-    lab.keep(0.9)
-    lab.records[-1]["displaced"] = lab.records[-2]["commit"]
-
-
 class Honest:
     def a_displaced_best_and_a_branch_that_has_not_moved_yet(lab):
         before = lab.tip
-        displace(lab)
+        lab.git("reset", "-q", "--hard", lab.records[2]["commit"])
+        lab.keep(0.9)
+        lab.records[-1]["displaced"] = lab.records[-2]["commit"]
         lab.git("reset", "-q", "--hard", before)
 
     def a_night_before_and_another_clone(lab):

@@ -74,13 +74,6 @@ class Nodes:
         raylet.kill()
         raylet.wait()
 
-    def go(self, *names: str):
-        """Lets runs that hold go on."""
-        for cache in self.folder.iterdir():
-            for name in names:
-                (cache / f"go-{name}").touch()
-                (cache / f"score-{name}").touch()
-
     def jobs(self) -> list[Path]:
         """One a run that a node has in hand, in its folder."""
         return list(self.temporary.glob("autoresearch-*/job.json"))
@@ -104,6 +97,13 @@ def nodes(fresh, tmp_path_factory):
 
 class ClusterLab(Lab):
     nodes = None
+
+    def go(self, *names: str):
+        """Lets runs that hold go on, wherever they are."""
+        for cache in self.nodes.folder.iterdir():
+            for name in names:
+                (cache / f"go-{name}").touch()
+                (cache / f"score-{name}").touch()
 
     def until(self, condition, seconds: float = 90):
         super().until(condition, seconds)
@@ -159,7 +159,6 @@ def begun(nodes, tmp_path_factory) -> ClusterLab:
     lab.until(lambda: len(lab.records()) == 3)
     lab.until_idle()
     assert "keep  val_bpb 1.000000" in lab.say("wait", 0)
-    assert lab.rows()[1][3:] == ["keep", "baseline"]
     assert nodes.starts(lab.record(1)["run"]) == ["a"]  # on the type that most GPUs are of
     return lab
 
@@ -186,7 +185,7 @@ def test_a_node_and_the_supervisor_killed_and_each_experiment_is_recorded_once(l
     runs = {n: 1 + (places[n] == "b") for n in held}
     for n in held:
         lab.until_held(n, runs[n])
-    nodes.go("x", "y", "z", "w")
+    lab.go("x", "y", "z", "w")
     for n in held:
         record = lab.until_ended(n)
         assert record["score"] == pytest.approx(1.0) and record["k"] == runs[n]
@@ -202,7 +201,7 @@ def test_a_node_and_the_supervisor_killed_and_each_experiment_is_recorded_once(l
     lab.until(lambda: not carrying(first))
     lab.say()
     lab.until_held(n, k=2)
-    nodes.go("v")
+    lab.go("v")
     record = lab.until_ended(n)
     assert (record["status"], record["again"]) == ("keep", ["cut off"])
     lab.say()
@@ -234,22 +233,18 @@ def test_what_a_run_leaves_behind_ends_with_it_whoever_dies(lab, nodes):
     cut = lab.attempt("is cut off", EVENT="orphans", HOLD="cut")
     lab.until_held(cut)
     run_id = lab.run_id(cut)
-    kill_beside(nodes, run_id, "ray_node")  # our process there: the task fails
+    kill_watcher(nodes, run_id)  # our process there: the task fails
     lab.until_held(cut, k=2)
     assert not carrying(run_id)
-    run_id = lab.run_id(cut, k=2)
-    kill_beside(nodes, run_id, "ray::run_on_node")  # Ray's worker
-    lab.until_held(cut, k=3)
-    lab.until(lambda: not carrying(run_id))
     lab.say("stop")
-    lab.until(lambda: not carrying(lab.run_id(cut, k=3)))
+    lab.until(lambda: not carrying(lab.run_id(cut, k=2)))
     lab.until_idle()
     lab.say("begin")
-    lab.until_held(cut, k=4)
-    nodes.go("cut")
+    lab.until_held(cut, k=3)
+    lab.go("cut")
     record = lab.until_ended(cut)
     assert record["status"] == "discard"
-    assert [why.split(":")[0] for why in record["again"]] == ["cut off", "cut off", "stopped"]
+    assert [why.split(":")[0] for why in record["again"]] == ["cut off", "stopped"]
     assert "the process that watched it ended: killed" in record["again"][0]
     lab.say()
     lab.until_idle()
@@ -257,19 +252,14 @@ def test_what_a_run_leaves_behind_ends_with_it_whoever_dies(lab, nodes):
     lab.until(lambda: not nodes.jobs())
 
 
-def kill_beside(nodes: Nodes, run_id: str, name: str):
-    """SIGKILL to the process that watches a run, or to Ray's worker that started it."""
+def kill_watcher(nodes: Nodes, run_id: str):
+    """SIGKILL to the process that watches a run on its node."""
     jobs = {json.loads(path.read_text())["run"]["id"]: path for path in nodes.jobs()}
-    folder = jobs[run_id].parent
-    for path in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            words = (path / "cmdline").read_text()
-            there = os.path.realpath(path / "cwd").startswith(str(folder))
-            ours = str(nodes.folder).encode() in (path / "environ").read_bytes()
-            if name in words and (there or (ours and name.startswith("ray::"))):
-                os.kill(int(path.name), signal.SIGKILL)
-                return
-    raise AssertionError(f"no process {name}")
+    folder = str(jobs[run_id].parent)
+    processes = [path.parent for path in Path("/proc").glob("[0-9]*/cwd")]
+    there = [path for path in processes if os.path.realpath(path / "cwd").startswith(folder)]
+    [watcher] = [path for path in there if "ray_node" in (path / "cmdline").read_text()]
+    os.kill(int(watcher.name), signal.SIGKILL)
 
 
 def test_a_node_that_cannot_run_it_sends_it_back_with_the_command_to_type(lab, nodes):
@@ -328,8 +318,6 @@ def test_a_cluster_that_does_not_answer_is_said_and_nothing_queued_is_lost(lab, 
         no_answer = "does not accept the connection: no answer within 3 s"
         assert f"FAIL: the cluster {silent} {no_answer}" in shown
         assert f"{n}: waiting" in shown
-        lab.until_idle()
-        assert no_answer in lab.say()
     lab.until_idle()
     shown = lab.say("wait", 60)  # now it is refused
     assert f"the cluster {silent} does not answer. Nothing is lost" in shown
