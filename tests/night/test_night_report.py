@@ -4,7 +4,7 @@ import json
 import re
 
 import pytest
-from repository import git, make_repository
+from repository import make_repository
 
 from autoresearch.common import utc
 from autoresearch.night import settings
@@ -20,9 +20,6 @@ def test_a_night_is_read_as_far_as_it_is_there(tmp_path, monkeypatch):
     assert "is no git repository" in NightReport.here(tmp_path).problem
     make_repository(tmp_path)
     (tmp_path / "program.md").write_text("- tag: test\n")
-    report = NightReport.here(tmp_path)
-    assert (report.problem, report.records, report.branch) == ("", [], "main")
-    git(tmp_path, "branch", "autoresearch/test")
     folder = tmp_path / ".night/test"
     experiments = {"queue/4": "try", "done/1": "baseline", "done/2": "confirm", "done/3": "try"}
     for place, kind in experiments.items():
@@ -34,7 +31,6 @@ def test_a_night_is_read_as_far_as_it_is_there(tmp_path, monkeypatch):
     (folder / "journal.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
     report = NightReport.here(tmp_path)
     assert (report.records, report.confirmed) == (records[:1], records[1:])
-    assert report.branch == "autoresearch/test"
     # The third is neither open nor in the journal: somebody took its line out.
     assert set(report.started) == {"run queue/4", "run done/1", "run done/2"}
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from autoresearch.night.results import Row, best_row, gains, read_results, row_of, write_row
+from autoresearch.night.results import read_results, row_of, write_row
 
 HEADER = "commit\tval_bpb\tmemory_gb\tstatus\tdescription\n"
 GOOD = "aaaaaaa\t1.0\t44.0\tkeep\tbaseline\nbbbbbbb\t0.99\t44.5\tdiscard\tone\nccccccc\t0\t0\tcrash\ttwo\n"
@@ -102,18 +102,3 @@ def test_what_is_no_row_is_skipped_in_one_sentence(tmp_path):
     rows, skipped = read(tmp_path, "id\tval_rmse\tstatus\n" + "1\t3.5\tkeep\n" * 500)
     words = "all 500 rows were skipped: no column is called val_bpb, only id, val_rmse, status; "
     assert rows == [] and skipped[0].startswith(words)
-
-
-# ---- what was kept
-
-
-def row(n: int, score: float | None, status: str = "keep") -> Row:
-    return Row(n, "x", score, None, status, "")
-
-
-def test_gains_are_over_the_best_before():
-    kept = [row(n, score) for n, score in enumerate([1.0, 0.9, 0.95, 0.85], 1)]
-    rows = [row(0, None, "crash"), *kept, row(5, 0.1, "discard")]
-    found = [(row.n, round(gain, 6), best) for row, gain, best in gains(rows)]
-    assert found == [(1, 0.0, 1.0), (2, 0.1, 0.9), (3, -0.05, 0.9), (4, 0.05, 0.85)]
-    assert best_row(rows).score == 0.85

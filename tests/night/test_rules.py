@@ -1,6 +1,7 @@
 """The night's rules as tables: what is kept, what is doubted, and what happens next."""
 
 import json
+from functools import partial
 
 import pytest
 
@@ -51,10 +52,8 @@ FLASH = {"device": "H100", "attention": "flash3", "compiled": True, "fell_back":
 FLEX = {**FLASH, "attention": "flex", "fell_back": ["FlashAttention 3 is not usable"]}
 
 
-# --------------------------------------------------------------- what happens next, line by line
-#
-# A night with a noise floor of 0.010: the baseline `base` (1.000 and 1.010), then `best` (0.950) on it.
-# Runs train 1,000 tokens in 10 s where nothing else is said.
+# What happens next, in a night with a noise floor of 0.010: the baseline `base` (1.000 and 1.010), then
+# `best` (0.950) on it. Runs train 1,000 tokens in 10 s where nothing else is said.
 
 
 def kept(n, commit, base, score, kind="try"):
@@ -76,31 +75,14 @@ def run(score=None, base="best", commit="mine", tokens=1000, **more):
     return {**known, **more}
 
 
-def past(records=BEST, **rates):
-    return History(records, rates, FLASH)
-
-
-def case(status, why, runs, records=BEST, conflict=None, rates=(), **asked):
+def case(status, why, *runs, records=BEST, conflict=None, rates=(), **asked):
     asked = {**dict(n=4, kind="try", simpler=False, dropped=False), **asked}
-    return asked, list(runs), past(records, mine=list(rates)), conflict, status, why
+    history = History(records, dict(mine=list(rates)), FLASH)
+    return asked, list(runs), history, conflict, status, why
 
 
-def keep(why, *runs, **more):
-    return case("keep", why, runs, **more)
-
-
-def discard(why, *runs, **more):
-    return case("discard", why, runs, **more)
-
-
-def crash(why, *runs, **more):
-    return case("crash", why, runs, **more)
-
-
-def again(why, *runs, **more):
-    return case("again", why, runs, **more)
-
-
+keep, discard = partial(case, "keep"), partial(case, "discard")
+crash, again = partial(case, "crash"), partial(case, "again")
 SIMPLER, DROPPED = dict(simpler=True), dict(dropped=True)
 SEED, CONFIRM = dict(kind="baseline"), dict(kind="confirm")
 WON = dict(base="base", again="the best moved; on base it was better")  # on the best before
@@ -169,7 +151,7 @@ STEPS = {
     "dropped while it ran": crash("dropped", run(0.5, code=-9), **DROPPED),
     "dropped, and conflicts": crash("dropped while it waited", run(0.9, **WON), **CONFLICT, **DROPPED),
     # a confirmation: no decision, but the same doubts
-    "confirmed": case("scored", "on the test split", [run(1.4)], **CONFIRM),
+    "confirmed": case("scored", "on the test split", run(1.4), **CONFIRM),
     "confirmed, twice on another attention": crash(
         "twice not comparable", run(1.4, **OTHER), run(1.4, conditions=FLEX), **CONFIRM),
 }
@@ -198,9 +180,3 @@ def test_the_record_names_the_run_that_counts_and_what_is_to_be_known_of_it():
     assert step_of(name).displaced == "best" and step_of(name).run["base"] == "base"
     assert step_of("better by more than the noise").displaced is None
     assert step_of("dropped while it waited").run is None
-
-
-def test_all_kept_changes_that_were_displaced_are_named():
-    chain = [*BEST, kept(4, "c4", "best", 0.94), kept(5, "c5", "c4", 0.92)]
-    win = dict(n=6, displaced="c5", base="best")
-    assert [record["n"] for record in rules.displaced_by(win, chain)] == [5, 4]
