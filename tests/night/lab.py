@@ -130,11 +130,9 @@ class Lab:
         self.folder, self.root, self.cache = folder, folder / "lab", folder / "cache"
         self.state_dir = self.root / ".night"
         # torch names its compiler's cache in the environment of a process that has compiled
-        clean = {
-            k: v for k, v in os.environ.items() if not k.startswith(("TORCHINDUCTOR", "TRITON"))
-        }
+        other = ("TORCHINDUCTOR", "TRITON", "GIT_", "EMAIL", "AUTORESEARCH", "RAY_ADDRESS")
+        clean = {k: v for k, v in os.environ.items() if not k.startswith(other)}
         self.env = {**clean, "AUTORESEARCH_CACHE": str(self.cache), "CUDA_VISIBLE_DEVICES": ""}
-        self.env.pop("RAY_ADDRESS", None)
         self.env |= {"GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_SYSTEM": os.devnull}
 
     @classmethod
@@ -181,7 +179,6 @@ class Lab:
             stderr=subprocess.PIPE,
             stdin=subprocess.DEVNULL,
             text=True,
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # as at a terminal
         )
 
     def say(self, *words) -> str:
@@ -203,8 +200,7 @@ class Lab:
         text = (self.root / "train.py").read_text()
         for name, value in constants.items():
             line = f"{name} = nonsense" if value is None else f"{name} = {value!r}"
-            text, count = re.subn(rf"^{name} = .*$", line, text, flags=re.M)
-            assert count == 1
+            text = re.sub(rf"^{name} = .*$", line, text, flags=re.M)
         (self.root / "train.py").write_text(text)
 
     def attempt(self, message: str, *options, **constants) -> int:

@@ -118,9 +118,6 @@ def test_nothing_speaks_against_an_honest_night(lab):
     ]
 
 
-# ---- Each case: what is done to an honest night, and what the audit must then say.
-
-
 class Falsify:
     def claim_a_score(lab):
         lab.claim(7, score=0.969998)
@@ -205,9 +202,6 @@ def test_the_audit_finds(lab, falsify):
     for sentence in sentences:
         assert any(sentence in line for line in doubts), said
     assert said[-1] == f"{len(doubts)} thing{'s' if len(doubts) > 1 else ''} to look at"
-
-
-# ---- What an honest night may hold, too.
 
 
 class Honest:

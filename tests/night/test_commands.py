@@ -33,28 +33,6 @@ def test_wait_tells_the_phase_and_returns_when_something_ended(lab):
     lab.check()
 
 
-def test_a_win_that_conflicts_with_a_worse_best_displaces_it_and_the_status_says_so(lab):
-    lab.set("- slots: 2")
-    wide = lab.attempt("width and a hold", HOLD="one", WIDTH=6)
-    deep = lab.attempt("depth and a hold", HOLD="two", DEPTH=9)
-    lab.until_held(wide), lab.until_held(deep)
-    rejected = lab.attempt("waits", HOLD="three", DEPTH=1)
-    assert lab.until_ended(wide, go="one")["status"] == "keep"
-    assert lab.until_ended(rejected)["status"] == "crash"  # all change HOLD
-    lab.say()
-    record = lab.until_ended(deep, go="two")
-    assert (record["status"], record["score"], record["k"]) == ("keep", pytest.approx(0.91), 1)
-    assert record["displaced"] == lab.record(wide)["commit"]
-    told = lab.say("wait", 0)
-    assert f"{deep}: keep  val_bpb 0.910000: better by 0.030000" in told
-    assert f"it displaced {wide}, {record['displaced'][:7]} (width and a hold)" in told
-    assert f"night.py show {wide}, make that change again on top" in told
-    assert "[displaces" in lab.rows()[-1][4]
-    assert "does not apply to the best" in lab.refused("bring", wide)
-    lab.until_idle()
-    lab.check()
-
-
 def test_the_queue_is_bounded_and_edits_beside_a_full_one_are_kept(lab):
     first = lab.attempt("one runs", WIDTH=1, HOLD="a")
     lab.until_held(first)
@@ -149,9 +127,6 @@ def test_each_command_is_quick_with_ten_thousand_experiments(lab):
     assert max(spent) < 0.5, spent  # of a core's time: a busy machine's wall time says nothing
     assert lab.until_ended(10_004)["status"] == "keep"
     assert len(lab.rows()) == 1 + 4  # the table was not made anew
-
-
-# ------------------------------------------------------------------------- what cannot be done
 
 
 def no_repository(lab):

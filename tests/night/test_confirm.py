@@ -1,10 +1,9 @@
 """Is the gain real? The interval against scipy's numbers, the table, the queue."""
 
 import pytest
-from repository import make_repository
 
 from autoresearch.common import Fail
-from autoresearch.night import confirm, rules, settings
+from autoresearch.night import confirm, rules
 from autoresearch.night.confirm import Confirmation, is_it_real, queue_confirmation, welch
 from autoresearch.night.store import Night
 
@@ -33,9 +32,6 @@ def test_the_interval_is_scipys_in_both_directions(monkeypatch, scores, others, 
 )
 def test_the_verdict_in_one_sentence(interval, sentence):
     assert is_it_real(*interval) == sentence
-
-
-# ---- the table
 
 
 def kept(n: int, commit: str) -> dict:
@@ -77,24 +73,11 @@ def test_the_table_shows_each_score_and_what_is_missing():
     ]
 
 
-# ---- the queue, in a repository without a supervisor
-
-
 @pytest.fixture
-def night(tmp_path, monkeypatch):
-    """A night with a baseline and nothing queued, without a supervisor."""
-    page = tmp_path / "program.md"
-    page.write_text("- tag: test\n")
-    monkeypatch.setattr(settings, "PROGRAM", page)
-    monkeypatch.setenv("AUTORESEARCH_CACHE", str(tmp_path))
-    (tmp_path / "train.py").write_text("print()\n")
-    make_repository(tmp_path)
-    night = Night(tmp_path)
-    for folder in (night.queue, night.done):
-        folder.mkdir(parents=True)
+def measured(night, monkeypatch) -> Night:
+    """With a baseline that has ended."""
     monkeypatch.setattr(confirm, "wake", lambda night: None)
-    commit = night.repo.git("rev-parse", "HEAD")
-    night.enqueue("baseline", commit, commit, "baseline", 42)
+    night.enqueue("baseline", night.tip(), night.tip(), "baseline", 42)
     end(night, 1, 1.0, "keep")
     return night
 
@@ -119,51 +102,51 @@ def waiting(night) -> list[tuple]:
     return [(e.n, e.asked["commit"], e.asked["seed"]) for e in night.open()]
 
 
-def test_baseline_and_best_are_queued_in_turn_and_never_twice(night):
-    best, base = keep(night, 0.9), night.records()[0]["commit"]
-    confirmation, numbers = queue_confirmation(night, None)
+def test_baseline_and_best_are_queued_in_turn_and_never_twice(measured):
+    best, base = keep(measured, 0.9), measured.records()[0]["commit"]
+    confirmation, numbers = queue_confirmation(measured, None)
     turns = [(base, 45), (best, 45), (best, 46), (base, 46), (base, 47), (best, 47)]
-    assert [entry[1:] for entry in waiting(night)] == turns
-    assert all(e.is_confirm and e.split == "test" for e in night.open())
-    end(night, 3, 1.0)
-    end(night, 4, None)  # a crash runs again, what waits or has its score does not
-    assert queue_confirmation(night, 2)[1] == {5, 6, 7, 8, 9}
-    assert [entry[0] for entry in waiting(night)] == [5, 6, 7, 8, 9]
-    assert waiting(night)[-1] == (9, best, 45)
-    assert queue_confirmation(night, 4)[1] == {5, 6, 7, 8, 9, 10, 11}
+    assert [entry[1:] for entry in waiting(measured)] == turns
+    assert all(e.is_confirm and e.split == "test" for e in measured.open())
+    end(measured, 3, 1.0)
+    end(measured, 4, None)  # a crash runs again, what waits or has its score does not
+    assert queue_confirmation(measured, 2)[1] == {5, 6, 7, 8, 9}
+    assert [entry[0] for entry in waiting(measured)] == [5, 6, 7, 8, 9]
+    assert waiting(measured)[-1] == (9, best, 45)
+    assert queue_confirmation(measured, 4)[1] == {5, 6, 7, 8, 9, 10, 11}
 
 
-def test_what_cannot_be_confirmed_is_one_line(night):
+def test_what_cannot_be_confirmed_is_one_line(measured):
     with pytest.raises(Fail, match="an interval needs at least 2 seeds"):
-        confirm.confirm(night, 1)
+        confirm.confirm(measured, 1)
     with pytest.raises(Fail, match="nothing to confirm: nothing was kept but the baseline"):
-        queue_confirmation(night, None)
-    commit = night.records()[0]["commit"]
-    night.enqueue("try", commit, commit, "wider", 42)
+        queue_confirmation(measured, None)
+    commit = measured.records()[0]["commit"]
+    measured.enqueue("try", commit, commit, "wider", 42)
     with pytest.raises(Fail, match="the night is running: 2 wait or run"):
-        queue_confirmation(night, None)
+        queue_confirmation(measured, None)
 
 
-def test_within_chance_it_names_the_command_for_more_seeds(night, capsys):
-    keep(night, 0.9)
-    queue_confirmation(night, 2)
-    for n, *_ in waiting(night):
-        end(night, n, 1.0 + n / 100)
-    confirm.confirm(night, 2)
+def test_within_chance_it_names_the_command_for_more_seeds(measured, capsys):
+    keep(measured, 0.9)
+    queue_confirmation(measured, 2)
+    for n, *_ in waiting(measured):
+        end(measured, n, 1.0 + n / 100)
+    confirm.confirm(measured, 2)
     said = capsys.readouterr().out.splitlines()
     assert said[-2].endswith("within chance")
     assert said[-1].endswith("uv run night.py confirm --seeds 4")
 
 
-def test_a_supervisor_that_failed_ends_the_waiting_with_its_words(night, monkeypatch):
-    keep(night, 0.9)
-    log = night.state_dir / "supervisor.log"
+def test_a_supervisor_that_failed_ends_the_waiting_with_its_words(measured, monkeypatch):
+    keep(measured, 0.9)
+    log = measured.state_dir / "supervisor.log"
     log.write_text("of another day\n")
     ends = lambda _: log.write_text("of another day\ndisk full\n")
     monkeypatch.setattr(confirm.time, "sleep", ends)
     words = "the supervisor ended: disk full; `uv run night.py confirm` continues"
     with pytest.raises(Fail, match=words):
-        confirm.confirm(night, None)
+        confirm.confirm(measured, None)
 
 
 def test_a_real_night_that_displaced_a_best_is_confirmed_and_stands_the_audit(lab):
@@ -171,10 +154,17 @@ def test_a_real_night_that_displaced_a_best_is_confirmed_and_stands_the_audit(la
     small = lab.attempt("a little wider", WIDTH=1, HOLD="small")
     large = lab.attempt("much wider", WIDTH=5, HOLD="large")
     lab.until(lambda: len(lab.running()) == 2)
-    for n, name in ((small, "small"), (large, "large")):
-        lab.go(name)
-        lab.until_ended(n)
+    waits = lab.attempt("waits, and conflicts with both", HOLD="waits")
+    lab.until_ended(small, go="small")
+    assert lab.until_ended(waits)["why"].startswith("rejected (conflict)")
+    assert lab.until_ended(large, go="large")["displaced"] == lab.record(small)["commit"]
+    told = lab.say("wait", 0)
+    assert f"{large}: keep  val_bpb 0.950000: better by 0.040000" in told
+    assert f"it displaced {small}, {lab.record(small)['commit'][:7]} (a little wider)" in told
+    assert f"night.py show {small}, make that change again on top" in told
+    assert "does not apply to the best" in lab.refused("bring", small)
     lab.until_idle()
+    lab.check()
     said = lab.say("confirm", "--seeds", 2).splitlines()
     assert said[-1] == "0.050000 better, 0.049696 to 0.050304: real"
     assert lab.say("confirm", "--seeds", 2).splitlines()[-1] == said[-1]

@@ -35,9 +35,6 @@ def test_a_night_is_read_as_far_as_it_is_there(tmp_path, monkeypatch):
     assert set(report.started) == {"run queue/4", "run done/1", "run done/2"}
 
 
-# ---- hours: (running %, slots, starting, repeated, waiting), all in seconds
-
-
 def said(report: NightReport) -> tuple:
     found = re.fullmatch(
         r"([\d.]+) hours, (\d+) slots?, a run in them (\d+)% of the time. Lost: ([\d,]+) s to starting"

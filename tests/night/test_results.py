@@ -20,8 +20,6 @@ def record(**more) -> dict:
     return {**plain, **words, **more}
 
 
-# ---- writing
-
 KEPT = "0123456\t0.900000\t44.0\tkeep\t"
 REJECTED = {"status": "discard", "why": "rejected (conflict): as abc1234"}
 
@@ -62,9 +60,6 @@ def test_a_row_is_written_once_and_the_rest_of_the_table_stays_as_it_is(tmp_path
     path.unlink()
     write_row(path, two, [one, two])
     assert path.read_text() == HEADER + row_of(one) + "\n" + row_of(two) + "\n"
-
-
-# ---- reading
 
 
 WAYS = {

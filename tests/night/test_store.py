@@ -1,31 +1,15 @@
 """What the night remembers, as files: the journal, the rows, the agent's branch; and git's plumbing."""
 
-import os
 import shutil
 
 import pytest
-from repository import make_repository
 
 from autoresearch.common import Fail, write_json
-from autoresearch.night import commands, rules, settings
+from autoresearch.night import commands, rules
 from autoresearch.night.repo import merged
 from autoresearch.night.store import Experiment, Night
 
 pytestmark = pytest.mark.skipif(not shutil.which("git"), reason="needs git")
-
-
-@pytest.fixture
-def night(tmp_path, monkeypatch):
-    """A night in a repository of its own, on its branch, with nothing queued."""
-    monkeypatch.setattr(settings, "PROGRAM", tmp_path / "program.md")
-    (tmp_path / "program.md").write_text("- tag: nov21\n")
-    (tmp_path / "train.py").write_text("x = 1\n")
-    (tmp_path / ".gitignore").write_text("results.tsv\n.night/\n")
-    make_repository(tmp_path, "autoresearch/nov21")
-    night = Night(tmp_path)
-    night.queue.mkdir(parents=True)
-    night.done.mkdir()
-    return night
 
 
 def ended(night: Night, status="keep", score=1.0, text=b"x = 2\n", **more) -> Experiment:
@@ -48,25 +32,6 @@ def test_a_torn_line_of_the_journal_is_ignored_and_ended_by_the_next(night):
     ended(night, score=0.9)
     assert [r["score"] for r in night.records()] == [1.0, 0.9]
     assert [r["score"] for r in Night(night.root).records()] == [1.0, 0.9]
-    # one that is being written is read once it is whole
-    with open(night.journal, "ab", buffering=0) as file:
-        file.write(b'{"n": 3, "kind": "try", ')
-        assert len(night.records()) == 2
-        file.write(b'"score": 0.8}\n')
-    assert [r["score"] for r in night.records()] == [1.0, 0.9, 0.8]
-
-
-def test_a_record_killed_before_its_row_is_archived_by_the_next_supervisor_once(night):
-    ended(night)
-    rows = night.results.read_text()
-    # as if it had been killed after the journal's line, or after the row
-    for cut in (rows.splitlines()[0] + "\n", rows):
-        os.replace(night.done / "1", night.queue / "1")
-        night.results.write_text(cut)
-        again = Night(night.root)
-        again.recover()
-        assert night.results.read_text() == rows and (night.done / "1").is_dir()
-        assert again.open() == [] and len(again.records()) == 1
 
 
 def test_the_branch_and_the_file_go_to_the_best_but_an_edit_in_progress_stays(night):

@@ -41,7 +41,7 @@ def test_a_night_with_all_that_a_run_can_do(lab):
         assert (record["status"], says in record["why"]) == (outcome, True), record
         told = lab.say("wait", 0)
         assert f"{n}: {outcome}" in told and says in told
-        assert max(map(len, told.splitlines())) <= 200 and told.count("\n") <= 40
+        assert max(map(len, told.splitlines())) <= 200 and told.count("\n") <= 40  # a screen
         assert all(c.isprintable() for c in told.replace("\n", ""))
         if "--expect" in options:
             assert f"expected {float(options[1]):+.6f}, got {record['got']:+.6f}" in told
@@ -81,17 +81,12 @@ clock.end(score=0.5)
     end = json.loads((lab.state_dir / "nov21/queue/1/end-1.json").read_text())
     assert (end["score"], end["failure"], end["steps"], end["tokens"]) == (0.5, None, 21, 2100)
     assert 0.05 < end["memory_gb"] < 5 and end["conditions"]["attention"] == "sdpa"
-    assert end["conditions"]["fell_back"] == []
     lines = worker.read_progress(lab.state_dir / "nov21/queue/1/progress-1.jsonl")
     phases = [phase for phase, _ in itertools.groupby(lines, lambda line: line["phase"])]
     assert phases == ["compiling", "training", "scoring"]
     curve = status.losses(lab.state_dir / "nov21/queue/1/progress-1.jsonl")
-    assert len(curve) >= 15 and curve[0][1] > curve[-1][1] > 0.9
     assert status.loss_at(curve, 50) == pytest.approx(2, abs=0.3)
     lab.until_idle()
-
-
-# ---------------------------------------------------------------------- why a run failed, in a line
 
 
 @pytest.mark.parametrize(
@@ -122,9 +117,6 @@ def test_a_score_counts_where_the_run_ended_well_on_the_split_that_was_asked_for
     ended = dict(code=code, stopped=None, wall_seconds=1.0)
     end = worker.outcome(ended, [dict(event="start"), said], "log", "val")
     assert end["score"] == score and (end["failure"] is None) == (score is not None)
-
-
-# ------------------------------------------------------------------------------------ kept apart
 
 
 def test_a_run_has_a_home_of_its_own_and_no_file_that_is_not_committed(lab):
@@ -182,9 +174,6 @@ def test_what_a_killed_compiler_had_in_hand_is_no_kernel_for_the_next_run(lab):
     assert [path.name for path in compiled.iterdir()] == ["whole.main.so"]
 
 
-# -------------------------------------------------------------------------- what the machine did
-
-
 def test_a_slow_run_is_repeated_once_and_the_faster_one_counts(fresh, tmp_path):
     lab = fresh.copy(tmp_path / "it")
     # the second seed is slow by the others, and repeated before the noise floor is fixed
@@ -206,9 +195,6 @@ def test_a_slow_run_is_repeated_once_and_the_faster_one_counts(fresh, tmp_path):
     assert "6,000 tokens/s (the best before: 20,000), 100 steps" in told
     lab.until_idle()
     lab.check()
-
-
-# ------------------------------------------------------------------------------------------ slots
 
 
 TWO_GPUS = "GPU 0: NVIDIA H200 (UUID: GPU-5c89)\nGPU 1: NVIDIA H200 (UUID: GPU-77aa)\n"
