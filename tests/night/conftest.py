@@ -1,7 +1,5 @@
 """Labs for the tests of the night: made once, copied by each test."""
 
-import shutil
-
 import pytest
 from lab import Lab
 from repository import make_repository
@@ -13,8 +11,6 @@ from autoresearch.night.store import Night
 @pytest.fixture(scope="session")
 def fresh(tmp_path_factory) -> Lab:
     """A lab in which no night has begun. To be copied."""
-    if not shutil.which("git"):
-        pytest.skip("needs git")
     return Lab.made(tmp_path_factory.mktemp("fresh") / "it")
 
 

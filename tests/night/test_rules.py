@@ -103,8 +103,6 @@ STEPS = {
     "the first seed": keep("the baseline", run(1.0, "base", "base"), records=[], **SEED),
     "the second seed": discard("measures the noise", run(0.5, "base", "base"), records=BASELINE[:1], **SEED),
     "a seed without a score": crash("it broke", run(None, "base", "base"), records=[], **SEED),
-    "the second seed where the first has no score": keep(
-        "the baseline", run(1.0, "base", "base"), records=NONE[:1], **SEED),
     "a slow seed runs again before it fixes the noise floor": again(
         "slow (50% of its expected rate)", run(1.2, "base", tokens=500), rates=[50, 100], records=[], **SEED),
     "a score where the baseline has none": discard("the baseline has no", run(0.5, "base"), records=NONE),
@@ -122,8 +120,6 @@ STEPS = {
     "won there, conflicts, and is within the noise of the new best": discard(
         "rejected (conflict): it conflicts with the best, best (on base it was better by 0.055000)",
         run(0.945, **WON), **CONFLICT),
-    "of two runs on the best before the faster one counts in a conflict": keep(
-        "better by 0.020000", run(0.99, "base", tokens=400, again="slow"), run(0.93, **WON), **CONFLICT),
     # interruptions
     "cut off three times": crash(
         "cut off 3 times: its node", run(**CUT), run(**CUT), run(lost="cut off: its node")),
@@ -135,8 +131,6 @@ STEPS = {
         "slow (20%", run(0.5, tokens=2000, training_seconds=100, pace=STALLED)),
     "slow twice": keep(
         "better", run(0.93, tokens=500, again="slow (50%)"), run(0.99, tokens=400), rates=[40, 50, 100]),
-    "slow, and the repeat is not": discard(
-        "worse by 0.010000", run(0.5, tokens=500, again="slow (50%)"), run(0.96), rates=[50, 100]),
     "under a third of the best's rate": again(
         "slow, by the machine or by the change (30% of the best's", run(0.96, tokens=300)),
     "on another attention": again("not comparable: attention flex", run(0.5, conditions=FLEX)),

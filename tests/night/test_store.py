@@ -1,15 +1,11 @@
 """What the night remembers, as files: the journal, the rows, the agent's branch; and git's plumbing."""
 
-import shutil
-
 import pytest
 
 from autoresearch.common import Fail, write_json
 from autoresearch.night import commands, rules
 from autoresearch.night.repo import merged
 from autoresearch.night.store import Experiment, Night
-
-pytestmark = pytest.mark.skipif(not shutil.which("git"), reason="needs git")
 
 
 def ended(night: Night, status="keep", score=1.0, text=b"x = 2\n", **more) -> Experiment:

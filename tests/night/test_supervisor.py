@@ -1,5 +1,7 @@
 """The supervisor's order: what becomes of wins on a best that has moved, and what it must not miss."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from autoresearch.night import settings, supervisor
@@ -22,19 +24,6 @@ def test_wins_on_one_base_are_put_on_top_of_each_other(lab):
     lab.check()
 
 
-class NoSlots:
-    """An engine that can start nothing. close: what happens while the supervisor closes it."""
-
-    def __init__(self, close):
-        self.close = close
-
-    def slots(self):
-        return []
-
-    def status_lines(self):
-        return []
-
-
 def test_what_is_queued_while_the_supervisor_releases_its_lock_is_worked_off(lab, monkeypatch):
     monkeypatch.setattr(settings, "PROGRAM", lab.root / "program.md")
     night = Night(lab.root)
@@ -47,7 +36,7 @@ def test_what_is_queued_while_the_supervisor_releases_its_lock_is_worked_off(lab
             (night.queue / str(n) / "drop").touch()
 
     def make_engine(_):
-        engines.append(NoSlots(close))
+        engines.append(SimpleNamespace(slots=list, status_lines=list, close=close))
         return engines[-1]
 
     supervisor.supervise(make_engine)
