@@ -1,16 +1,16 @@
 """Labs for the tests of the night: made once, copied by each test."""
 
-import shutil
-
 import pytest
 from lab import Lab
+from repository import make_repository
+
+from autoresearch.night import settings
+from autoresearch.night.store import Night
 
 
 @pytest.fixture(scope="session")
 def fresh(tmp_path_factory) -> Lab:
     """A lab in which no night has begun. To be copied."""
-    if not shutil.which("git"):
-        pytest.skip("needs git")
     return Lab.made(tmp_path_factory.mktemp("fresh") / "it")
 
 
@@ -28,3 +28,18 @@ def begun(fresh, tmp_path_factory) -> Lab:
 @pytest.fixture
 def lab(begun, tmp_path) -> Lab:
     return begun.copy(tmp_path / "it")
+
+
+@pytest.fixture
+def night(tmp_path, monkeypatch) -> Night:
+    """A night in a repository of its own, on its branch, with nothing queued and no supervisor."""
+    monkeypatch.setattr(settings, "PROGRAM", tmp_path / "program.md")
+    monkeypatch.setenv("AUTORESEARCH_CACHE", str(tmp_path))
+    (tmp_path / "program.md").write_text("- tag: nov21\n")
+    (tmp_path / "train.py").write_text("x = 1\n")
+    (tmp_path / ".gitignore").write_text("results.tsv\n.night/\n")
+    make_repository(tmp_path, "autoresearch/nov21")
+    night = Night(tmp_path)
+    night.queue.mkdir(parents=True)
+    night.done.mkdir()
+    return night

@@ -8,9 +8,6 @@ import subprocess
 import sys
 
 import pytest
-from lab import STAND_IN
-
-from autoresearch.night import commands, results
 
 
 def test_wait_tells_the_phase_and_returns_when_something_ended(lab):
@@ -30,43 +27,9 @@ def test_wait_tells_the_phase_and_returns_when_something_ended(lab):
     assert "expected -0.010000, got -0.010000" in said
     assert lab.say("wait", 0).count("keep") == 0  # told once
     assert len(lab.rows()[-1]) == 5 and lab.rows()[-1][4].startswith("wider in every")
-    # a crash shows the end of its traceback; several ended at once fit on a screen
-    for i in range(2):
-        lab.until_ended(lab.attempt(f"crash {i}", EVENT=None, NOTE=i))
-    said = lab.say("wait", 0)
-    assert said.count("   | ") == 10 and "NameError: name 'nonsense' is not defined" in said
-    assert said.count("\n") <= 40 and max(map(len, said.splitlines())) <= 200
-    lab.until_idle()
-    assert lab.say("wait", 30).count("\n") < 10  # nothing runs: nothing to wait for
-    lab.check()
-
-
-def test_a_win_that_conflicts_with_a_worse_best_displaces_it_and_the_status_says_so(lab):
-    lab.set("- slots: 2")
-    wide = lab.attempt("width and a hold", HOLD="one", WIDTH=6)
-    deep = lab.attempt("depth and a hold", HOLD="two", DEPTH=9)
-    lab.until_held(wide), lab.until_held(deep)
-    rejected = lab.attempt("waits", HOLD="three", DEPTH=1)
-    assert lab.until_ended(wide, go="one")["status"] == "keep"
-    assert lab.until_ended(rejected)["status"] == "crash"  # all change HOLD
-    lab.say()
-    record = lab.until_ended(deep, go="two")
-    assert (record["status"], record["score"], record["k"]) == ("keep", pytest.approx(0.91), 1)
-    assert record["displaced"] == lab.record(wide)["commit"]
-    told = lab.say("wait", 0)
-    assert f"{deep}: keep  val_bpb 0.910000: better by 0.030000" in told
-    assert f"it displaced {wide}, {record['displaced'][:7]} (width and a hold)" in told
-    assert f"night.py show {wide}, make that change again on top" in told
-    assert "[displaces" in lab.rows()[-1][4]
-    assert lab.git("rev-parse", "HEAD") == record["commit"]
-    assert lab.git("rev-parse", "HEAD^") == lab.record(1)["commit"]
-    lab.check()
-    # the change that was displaced is brought back by hand, and decided against the new best
-    assert "does not apply to the best" in lab.refused("bring", wide)
-    assert lab.until_ended(lab.attempt("the width again", WIDTH=6))["status"] == "keep"
-    said = lab.say()
-    assert "displaced" not in said.split("last rows")[0]
-    lab.until_idle()
+    # a crash shows the end of its traceback
+    lab.until_ended(lab.attempt("a crash", EVENT=None))
+    assert "   | NameError: name 'nonsense' is not defined" in lab.say("wait", 0)
     lab.check()
 
 
@@ -83,17 +46,14 @@ def test_the_queue_is_bounded_and_edits_beside_a_full_one_are_kept(lab):
     assert lab.until_ended(two[0])["why"] == "dropped while it waited"
     lab.say("drop", first)
     assert lab.until_ended(first)["why"] == "dropped"
-    lab.go("a")
     lab.until_ended(two[1])
     saved = re.search(r"your edits were saved in (\S+)\n", lab.say("bring", "best"))[1]
     assert b"COMMENT = 100" in (lab.root / "train.py").read_bytes()
     shutil.copy(lab.root / saved, lab.root / "train.py")
-    assert b"COMMENT = 1\n" in (lab.root / "train.py").read_bytes()
     # a change of before, on top of these edits
     assert f"{two[0]}'s change is in train.py, on top of your edits" in lab.say("bring", two[0])
     assert b"DEPTH = 1\n" in (lab.root / "train.py").read_bytes()
     assert b"COMMENT = 1\n" in (lab.root / "train.py").read_bytes()
-    assert "is in your edits already" in lab.refused("bring", two[0])
     lab.say("bring", "best")
     lab.check()
 
@@ -109,20 +69,16 @@ def test_many_commands_at_once_queue_nothing_twice_and_lose_nothing(lab):
         assert agent.returncode == 0 or no_edits, err
     lab.until_ended(4)
     assert [record["n"] for record in lab.records()] == [1, 2, 3, 4]
-    told = [lab.say("wait", 0) for _ in range(2)]
-    assert "4: keep" not in told[1]  # told once
+    lab.say()
     lab.until_idle()
     lab.check()
 
 
 def test_what_is_no_python_is_not_queued(lab):
-    (lab.root / "train.py").write_text(STAND_IN.replace("WIDTH = 0", "WIDTH = = 0"))
-    line = STAND_IN[: STAND_IN.index("WIDTH = 0")].count("\n") + 1
+    (lab.root / "train.py").write_text("WIDTH = = 0\n")
     said = lab.refused("try", "a slip of the finger")
-    assert f"train.py is not Python (invalid syntax (train.py, line {line})): fix it" in said
+    assert "train.py is not Python (invalid syntax (train.py, line 1)): fix it" in said
     assert lab.queue() == [] and "= = 0" in (lab.root / "train.py").read_text()
-    assert commands.syntax_error(b"a = 1\0") and commands.syntax_error(b"\xff = 1")
-    assert commands.syntax_error(b"assert (1, 'a warning')\n") is None
 
 
 def test_an_experiment_without_a_git_identity_is_committed_under_the_nights_own(lab):
@@ -132,8 +88,6 @@ def test_an_experiment_without_a_git_identity_is_committed_under_the_nights_own(
     commit = lab.until_ended(lab.attempt("quotes \" and ' and `$(x)`", WIDTH=1))["commit"]
     said = lab.git("log", "-1", "--format=%an %ae|%s", commit)
     assert said == "night night@localhost|quotes \" and ' and `$(x)`"
-    neighbour = [lab.git("show", f"{name}:train.py.txt") for name in (commit, "main")]
-    assert neighbour[0] == neighbour[1]
 
 
 def test_a_commit_that_somebody_made_on_the_branch_is_not_lost(lab):
@@ -173,22 +127,14 @@ def test_each_command_is_quick_with_ten_thousand_experiments(lab):
     assert max(spent) < 0.5, spent  # of a core's time: a busy machine's wall time says nothing
     assert lab.until_ended(10_004)["status"] == "keep"
     assert len(lab.rows()) == 1 + 4  # the table was not made anew
-    lab.until_idle()
-    (lab.root / "results.tsv").unlink()
-    lab.until_ended(lab.attempt("another", WIDTH=2))
-    assert len(lab.rows()) == 1 + 10_005  # but where it is gone
-    assert lab.rows()[0] == results.COLUMNS
-
-
-# ------------------------------------------------------------------------- what cannot be done
 
 
 def no_repository(lab):
     shutil.rmtree(lab.root / ".git")
 
 
-def switched(*words):
-    return lambda lab: lab.git(*words)
+def detached(lab):
+    lab.git("checkout", "-q", "--detach")
 
 
 def page(line, name="tag"):
@@ -211,11 +157,6 @@ def unprepared(lab):
     (lab.cache / "manifest.json").unlink()
 
 
-def results_are_a_folder(lab):
-    (lab.root / "results.tsv").unlink()
-    (lab.root / "results.tsv").mkdir()
-
-
 def same_as_before(lab):
     lab.until_ended(lab.attempt("a tie", NOTE=1))
     lab.say()
@@ -224,7 +165,6 @@ def same_as_before(lab):
 
 ROW = "0123456\t1.000000\t0.0\tkeep\tbaseline\n"
 HEADER = "commit\tval_bpb\tmemory_gb\tstatus\tdescription\n"
-DETACH, MAIN = switched("checkout", "-q", "--detach"), switched("switch", "-q", "main")
 
 
 # fmt: off
@@ -238,26 +178,19 @@ DETACH, MAIN = switched("checkout", "-q", "--detach"), switched("switch", "-q", 
         ("fresh", put("results.tsv", "experiment,loss\n1,2\n"), ["begin"], "other columns.*: mv results.tsv"),
         ("fresh", put("results.tsv", HEADER + ROW), ["begin"], "of another night: mv results.tsv"),
         ("fresh", page("- tag: ../../x\n"), [], "setting `tag: ../../x`: it cannot name a branch"),
-        ("fresh", page("- tag: compiled\n"), [], "setting `tag: compiled`: it cannot name a branch"),
         ("fresh", page(""), [], "program.md has no line `- tag: ...`: add it"),
-        ("fresh", page("- limit: 1,200 seconds\n", "limit"), ["begin"], "setting `limit: 1,200 seconds`: it"),
         ("fresh", page("- limit: 20 minutes\n", "limit"), ["begin"], "setting `limit: 20 minutes`: it must"),
-        ("begun", results_are_a_folder, ["begin"], "Is a directory; nothing is lost: fix that"),
-        ("begun", page("- limit: 5\n- slots: none\n", "limit"), [], "setting `slots: none`: it must begin"),
         ("begun", page("- tag: nov21\n- cluster: ray://x\n"), [], "must be HOST:PORT as `ray start --head`"),
         ("fresh", None, ["try", "x"], "no night has begun: uv run night.py begin"),
-        ("begun", DETACH, [], "on autoresearch/nov21, this is a detached head: uv run night.py begin"),
-        ("begun", MAIN, ["try", "x"], "on autoresearch/nov21, this is main: uv run night.py begin"),
+        ("begun", detached, [], "on autoresearch/nov21, this is a detached head: uv run night.py begin"),
         ("begun", None, ["try", "x"], "train.py has no edits: change it first"),
         ("begun", same_as_before, ["try", "x"], r"the change of experiment 4 \(discard, 1.000000\)"),
         ("begun", constants(NOTE=1), ["try", " \t\n"], "say what changes"),
         ("begun", constants(NOTE=200), ["try", "x", "--simpler"], "train.py has not become shorter"),
-        ("begun", constants(NOTE=1), ["try", "x", "--expect", "nan"], "argument --expect: invalid"),
         ("begun", None, ["bring", "9"], "no experiment 9: they go from 1 to 3"),
         ("begun", None, ["bring", "what"], "it takes an experiment's number, or best"),
         ("begun", None, ["bring", "2"], r"2 \(baseline\) has no change: night.py bring best"),
         ("begun", None, ["drop", "3"], r"3 has ended \(discard\)"),
-        ("begun", None, ["sleep"], "invalid choice: 'sleep'"),
     ],
 )
 # fmt: on

@@ -7,11 +7,10 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
-from lab import Lab, needs_proc, parent_of
+from lab import Lab, needs_proc
 
 pytestmark = needs_proc
 
@@ -195,14 +194,6 @@ def test_a_killed_run_is_a_crash_a_killed_watcher_a_repeat_and_a_killed_command_
     assert (record["status"], record["again"], record["k"]) == ("keep", ["cut off"], 2)
 
     lab.say()
-    n = lab.attempt("cut off again and again", HOLD="c", EVENT="")
-    for k in range(1, 4):
-        lab.until_held(n, k)
-        [run] = lab.running()
-        os.kill(parent_of(run), signal.SIGKILL)
-    assert lab.until_ended(n)["why"] == "cut off 3 times"
-    assert lab.running() == []
-    lab.say()
     lab.check()
 
 
@@ -212,10 +203,8 @@ def test_stop_ends_what_runs_and_begin_runs_it_again(lab):
     assert "stopped: nothing starts; uv run night.py begin continues" in lab.say("stop")
     lab.until_idle()
     lab.until(lambda: not lab.running())
-    began = time.monotonic()
     for said in (lab.say("wait", 40), lab.say()):
         assert "next: the night was stopped" in said and said.count("waiting") >= 2
-    assert time.monotonic() - began < 20
     lab.until_idle()
     assert len(lab.records()) == 3 and not lab.running()
     lab.say("begin")
@@ -252,18 +241,6 @@ def test_one_supervisor_works_and_the_next_takes_over_while_a_run_lasts(lab):
     assert (record["status"], record["again"]) == ("keep", [])
     lab.say()
     lab.check()
-
-
-def test_a_run_ends_with_its_watcher_also_where_nobody_looks(lab):
-    n = lab.attempt("held", HOLD="a", WIDTH=1)
-    lab.until_held(n)
-    lab.kill_supervisor()
-    assert lab.running()
-    lab.kill_watcher()
-    lab.until(lambda: not lab.running())
-    lab.go("a")
-    lab.say()
-    assert lab.until_ended(n)["again"] == ["cut off"]
 
 
 def test_a_worktree_cut_off_while_it_was_made_is_made_again(lab):

@@ -1,11 +1,6 @@
-"""Runs on a real Ray cluster: its nodes are processes here, whose GPUs are only numbers.
-
-train.py is the stand-in of lab.py; each node has a cache of its own, and a device that a file there
-names.
-"""
+"""Runs on a real Ray cluster: its nodes are processes here, whose GPUs are only numbers."""
 
 import contextlib
-import io
 import json
 import os
 import shutil
@@ -13,17 +8,13 @@ import signal
 import socket
 import subprocess
 import sys
-import tarfile
-import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from lab import LINUX, MANIFEST, Lab
 
 from autoresearch.common import Fail, signed
-from autoresearch.night import ray_engine, settings
-from autoresearch.night.store import Night
+from autoresearch.night import settings
 
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 ray = pytest.importorskip("ray", reason="needs Ray: uv sync --group cluster", exc_type=ImportError)
@@ -69,13 +60,11 @@ class Nodes:
     def cache(self, name: str) -> Path:
         return self.folder / name
 
-    def add(self, name: str, gpus: int, **environment):
+    def add(self, name: str, gpus: int):
         if not self.cache(name).exists():
             shutil.copytree(self.prepared, self.cache(name))
         own = {"AUTORESEARCH_CACHE": str(self.cache(name)), "TMPDIR": str(self.temporary)}
-        kind = dict(
-            num_gpus=gpus, resources={"accelerator_type:NEW2": 1}, env_vars={**own, **environment}
-        )
+        kind = dict(num_gpus=gpus, resources={"accelerator_type:NEW2": 1}, env_vars=own)
         node = self.cluster.add_node(wait=False, num_cpus=0, **kind, **self.common)
         self.named[name] = node
 
@@ -84,13 +73,6 @@ class Nodes:
         raylet = self.named.pop(name).all_processes["raylet"][0].process
         raylet.kill()
         raylet.wait()
-
-    def go(self, *names: str):
-        """Lets runs that hold go on."""
-        for cache in self.folder.iterdir():
-            for name in names:
-                (cache / f"go-{name}").touch()
-                (cache / f"score-{name}").touch()
 
     def jobs(self) -> list[Path]:
         """One a run that a node has in hand, in its folder."""
@@ -115,6 +97,13 @@ def nodes(fresh, tmp_path_factory):
 
 class ClusterLab(Lab):
     nodes = None
+
+    def go(self, *names: str):
+        """Lets runs that hold go on, wherever they are."""
+        for cache in self.nodes.folder.iterdir():
+            for name in names:
+                (cache / f"go-{name}").touch()
+                (cache / f"score-{name}").touch()
 
     def until(self, condition, seconds: float = 90):
         super().until(condition, seconds)
@@ -170,7 +159,6 @@ def begun(nodes, tmp_path_factory) -> ClusterLab:
     lab.until(lambda: len(lab.records()) == 3)
     lab.until_idle()
     assert "keep  val_bpb 1.000000" in lab.say("wait", 0)
-    assert lab.rows()[1][3:] == ["keep", "baseline"]
     assert nodes.starts(lab.record(1)["run"]) == ["a"]  # on the type that most GPUs are of
     return lab
 
@@ -197,15 +185,10 @@ def test_a_node_and_the_supervisor_killed_and_each_experiment_is_recorded_once(l
     runs = {n: 1 + (places[n] == "b") for n in held}
     for n in held:
         lab.until_held(n, runs[n])
-    waiting = lab.attempt("a typo", EVENT=None)
-    nodes.go("x", "y", "z", "w")
+    lab.go("x", "y", "z", "w")
     for n in held:
-        record = lab.until_ended(n)
-        assert record["score"] == pytest.approx(1.0) and record["k"] == runs[n]
-        assert len(record["again"]) == runs[n] - 1
-    assert "NameError" in lab.until_ended(waiting)["why"]
+        assert len(lab.until_ended(n)["again"]) == runs[n] - 1
     assert sum("[ran again, cut off: Ray ended it: " in row[-1] for row in lab.rows()) == 2
-    assert "40% 2.600 (2.600)" in lab.say("show", held[0])  # the losses came back, too
     # with the supervisor its tasks die; the next one queues them again
     lab.until_idle()
     n = lab.attempt("wider", WIDTH=1, HOLD="v", EVENT="orphans")
@@ -215,13 +198,12 @@ def test_a_node_and_the_supervisor_killed_and_each_experiment_is_recorded_once(l
     lab.until(lambda: not carrying(first))
     lab.say()
     lab.until_held(n, k=2)
-    nodes.go("v")
+    lab.go("v")
     record = lab.until_ended(n)
     assert (record["status"], record["again"]) == ("keep", ["cut off"])
     lab.say()
     lab.until_idle()
     lab.check()
-    assert "8 of 8 scores match the ledger" in lab.say("audit")
     lab.until(lambda: not nodes.jobs())
     nodes.kill("c")
 
@@ -238,39 +220,27 @@ def carrying(run_id: str) -> list[str]:
 
 
 def test_what_a_run_leaves_behind_ends_with_it_whoever_dies(lab, nodes):
-    lab.set("- limit: 1 seconds")
-    hangs = lab.attempt("hangs", EVENT="hang")
-    assert lab.until_ended(hangs)["why"] == "still running after 1 s, the limit in program.md"
-    assert not carrying(lab.run_id(hangs))
-    lab.until_idle()
-
-    lab.set("- limit: 60 seconds")
     left = lab.attempt("leaves processes behind, is dropped", EVENT="orphans", HOLD="never")
     lab.until_held(left)
     lab.until(lambda: len(carrying(lab.run_id(left))) == 3)  # it, and two that left its session
     lab.say("drop", left)
     assert lab.until_ended(left)["why"] == "dropped"
     lab.until(lambda: not carrying(lab.run_id(left)))
-
     cut = lab.attempt("is cut off", EVENT="orphans", HOLD="cut")
     lab.until_held(cut)
     run_id = lab.run_id(cut)
-    kill_beside(nodes, run_id, "ray_node")  # our process there: the task fails
+    kill_watcher(nodes, run_id)  # our process there: the task fails
     lab.until_held(cut, k=2)
     assert not carrying(run_id)
-    run_id = lab.run_id(cut, k=2)
-    kill_beside(nodes, run_id, "ray::run_on_node")  # Ray's worker
-    lab.until_held(cut, k=3)
-    lab.until(lambda: not carrying(run_id))
     lab.say("stop")
-    lab.until(lambda: not carrying(lab.run_id(cut, k=3)))
+    lab.until(lambda: not carrying(lab.run_id(cut, k=2)))
     lab.until_idle()
     lab.say("begin")
-    lab.until_held(cut, k=4)
-    nodes.go("cut")
+    lab.until_held(cut, k=3)
+    lab.go("cut")
     record = lab.until_ended(cut)
     assert record["status"] == "discard"
-    assert [why.split(":")[0] for why in record["again"]] == ["cut off", "cut off", "stopped"]
+    assert [why.split(":")[0] for why in record["again"]] == ["cut off", "stopped"]
     assert "the process that watched it ended: killed" in record["again"][0]
     lab.say()
     lab.until_idle()
@@ -278,35 +248,19 @@ def test_what_a_run_leaves_behind_ends_with_it_whoever_dies(lab, nodes):
     lab.until(lambda: not nodes.jobs())
 
 
-def kill_beside(nodes: Nodes, run_id: str, name: str):
-    """SIGKILL to the process that watches a run, or to Ray's worker that started it."""
+def kill_watcher(nodes: Nodes, run_id: str):
+    """SIGKILL to the process that watches a run on its node."""
     jobs = {json.loads(path.read_text())["run"]["id"]: path for path in nodes.jobs()}
-    folder = jobs[run_id].parent
-    for path in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            words = (path / "cmdline").read_text()
-            there = os.path.realpath(path / "cwd").startswith(str(folder))
-            ours = str(nodes.folder).encode() in (path / "environ").read_bytes()
-            if name in words and (there or (ours and name.startswith("ray::"))):
-                os.kill(int(path.name), signal.SIGKILL)
-                return
-    raise AssertionError(f"no process {name}")
+    folder = str(jobs[run_id].parent)
+    processes = [path.parent for path in Path("/proc").glob("[0-9]*/cwd")]
+    there = [path for path in processes if os.path.realpath(path / "cwd").startswith(folder)]
+    [watcher] = [path for path in there if "ray_node" in (path / "cmdline").read_text()]
+    os.kill(int(watcher.name), signal.SIGKILL)
 
 
-@pytest.fixture
-def disk(tmp_path):
-    """A folder on a disk of 1 MB, where we may make one: root may."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)]
-    subprocess.run(mount, capture_output=True)
-    yield disk
-    subprocess.run(["umount", "-l", str(disk)], capture_output=True)
-
-
-def test_a_node_that_cannot_run_it_sends_it_back_with_the_command_to_type(lab, nodes, disk):
+def test_a_node_that_cannot_run_it_sends_it_back_with_the_command_to_type(lab, nodes):
     nodes.kill("a")
-    nodes.add("d", 1, TMPDIR=str(disk))
+    nodes.add("d", 1)
     (nodes.cache("d") / "manifest.json").unlink()
     lab.with_constant("EXCLUDE_SECONDS", 600, 2)  # it is asked again soon
     n = lab.attempt("wider", WIDTH=1)
@@ -315,15 +269,10 @@ def test_a_node_that_cannot_run_it_sends_it_back_with_the_command_to_type(lab, n
         back = f"sent back by node {socket.gethostname()}: "
         lab.until(lambda: any(why in said and said.startswith(back) for said in lab.again(n)))
 
-    if disk.is_mount():
-        until_sent_back(f"under 256 MiB are free in {disk}")
-        subprocess.run(["umount", "-l", str(disk)])
     until_sent_back(f"nothing is prepared in {nodes.cache('d')}")
     assert "there, in this repository: uv run prepare.py --demo" in lab.again(n)[-1]
     lab.until(lambda: "gets no run before" in lab.words())
-    shown = lab.say()
-    assert f"{n}: waiting; once more, because of the run before: sent back by" in shown
-    assert "runs on 0 of" in shown and "no node can take a run" in shown
+    assert "no node can take a run" in lab.say()
     (nodes.cache("d") / "manifest.json").write_bytes(signed({**MANIFEST, "of": "another"}))
     until_sent_back("holds another prepared set")
     assert "uv run prepare.py --demo --force" in lab.again(n)[-1]
@@ -349,7 +298,6 @@ def test_a_node_with_another_device_sends_it_back(lab, nodes):
     assert len(lab.again(n)) == 1  # it is not asked again for ten minutes
     (nodes.cache(name) / "device").unlink()
     lab.say("drop", n)
-    assert lab.until_ended(n)["why"] == "dropped while it waited"
     lab.until_idle()
 
 
@@ -363,14 +311,9 @@ def test_a_cluster_that_does_not_answer_is_said_and_nothing_queued_is_lost(lab, 
         no_answer = "does not accept the connection: no answer within 3 s"
         assert f"FAIL: the cluster {silent} {no_answer}" in shown
         assert f"{n}: waiting" in shown
-        lab.until_idle()
-        assert no_answer in lab.say()
     lab.until_idle()
-    began = time.monotonic()
     shown = lab.say("wait", 60)  # now it is refused
-    assert time.monotonic() - began < 20
     assert f"the cluster {silent} does not answer. Nothing is lost" in shown
-    assert f"{n}: waiting" in shown
     del lab.env["RAY_ADDRESS"]
     assert "this night runs on a Ray cluster, and RAY_ADDRESS is not set" in lab.refused("wait")
     assert "it must be HOST:PORT" in lab.refused(RAY_ADDRESS="ray://10.0.0.1:10001")
@@ -389,57 +332,8 @@ def test_other_versions_are_ray_s_own_words_with_what_to_type(lab, nodes):
     assert "does not accept the connection" in lab.say()
 
 
-def test_a_task_asks_for_one_gpu_of_the_baseline_s_type_and_not_for_a_node_that_refused(
-    lab, monkeypatch
-):
-    asked = {}
-
-    class Remote:  # in Ray's place
-        def options(self, **options):
-            asked.update(options)
-            return self
-
-        def remote(self, job, code):
-            asked.update(job=job, files=tarfile.open(fileobj=io.BytesIO(code)).getnames())
-
-    monkeypatch.setattr(settings, "PROGRAM", lab.root / "program.md")
-    monkeypatch.setenv("AUTORESEARCH_CACHE", str(lab.cache))
-    monkeypatch.setattr(ray_engine.RayEngine, "connect", lambda self: None)
-    night = Night(lab.root)
-    tip = night.tip()
-    night.enqueue("confirm", tip, tip, "confirms", 45)
-    [experiment] = night.open()
-    engine = ray_engine.RayEngine(night, "h:1")
-    engine.ray = SimpleNamespace(remote=lambda function: Remote())
-    until = time.time() + 60
-    engine.excluded_nodes = {"n1": (until, "host", "why"), "n2": (until, "host", "why")}
-    engine.start(experiment, 1, {"id": "r", "commit": tip, "slot": {}}, 60)
-    assert asked["label_selector"] == {"ray.io/node-id": "!in(n1,n2)"}
-    assert (asked["num_gpus"], asked["accelerator_type"]) == (1, "NEW2")
-    assert asked["max_retries"] == 0 and asked["job"]["asked"]["seed"] == 45
-    assert {"train.py", "prepare.py", "autoresearch/referee/clock.py"} <= set(asked["files"])
-    assert "program.md" not in asked["files"] and experiment.state() == "running"
-    engine.tasks["r"][1].close()
-    assert experiment.state() == "cut off"  # as where the supervisor dies
-
-
 def test_without_ray_the_command_that_installs_it_is_said(monkeypatch):
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
-    assert settings.cluster_address() == "10.0.0.1:6379"
     monkeypatch.setattr(settings.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(Fail, match="not installed: uv sync --group cluster"):
         settings.cluster_address()
-    monkeypatch.delenv("RAY_ADDRESS")
-    assert settings.cluster_address() is None
-
-
-@pytest.mark.parametrize(
-    "request_, command",
-    [
-        ({"corpus": "demo", "seq_len": 256}, "uv run prepare.py --demo --seq-len 256"),
-        ({"corpus": "climbmix", "num_shards": -1}, "uv run prepare.py --num-shards -1"),
-        ({"corpus": "text"}, "uv run prepare.py --data DIR (the same texts)"),
-    ],
-)
-def test_the_command_for_another_node_makes_the_same_request(request_, command):
-    assert ray_engine.prepare_command({"request": request_}) == command

@@ -1,33 +1,11 @@
 """What the night remembers, as files: the journal, the rows, the agent's branch; and git's plumbing."""
 
-import json
-import os
-import shutil
-
 import pytest
-from repository import make_repository
 
 from autoresearch.common import Fail, write_json
-from autoresearch.night import commands, rules, settings
+from autoresearch.night import commands, rules
 from autoresearch.night.repo import merged
 from autoresearch.night.store import Experiment, Night
-
-pytestmark = pytest.mark.skipif(not shutil.which("git"), reason="needs git")
-
-
-@pytest.fixture
-def night(tmp_path, monkeypatch):
-    """A night in a repository of its own, on its branch, with nothing queued."""
-    monkeypatch.setattr(settings, "PROGRAM", tmp_path / "program.md")
-    (tmp_path / "program.md").write_text("- tag: nov21\n")
-    (tmp_path / "train.py").write_text("x = 1\n")
-    (tmp_path / "train.py.txt").write_text("a neighbour\n")
-    (tmp_path / ".gitignore").write_text("results.tsv\n.night/\n")
-    make_repository(tmp_path, "autoresearch/nov21")
-    night = Night(tmp_path)
-    night.queue.mkdir(parents=True)
-    night.done.mkdir()
-    return night
 
 
 def ended(night: Night, status="keep", score=1.0, text=b"x = 2\n", **more) -> Experiment:
@@ -42,39 +20,6 @@ def ended(night: Night, status="keep", score=1.0, text=b"x = 2\n", **more) -> Ex
     return Experiment.at(night.done / str(n))
 
 
-def test_an_experiment_s_state_is_what_its_files_say(night):
-    tip = night.tip()
-    night.enqueue("try", tip, tip, "an idea", 42, simpler=True, expect=-0.1)
-    [experiment] = night.open()
-    assert (experiment.n, experiment.state(), experiment.runs()) == (1, "waiting", [])
-    assert experiment.asked["simpler"] and experiment.asked["expect"] == -0.1
-    write_json(experiment.folder / "run-1.json", {"id": "a"})
-    assert experiment.state() == "cut off"
-    experiment.again("cut off")
-    assert experiment.state() == "waiting" and experiment.runs()[0]["again"] == "cut off"
-    write_json(experiment.folder / "run-2.json", {"id": "b"})
-    assert len(experiment.runs()) == 2 and experiment.path("run.log").name == "run-2.log"
-    write_json(experiment.folder / "end-2.json", {"code": 0, "score": 1.0})
-    assert experiment.state() == "ended" and experiment.runs()[1]["score"] == 1.0
-    assert Experiment.at(experiment.folder).runs() == experiment.runs()  # all of it is in the files
-    assert not experiment.dropped()
-    (experiment.folder / "drop").touch()
-    assert experiment.dropped()
-
-
-def test_a_run_that_ends_between_two_looks_has_ended_and_was_not_cut_off(night, monkeypatch):
-    night.enqueue("try", night.tip(), night.tip(), "an idea", 42)
-    [experiment] = night.open()
-    write_json(experiment.folder / "run-1.json", {"id": "a"})
-
-    def ends_now(_):
-        write_json(experiment.folder / "end-1.json", {"code": 0})
-        return False
-
-    monkeypatch.setattr(Experiment, "alive", ends_now)
-    assert experiment.state() == "ended"
-
-
 def test_a_torn_line_of_the_journal_is_ignored_and_ended_by_the_next(night):
     ended(night, score=1.0)
     with open(night.journal, "ab") as file:
@@ -83,38 +28,6 @@ def test_a_torn_line_of_the_journal_is_ignored_and_ended_by_the_next(night):
     ended(night, score=0.9)
     assert [r["score"] for r in night.records()] == [1.0, 0.9]
     assert [r["score"] for r in Night(night.root).records()] == [1.0, 0.9]
-    # one that is being written is read once it is whole
-    with open(night.journal, "ab", buffering=0) as file:
-        file.write(b'{"n": 3, "kind": "try", ')
-        assert len(night.records()) == 2
-        file.write(b'"score": 0.8}\n')
-    assert [r["score"] for r in night.records()] == [1.0, 0.9, 0.8]
-
-
-def test_a_record_killed_before_its_row_is_archived_by_the_next_supervisor_once(night):
-    ended(night)
-    rows = night.results.read_text()
-    # as if it had been killed after the journal's line, or after the row
-    for cut in (rows.splitlines()[0] + "\n", rows):
-        os.replace(night.done / "1", night.queue / "1")
-        night.results.write_text(cut)
-        again = Night(night.root)
-        again.recover()
-        assert night.results.read_text() == rows and (night.done / "1").is_dir()
-        assert again.open() == [] and len(again.records()) == 1
-
-
-def test_a_confirmation_has_no_row_and_is_no_record_of_the_night(night):
-    tip = night.tip()
-    ended(night)
-    night.enqueue("confirm", tip, tip, "confirms the best, seed 45", 45)
-    [experiment] = night.open()
-    assert experiment.split == "test"
-    run = dict(id="c", commit=tip, base=tip, score=1.1)
-    night.record(experiment, rules.Record("scored", "on the test split", run))
-    assert [r["n"] for r in night.records()] == [1] and [r["n"] for r in night.confirmed()] == [2]
-    assert [r["n"] for r in night.ended()] == [1, 2] and night.next_number() == 3
-    assert len(night.results.read_text().splitlines()) == 2
 
 
 def test_the_branch_and_the_file_go_to_the_best_but_an_edit_in_progress_stays(night):
@@ -130,28 +43,6 @@ def test_the_branch_and_the_file_go_to_the_best_but_an_edit_in_progress_stays(ni
         night.tip() == night.records()[0]["commit"] and night.target_path.read_text() == "x = 2\n"
     )
     assert night.edits() is None
-    night.target_path.write_text("x = 9\n")
-    night.repo.git("add", "train.py")  # somebody's index
-    night.target_path.write_text("x = 2\n")
-    night.sync_branch()
-    assert night.repo.git("status", "--porcelain") == ""
-
-
-def test_rates_and_conditions_are_those_of_all_runs(night):
-    ended(night, tokens=1000, training_seconds=10.0)
-    commit = night.records()[0]["commit"]
-    night.enqueue("try", commit, commit, "again", 42)
-    [experiment] = night.open()
-    run = dict(id="a", commit=commit, tokens=500, training_seconds=10.0)
-    write_json(experiment.folder / "run-1.json", run)
-    assert night.rates() == {commit: [100.0, 50.0]}
-    assert night.baseline_conditions() == {}
-    with open(night.journal, "a") as journal:
-        for fell_back in (["slow", "attention"], []):
-            record = dict(n=3, kind="baseline", score=1.0, commit="c", status="discard")
-            more = dict(conditions={"fell_back": fell_back}, base="c")
-            journal.write(json.dumps({**record, **more}) + "\n")
-    assert night.baseline_conditions() == {"fell_back": []}
 
 
 def test_changes_of_neighbouring_lines_merge_and_of_one_line_do_not():
@@ -160,15 +51,6 @@ def test_changes_of_neighbouring_lines_merge_and_of_one_line_do_not():
     assert merged(one, base, other) == b"a = 1\nb = 20\nd = 4\n"
     assert merged(one, base, base.replace(b"b = 2", b"b = 21")) is None
     assert merged(base, base, base + b"e") == base + b"e"  # no newline at its end
-
-
-def test_a_commit_touches_the_file_alone_and_neither_tree_index_nor_branch(night):
-    repo, tip = night.repo, night.tip()
-    commit = repo.commit_file(b"x = 5\n", tip, "a\tmessage")
-    assert repo.git("diff", "--name-only", tip, commit) == "train.py"
-    assert repo.file_at(commit) == b"x = 5\n" and night.tip() == tip
-    assert repo.git("status", "--porcelain") == "" and night.target_path.read_text() == "x = 1\n"
-    assert repo.is_file_of(b"x = 5\n", [tip, commit]) and not repo.is_file_of(b"x = 5\n", [tip])
 
 
 def test_the_same_change_on_another_file_has_the_same_id(night):
@@ -185,15 +67,9 @@ def test_the_same_change_on_another_file_has_the_same_id(night):
     assert id_of(base, b"a = 1", b"a = 2") != id_of(base, b"b = 1", b"b = 2")
 
 
-def test_a_change_that_is_queued_or_has_its_score_on_this_best_is_not_tried_again(night):
+def test_a_change_that_is_queued_is_not_queued_again(night):
     tip = night.tip()
     night.enqueue("try", tip, tip, "an idea", 42, change="abc")
     commands.check_new(night, "another", tip)
     with pytest.raises(Fail, match="change of experiment 1, which has not ended"):
-        commands.check_new(night, "abc", tip)
-    [experiment] = night.open()
-    run = dict(id="a", commit=tip, base=tip, score=0.9)
-    night.record(experiment, rules.Record("discard", "why", run))
-    commands.check_new(night, "abc", "another best")
-    with pytest.raises(Fail, match="change of experiment 1 .discard, 0.900000"):
         commands.check_new(night, "abc", tip)

@@ -41,7 +41,7 @@ def test_a_night_with_all_that_a_run_can_do(lab):
         assert (record["status"], says in record["why"]) == (outcome, True), record
         told = lab.say("wait", 0)
         assert f"{n}: {outcome}" in told and says in told
-        assert max(map(len, told.splitlines())) <= 200 and told.count("\n") <= 40
+        assert max(map(len, told.splitlines())) <= 200 and told.count("\n") <= 40  # a screen
         assert all(c.isprintable() for c in told.replace("\n", ""))
         if "--expect" in options:
             assert f"expected {float(options[1]):+.6f}, got {record['got']:+.6f}" in told
@@ -81,34 +81,17 @@ clock.end(score=0.5)
     end = json.loads((lab.state_dir / "nov21/queue/1/end-1.json").read_text())
     assert (end["score"], end["failure"], end["steps"], end["tokens"]) == (0.5, None, 21, 2100)
     assert 0.05 < end["memory_gb"] < 5 and end["conditions"]["attention"] == "sdpa"
-    assert end["conditions"]["fell_back"] == []
     lines = worker.read_progress(lab.state_dir / "nov21/queue/1/progress-1.jsonl")
     phases = [phase for phase, _ in itertools.groupby(lines, lambda line: line["phase"])]
     assert phases == ["compiling", "training", "scoring"]
     curve = status.losses(lab.state_dir / "nov21/queue/1/progress-1.jsonl")
-    assert len(curve) >= 15 and curve[0][1] > curve[-1][1] > 0.9
     assert status.loss_at(curve, 50) == pytest.approx(2, abs=0.3)
     lab.until_idle()
 
 
-# ---------------------------------------------------------------------- why a run failed, in a line
-
-
-@pytest.mark.parametrize(
-    "code, stopped, ledger, log, why",
-    [
-        (1, None, {"failure": "loss diverged"}, "FAIL: other", "loss diverged"),
-        (0, None, {}, "", "it ended without a score in the ledger"),
-        (1, None, {}, "a\nFAIL: out of memory: lower X\n", "out of memory: lower X"),
-        (1, None, {}, "Timeout (0:05:00)!\nThread 0x\n", "timeout: it hung (the log shows where)"),
-        (-9, None, {}, "compiled", "killed by signal 9"),
-        (1, None, {}, "Traceback\nKeyError: 'x'\n", "exit 1: KeyError: 'x'"),
-        (1, None, {}, "", "exit 1: its log is empty"),
-        (-9, "dropped", {"failure": "x"}, "FAIL: x", "dropped"),
-    ],
-)
-def test_why_a_run_failed(code, stopped, ledger, log, why):
-    assert worker.why_it_failed(code, stopped, ledger, log) == why
+def test_a_run_that_the_watchdog_ended_says_where_to_look():
+    log = "Timeout (0:05:00)!\nThread 0x\n"
+    assert worker.why_it_failed(1, None, {}, log) == "timeout: it hung (the log shows where)"
 
 
 @pytest.mark.parametrize(
@@ -118,17 +101,12 @@ def test_why_a_run_failed(code, stopped, ledger, log, why):
         (0, dict(score=0.9, split="test"), None),  # a confirmation's split, not asked for
         (1, dict(score=0.9, split="val"), None),  # it failed after its score
         (0, dict(score=float("nan"), split="val"), None),
-        (0, dict(score="0.1", split="val"), None),
-        (0, dict(split="val"), None),
     ],
 )
 def test_a_score_counts_where_the_run_ended_well_on_the_split_that_was_asked_for(code, said, score):
     ended = dict(code=code, stopped=None, wall_seconds=1.0)
     end = worker.outcome(ended, [dict(event="start"), said], "log", "val")
     assert end["score"] == score and (end["failure"] is None) == (score is not None)
-
-
-# ------------------------------------------------------------------------------------ kept apart
 
 
 def test_a_run_has_a_home_of_its_own_and_no_file_that_is_not_committed(lab):
@@ -142,8 +120,6 @@ def test_a_run_has_a_home_of_its_own_and_no_file_that_is_not_committed(lab):
     assert [path.name for path in (folder / "home").iterdir()] == ["left"]
     links = [path for path in (folder / "tmp").iterdir() if path.name != "left"]
     assert [link.resolve() for link in links] == [lab.state_dir / "compiled"]  # torch's headers
-    lab.kill_watcher()
-    lab.until_held(n, k=2)  # cut off, and started again: `left` did not exist
     assert lab.until_ended(n, go="a")["status"] == "discard"
     (lab.root / "helper.py").unlink()
     lab.say()
@@ -186,23 +162,6 @@ def test_what_a_killed_compiler_had_in_hand_is_no_kernel_for_the_next_run(lab):
     lab.say("drop", n)
     assert lab.until_ended(n)["why"] == "dropped"
     assert [path.name for path in compiled.iterdir()] == ["whole.main.so"]
-    # a run that is killed while it trains has no compiler at work
-    n = lab.attempt("trains", EVENT="", HOLD="a")
-    lab.until_held(n)
-    (compiled / "fresh.main.so").touch()
-    lab.say("drop", n)
-    lab.until_ended(n)
-    assert (compiled / "fresh.main.so").exists()
-    # where the watcher died nobody knows
-    n = lab.attempt("is cut off", HOLD="b")
-    lab.until_held(n)
-    (compiled / "other.main.so").touch()
-    lab.kill_watcher()
-    lab.until_ended(n, go="b")
-    assert not (compiled / "other.main.so").exists() and (compiled / "whole.main.so").exists()
-
-
-# -------------------------------------------------------------------------- what the machine did
 
 
 def test_a_slow_run_is_repeated_once_and_the_faster_one_counts(fresh, tmp_path):
@@ -228,54 +187,30 @@ def test_a_slow_run_is_repeated_once_and_the_faster_one_counts(fresh, tmp_path):
     lab.check()
 
 
-# ------------------------------------------------------------------------------------------ slots
-
-
 TWO_GPUS = "GPU 0: NVIDIA H200 (UUID: GPU-5c89)\nGPU 1: NVIDIA H200 (UUID: GPU-77aa)\n"
 HALF_THE_CORES = [str(max(1, settings.cores() // 2))] * 2
 
 
-@pytest.mark.parametrize(
-    "visible, names",
-    [
-        ("0, 3", ["0", "3"]),
-        ("GPU-5c89,GPU-77aa,GPU-5c89", ["GPU-5c89", "GPU-77aa"]),
-        ("1,-1,0", ["1"]),  # what follows a wrong name CUDA does not see
-        ("NoDevFiles", []),
-    ],
-)
-def test_the_gpus_are_named_as_cuda_takes_their_names(monkeypatch, visible, names):
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    settings.visible_gpus.cache_clear()
-    assert settings.visible_gpus() == names
-    settings.visible_gpus.cache_clear()
-
-
 @needs_proc
 @pytest.mark.parametrize(
-    "visible, listed, slots, name, seen",
+    "visible, name, seen",
     [
-        (None, TWO_GPUS, None, "CUDA_VISIBLE_DEVICES", ["0", "1"]),
-        ("", TWO_GPUS, 2, "OMP_NUM_THREADS", HALF_THE_CORES),
+        (None, "CUDA_VISIBLE_DEVICES", ["0", "1"]),
+        ("0,3", "CUDA_VISIBLE_DEVICES", ["0", "3"]),
+        ("", "OMP_NUM_THREADS", HALF_THE_CORES),
     ],
-    ids=["listed by nvidia-smi", "two slots on the cores"],
 )
-def test_two_runs_at_once_see_a_gpu_each_or_share_the_cores(
-    lab, tmp_path, visible, listed, slots, name, seen
-):
+def test_two_runs_at_once_see_a_gpu_each_or_share_the_cores(lab, tmp_path, visible, name, seen):
     del lab.env["CUDA_VISIBLE_DEVICES"]
     if visible is not None:
         lab.env["CUDA_VISIBLE_DEVICES"] = visible
-    if listed is not None:
-        (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\nprintf '{listed}'\n")
-        (tmp_path / "nvidia-smi").chmod(0o755)
-        lab.env["PATH"] = f"{tmp_path}:{lab.env['PATH']}"
-    if slots:
-        lab.set(f"- slots: {slots}")
+        lab.set("- slots: 2")
+    (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\nprintf '{TWO_GPUS}'\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    lab.env["PATH"] = f"{tmp_path}:{lab.env['PATH']}"
     numbers = [lab.attempt(f"idea {i}", HOLD="x", COMMENT=i) for i in range(2)]
     for n in numbers:
         lab.until_held(n)  # both at once
-    numbers.append(lab.attempt("waits", HOLD="x", COMMENT=2))
     found = []
     for pid in lab.running():
         with contextlib.suppress(OSError):
