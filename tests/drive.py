@@ -1,9 +1,12 @@
-"""train.py with a small model and parts of it replaced; see test_train.py, which forks it."""
+"""train.py with a small model, with parts of it replaced, and with edits as an agent makes them."""
 
 import dataclasses
 import hashlib
+import re
 
 import torch
+from forks import Forks, Ran
+from miniature import ROOT
 
 import prepare
 import train
@@ -117,3 +120,33 @@ def three_rows_fit():
         return real(self, inputs, targets)
 
     train.GPT.forward = forward
+
+
+# ---------------------------------------------------------------------------- edits of the text
+
+SOURCE = (ROOT / "train.py").read_text()
+
+
+def edited(replacements) -> str:
+    """train.py's text; replacements: [(a text that stands once in it, what stands there then)]."""
+    text = SOURCE
+    for old, new in replacements:
+        assert text.count(old) == 1, old
+        text = text.replace(old, new)
+    return text
+
+
+def run_small(processes: Forks, folder, text: str) -> Ran:
+    """Runs the text as train.py with the settings SMALL; processes: have imported this module."""
+    values = "".join(f"    {name} = {value!r}\n" for name, value in SMALL.items())
+    text = text.replace("SIZES = {", f"class Small(CPU):\n{values}\n\nSIZES = {{")
+    script = folder / "train.py"
+    script.write_text(text.replace('"cpu": CPU', '"cpu": Small'))
+    return processes.run(
+        f"import runpy, sys; sys.argv = [{str(script)!r}]\n"
+        f"runpy.run_path({str(script)!r}, run_name='__main__')"
+    )
+
+
+def score(ran: Ran) -> float:
+    return float(re.search(r"^val_bpb: (\d\.\d{6})$", ran.log, re.M)[1])

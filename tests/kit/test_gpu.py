@@ -15,16 +15,14 @@ import numpy as np
 import pytest
 import requests
 import torch
-import torch.nn.functional as F
 from miniature import run
 from test_attention import plain_attention
 
 import prepare
 import train
-from autoresearch.kit import attention, loss, warmup
+from autoresearch.kit import attention, warmup
 from autoresearch.kit.attention import FlexAttention
 from autoresearch.kit.device import peak_tflops
-from autoresearch.kit.loss import cross_entropy_piece, softcap_cross_entropy
 from autoresearch.referee.clock import clock
 from autoresearch.referee.leakcheck import EvalModel
 
@@ -98,21 +96,7 @@ def test_attention_and_its_gradients_are_those_of_a_float64_loop(backend, kv_hea
             near(got, gradient, 0.02)
 
 
-# ----------------------------------------------------------------------- loss, model, optimizer
-
-
-def test_the_compiled_loss_in_pieces_is_that_of_float64(monkeypatch):
-    monkeypatch.setitem(loss.LOGITS_PER_PIECE, "cuda", 2**20)
-    x, weight = draw(4096, 256), draw(1024, 256, seed=1)
-    targets = torch.randint(1024, (4096,), generator=torch.Generator().manual_seed(2))
-    exact = [x.bfloat16().double().requires_grad_(), weight.double().requires_grad_()]
-    wanted = F.cross_entropy(15 * torch.tanh(exact[0] @ exact[1].T / 15), targets)
-    ours = [x.bfloat16().to(CUDA).requires_grad_(), weight.to(CUDA).requires_grad_()]
-    piece = torch.compile(cross_entropy_piece, dynamic=False)
-    mean = softcap_cross_entropy(*ours, targets.to(CUDA), 15, piece)
-    near(mean, wanted.detach(), 0.002)
-    for got, gradient in zip(torch.autograd.grad(mean, ours), torch.autograd.grad(wanted, exact)):
-        near(got, gradient, 0.02)
+# ---------------------------------------------------------------------------- model, optimizer
 
 
 def small(seq_len=512, vocab_size=2048, shaken=True, **changes) -> train.GPT:
