@@ -49,7 +49,6 @@ def test_the_size_by_capability_and_memory(monkeypatch, card, size):
     [
         ("fpu avx2 avx512f", torch.float32),
         ("avx512f avx512_bf16", torch.bfloat16),
-        ("fp asimd bf16 i8mm", torch.bfloat16),
         ("", torch.float32),
     ],
 )

@@ -20,7 +20,7 @@ from test_attention import plain_attention
 
 import prepare
 import train
-from autoresearch.kit import attention, warmup
+from autoresearch.kit import attention
 from autoresearch.kit.attention import FlexAttention
 from autoresearch.kit.device import peak_tflops
 from autoresearch.referee.clock import clock
@@ -39,7 +39,6 @@ def nothing_left():
     yield
     torch.compiler.reset()
     torch.compiler.set_stance("default")
-    torch.cuda.set_per_process_memory_fraction(1.0)
     torch.cuda.empty_cache()
 
 
@@ -145,39 +144,7 @@ def test_an_honest_model_in_bf16_gets_its_score(seed):
     assert 2.0 < bpb < 16.0
 
 
-# ------------------------------------------------------------------------------ memory, loader
-
-
-def test_memory_that_is_really_too_small_halves_the_batch(capsys):
-    model = small(seq_len=1024)
-    optimizer = train.MuonAdamW(train.param_groups(model), compiled=False)
-
-    def fit(rows):
-        warm = warmup.fit(
-            model,
-            train.forward_backward,
-            lambda: optimizer.step(lr_multiplier=0.0, momentum=0.0, decay_multiplier=0.0),
-            attend=None,
-            restore=optimizer.state_tensors(),
-            vocab_size=2048,
-            seq_len=1024,
-            tokens_per_step=rows * 1024,
-            device_batch=rows,
-            eval_tokens=8 * 1024,
-            eval_rows=8,
-            budget=1e9,
-        )
-        return warm.batch
-
-    fit(8)
-    eight = torch.cuda.memory_reserved()  # of it nothing has been given back
-    torch.cuda.empty_cache()
-    card = torch.cuda.get_device_properties(CUDA).total_memory
-    torch.cuda.set_per_process_memory_fraction(min(1.0, 3 * eight / card))
-    fits = fit(256)
-    assert 8 <= fits < 256
-    assert "out of memory training 256 rows" in capsys.readouterr().out
-    assert torch.cuda.memory_reserved() <= 3 * eight
+# -------------------------------------------------------------------------------------- loader
 
 
 def test_batches_on_the_card_are_those_of_the_cpu(prepared):
