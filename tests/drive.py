@@ -1,9 +1,12 @@
-"""train.py with a small model and parts of it replaced; see test_train.py, which forks it."""
+"""train.py with a small model, with parts of it replaced, and with edits as an agent makes them."""
 
 import dataclasses
 import hashlib
+import re
 
 import torch
+from forks import Forks, Ran
+from miniature import ROOT
 
 import prepare
 import train
@@ -39,12 +42,11 @@ def run(patches=(), **changes):
 def by_steps():
     """A clock that counts rows handed out, so that two runs make the same six steps.
 
-    Before the score it prints hashes of the data and of all weights and optimizer state.
+    Before the score it prints hashes of the data and of all weights.
     """
     torch.use_deterministic_algorithms(True)
     train.compute_dtype = lambda device: torch.float32
     served = hashlib.sha256()
-    optimizers = []
 
     class Clock:
         rows = 0
@@ -59,11 +61,6 @@ def by_steps():
         def elapsed(self):
             return 0.0 if self.rows < self.end else 1e9
 
-    class Optimizer(train.MuonAdamW):
-        def __init__(self, *arguments):
-            super().__init__(*arguments)
-            optimizers.append(self)
-
     real_loader = train.make_dataloader
     real_score = train.evaluate_bpb
 
@@ -75,13 +72,12 @@ def by_steps():
 
     def score(model, *arguments):
         state = hashlib.sha256()
-        for tensor in [*model.parameters(), *model.buffers(), *optimizers[0].state_tensors()]:
+        for tensor in model.parameters():
             state.update(tensor.detach().numpy().tobytes())
         print(f"data: {served.hexdigest()}\nstate: {state.hexdigest()}")
         return real_score(model, *arguments)
 
     train.clock = Clock()
-    train.MuonAdamW = Optimizer
     train.make_dataloader = loader
     train.evaluate_bpb = score
 
@@ -99,11 +95,13 @@ def noisy():
 
 
 def fallen_back():
-    """Size `gpu`, on attention that is not the best and uncompiled."""
-    train.SIZE = "gpu"
-    train.SIZES["gpu"] = train.SIZES.pop("cpu")
-    attend = attention.Attend("sdpa", attention.sdpa_attention, "no FlashAttention 3")
-    attention.choose = lambda *_: attend
+    """FlashAttention 3 that does not load, and a compiler that fails."""
+
+    def load():
+        raise RuntimeError("no build for this torch\n(a long trace)")
+
+    attention.why_not_flash_attention_3 = lambda *_: None
+    attention.load_flash_attention_3 = load
     real = warmup.fit
 
     def fit(*steps, **arguments):
@@ -124,22 +122,31 @@ def three_rows_fit():
     train.GPT.forward = forward
 
 
-def no_warm_up():
-    def fit(*steps, tokens_per_step, device_batch, seq_len, **_):
-        parts = tokens_per_step // seq_len // device_batch
-        return warmup.Warm(device_batch, parts, 4, compiled=False, fell_back=None)
+# ---------------------------------------------------------------------------- edits of the text
 
-    warmup.fit = fit
+SOURCE = (ROOT / "train.py").read_text()
 
 
-def mistake_later():
-    """The sixth batch raises instead."""
-    real = train.make_dataloader
+def edited(replacements) -> str:
+    """train.py's text; replacements: [(a text that stands once in it, what stands there then)]."""
+    text = SOURCE
+    for old, new in replacements:
+        assert text.count(old) == 1, old
+        text = text.replace(old, new)
+    return text
 
-    def loader(*arguments):
-        for count, batch in enumerate(real(*arguments)):
-            if count == 5:
-                raise KeyError("wdith")
-            yield batch
 
-    train.make_dataloader = loader
+def run_small(processes: Forks, folder, text: str) -> Ran:
+    """Runs the text as train.py with the settings SMALL; processes: have imported this module."""
+    values = "".join(f"    {name} = {value!r}\n" for name, value in SMALL.items())
+    text = text.replace("SIZES = {", f"class Small(CPU):\n{values}\n\nSIZES = {{")
+    script = folder / "train.py"
+    script.write_text(text.replace('"cpu": CPU', '"cpu": Small'))
+    return processes.run(
+        f"import runpy, sys; sys.argv = [{str(script)!r}]\n"
+        f"runpy.run_path({str(script)!r}, run_name='__main__')"
+    )
+
+
+def score(ran: Ran) -> float:
+    return float(re.search(r"^val_bpb: (\d\.\d{6})$", ran.log, re.M)[1])

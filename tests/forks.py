@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+import traceback
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -72,6 +73,7 @@ class Forks:
 
 
 def child(python: str, output: int, environment: dict):
+    """Runs it and ends the process."""
     signal.alarm(240)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(output, 1)
@@ -80,26 +82,22 @@ def child(python: str, output: int, environment: dict):
         os.environ.pop(name, None)
         if value is not None:
             os.environ[name] = value
-    exec(python, {"__name__": "__child__"})
+    code = 1
+    try:
+        exec(python, {"__name__": "__child__"})
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def answer(python, terminal, interrupt_at, environment) -> dict:
     ours, theirs = pty.openpty() if terminal else os.pipe()
     pid = os.fork()
     if pid == 0:
-        code = 1
-        try:
-            child(python, theirs, environment)
-            code = 0
-        except SystemExit as error:
-            print(error.code, file=sys.stderr)
-        except BaseException:
-            import traceback
-
-            traceback.print_exc()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+        child(python, theirs, environment)
     os.close(theirs)
     log = b""
     while part := read(ours):

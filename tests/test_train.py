@@ -1,5 +1,4 @@
-"""train.py as a whole: the loop, the same run however it warmed up, the log's form, the ways to
-fail, and six edits as an agent makes them."""
+"""train.py as a whole: the loop, the log, the ways to fail, and six edits as an agent makes them."""
 
 import difflib
 import itertools
@@ -7,14 +6,12 @@ import json
 import math
 import os
 import re
-import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
-from edits import SOURCE, edited, run_small, score
+from drive import SOURCE, edited, run_small, score
 from forks import Forks, assert_failed
 from miniature import ROOT
 
@@ -78,19 +75,11 @@ def test_a_step_in_parts_is_the_step_in_one(monkeypatch, parts):
     assert curve == pytest.approx([3.5, 3.6, 3.7, 3.8, 3.9, 4.0, 4.1, 4.2, 4.3, 4.3])
 
 
-@pytest.mark.parametrize("parts", [1, 8])
-@pytest.mark.parametrize(
-    "seconds",
-    [
-        lambda step: 0.03,
-        lambda step: 0.3,
-        lambda step: 1.1,
-        lambda step: 0.5 if step in (9, 12) else 0.1,
-    ],
-    ids=["short", "long", "one", "a slow one that comes again"],
-)
-def test_the_last_step_is_the_last_that_fits(monkeypatch, seconds, parts):
-    gradients, _, clock = loop(monkeypatch, seconds, parts)
+@pytest.mark.parametrize("slow", [0.1, 0.5, 1.1])
+def test_the_last_step_is_the_last_that_fits(monkeypatch, slow):
+    """Also after a slow step that came before."""
+    seconds = lambda step: slow if step in (0, 9, 12) else 0.1
+    gradients, _, clock = loop(monkeypatch, seconds, parts=2)
     made = [seconds(step) for step in range(len(gradients))]
     assert clock.elapsed == pytest.approx(sum(made))
     assert clock.elapsed <= clock.budget < clock.elapsed + max(made)
@@ -129,7 +118,6 @@ def test_the_same_seed_gives_the_same_run_however_it_warmed_up(trained):
 
     wanted, batch, _ = outcome(DEVICE_BATCH_SIZE=2)
     assert batch == "2"
-    assert outcome("no_warm_up", DEVICE_BATCH_SIZE=2)[0] == wanted
 
     halved, batch, ran = outcome("three_rows_fit", DEVICE_BATCH_SIZE=8)
     assert halved == wanted and batch == "2"
@@ -147,8 +135,9 @@ num_params_M depth device attention device_batch_size seed fingerprint loss_curv
 driver"""
 
 
-def test_the_log_and_the_summary(trained, miniature):
-    ran = trained()
+def test_the_log_the_summary_and_what_the_night_reads(trained, tmp_path, miniature):
+    told = tmp_path / "progress"
+    ran = trained("fallen_back", environment={"AUTORESEARCH_PROGRESS": str(told)})
     assert ran.code == 0 and "\r" not in ran.log, ran.log
     head, summary = ran.log.split("---\n")
     form = r" *\d+\.\d%  step +\d+  loss \d+\.\d{4}  +[\d,]+ tokens/s +\d s left"
@@ -156,9 +145,9 @@ def test_the_log_and_the_summary(trained, miniature):
     others = [line for line in head.splitlines() if line not in progress]
     steps = int(ran.find("num_steps"))
     assert min(12, steps) <= len(progress) <= 21, ran.log  # a busy machine makes few steps
-    starts = ["attention: blocked, because", "", "compiling: ", "compiling and warm-up took "]
-    starts += ["training for 2 s, after ", "scoring after ", "scored in "]
-    starts += ["mfu_percent is 0"]
+    starts = ["attention: blocked, because FlashAttention 3 is not usable", ""]
+    starts += ["compiling: ", "compiling and warm-up took ", "training for 2 s, after "]
+    starts += ["scoring after ", "scored in ", "mfu_percent is 0"]
     assert all(map(str.startswith, others, starts)) and len(others) == len(starts), ran.log
 
     values = dict(line.split(": ", 1) for line in summary.splitlines())
@@ -173,41 +162,30 @@ def test_the_log_and_the_summary(trained, miniature):
     ended = last_in_ledger(miniature)
     assert ended["score"] == pytest.approx(float(values["val_bpb"]), abs=1e-6)
     assert ended["steps"] == steps and ended["device_batch"] == 8
-    assert (ended["attention"], ended["compiled"], ended["fell_back"]) == ("blocked", False, [])
+    assert (ended["attention"], ended["compiled"]) == ("blocked", False)
+    no_build = "FlashAttention 3 is not usable: RuntimeError: no build for this torch"
+    assert ended["fell_back"] == [no_build, "no compiler"]
     assert ended["dtype"] == values["dtype"]
+    said = [json.loads(line) for line in told.read_text().splitlines()]
+    assert {line["phase"] for line in said} == {"compiling", "training", "scoring"}
+    assert any(line.get("loss") for line in said)
 
 
 def last_in_ledger(cache) -> dict:
     return json.loads((cache / "autoresearch.jsonl").read_text().splitlines()[-1])
 
 
-def test_the_night_sees_phases_losses_and_fallbacks(trained, tmp_path, miniature):
-    file = tmp_path / "progress"
-    ran = trained("fallen_back", environment={"AUTORESEARCH_PROGRESS": str(file)})
-    assert ran.code == 0 and "size gpu" in ran.log and ran.find("attention") == "sdpa"
-    ended = last_in_ledger(miniature)
-    assert ended["fell_back"] == ["no FlashAttention 3", "no compiler"]
-    assert ended["attention"] == "sdpa"
-    said = [json.loads(line) for line in file.read_text().splitlines()]
-    assert [line["phase"] for line in said[:2]] == ["compiling", "training"]
-    assert said[-1]["phase"] == "scoring"
-    losses = [line["loss"] for line in said if line.get("loss")]
-    assert len(losses) >= 3 and losses[-1] < losses[0] < math.log(300) + 0.3
-
-
 FAILURES = {
-    "not a number": ([], {"MUON_LR": math.nan}, ["loss diverged at step 2", "nan"]),
-    "a mistake": (["mistake_later"], {}, ["KeyError: 'wdith'", "traceback is above"]),
-    "a model too large": ([], {"N_EMBD": 2**40}, ["out of memory: lower", "N_EMBD"]),
-    "a batch": ([], {"DEVICE_BATCH_SIZE": 3}, ["DEVICE_BATCH_SIZE 3 must divide the 8 rows"]),
-    "no whole rows": ([], {"TOKENS_PER_STEP": 500}, ["TOKENS_PER_STEP is no multiple of 64"]),
+    "not a number": ({"MUON_LR": math.nan}, ["loss diverged at step 2", "nan"]),
+    "a batch": ({"DEVICE_BATCH_SIZE": 3}, ["DEVICE_BATCH_SIZE 3 must divide the 8 rows"]),
+    "no whole rows": ({"TOKENS_PER_STEP": 500}, ["TOKENS_PER_STEP is no multiple of 64"]),
 }
 
 
 @pytest.mark.parametrize("name", FAILURES)
 def test_a_failure_is_one_line(trained, name):
-    patches, changes, words = FAILURES[name]
-    assert_failed(trained(*patches, **changes), *words)
+    changes, words = FAILURES[name]
+    assert_failed(trained(**changes), *words)
 
 
 def test_a_terminal_gets_one_line_rewritten(trained):
@@ -222,8 +200,8 @@ def test_a_terminal_gets_one_line_rewritten(trained):
 
 
 def test_ctrl_c_while_training(trained, miniature):
-    ran = trained(interrupt_at="tokens/s")
-    assert_failed(ran, "interrupted: no score")
+    ran = trained(terminal=True, interrupt_at="tokens/s")
+    assert_failed(ran, "interrupted: no score")  # in a line of its own, below the progress
     assert "Traceback" not in ran.log
     assert last_in_ledger(miniature)["failure"] == "interrupted: no score"
 
@@ -241,32 +219,23 @@ def test_what_is_prepared_is_checked_before_a_model_is_built(prepared, monkeypat
 # --------------------------------------------------------------------- as a person starts it
 
 
-def started(cache, *arguments, script=ROOT / "train.py", interrupt_after=None) -> str:
+def started(cache, *arguments, script=ROOT / "train.py") -> str:
     """The log of a run that must fail."""
-    process = subprocess.Popen(
+    ran = subprocess.run(
         [sys.executable, str(script), *arguments],
         env={**os.environ, "AUTORESEARCH_CACHE": str(cache), "PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        timeout=60,
     )
-    if interrupt_after:
-        time.sleep(interrupt_after)
-        process.send_signal(signal.SIGINT)
-    log = process.communicate(timeout=60)[0]
-    assert process.returncode == 1, log
-    return log
+    assert ran.returncode == 1, ran.stdout
+    return ran.stdout
 
 
-def test_ctrl_c_while_importing(miniature):
-    assert started(miniature, interrupt_after=0.5) == "FAIL: interrupted: no score\n"
-
-
-def test_options_are_refused_at_once(miniature):
-    began = time.perf_counter()
-    log = started(miniature, "--x")
+def test_options_are_refused(tmp_path):
+    log = started(tmp_path, "--x")
     assert log.startswith("FAIL: train.py takes no options: ") and len(log.splitlines()) == 1
-    assert time.perf_counter() - began < 2  # before torch is imported
 
 
 def test_nothing_prepared(tmp_path):
@@ -381,20 +350,11 @@ EDITS = {
 }
 
 
-def changed_lines(text: str) -> int:
-    """Lines that a reviewer of the diff reads as changed; a line replaced by one counts once."""
-    matcher = difflib.SequenceMatcher(None, SOURCE.splitlines(), text.splitlines(), autojunk=False)
-    return sum(
-        max(old_end - old, new_end - new)
-        for kind, old, old_end, new, new_end in matcher.get_opcodes()
-        if kind != "equal"
-    )
-
-
 @pytest.mark.parametrize("name", EDITS)
 def test_an_edit_of_under_15_lines_trains_and_scores(processes, tmp_path, name):
     text = edited(EDITS[name])
-    assert 1 <= changed_lines(text) < 15
+    diff = difflib.unified_diff(SOURCE.splitlines(), text.splitlines(), n=0)
+    assert sum(line.startswith("+") for line in diff) - 1 < 15  # without the header
     ran = run_small(processes, tmp_path, text)
     assert ran.code == 0 and score(ran) > 0, ran.log
     losses = [float(loss) for loss in ran.find("loss_curve").split()]

@@ -174,22 +174,6 @@ def test_initial_weights():
             assert torch.equal(p, torch.tensor(value)), name
 
 
-# ----------------------------------------------------------------------------- sizes, compiling
-
-
-@pytest.mark.parametrize(
-    "changes, message",
-    [
-        (dict(N_EMBD=100), "N_EMBD 100 is no multiple of 16"),
-        (dict(N_KV_HEAD=3), "N_KV_HEAD 3 must divide the 4 heads"),
-        (dict(HEAD_DIM=15, N_EMBD=60), "HEAD_DIM 15 is odd"),
-    ],
-)
-def test_sizes_that_do_not_fit_are_named(changes, message):
-    with pytest.raises(AssertionError, match=message):
-        small(**changes)
-
-
 def test_every_size_has_every_setting_and_its_model_exists():
     assert list(train.SIZES) == ["h100", "gpu", "cpu"]
     names = [{name for name in dir(size) if name.isupper()} for size in train.SIZES.values()]
@@ -197,20 +181,3 @@ def test_every_size_has_every_setting_and_its_model_exists():
     for hp in train.SIZES.values():
         with torch.device("meta"):
             train.GPT(hp, 8192, 2048)
-
-
-def test_trunk_logits_and_loss_piece_are_compiled_apart(monkeypatch):
-    compiled = []
-
-    def compile(function, dynamic):
-        assert dynamic is False
-        compiled.append(function.__name__)
-        return lambda *arguments: function(*arguments)
-
-    model, plain = small(), small()
-    monkeypatch.delenv("TORCH_COMPILE_DISABLE", raising=False)
-    monkeypatch.setattr(torch, "compile", compile)
-    model.compile_parts()
-    assert compiled == ["trunk", "logits", "cross_entropy_piece"]
-    assert torch.equal(model(tokens()), plain(tokens()))
-    assert model(tokens(), tokens(seed=3)) == plain(tokens(), tokens(seed=3))

@@ -4,33 +4,14 @@ transcription."""
 import pytest
 import torch
 from drive import settings
+from test_train_model import small
 
 import train
 from train import AdamW, Muon, MuonAdamW
 
-V, T = 50, 16
-
-
-def small(**changes):
-    """A model of two layers with all weights random, so that every decay has something to act on."""
-    sizes = dict(
-        N_LAYER=2, N_EMBD=64, HEAD_DIM=16, N_KV_HEAD=2, WINDOW_PATTERN="SL", SHORT_WINDOW=1 / 4
-    )
-    model = train.GPT(settings(**{**sizes, **changes}), V, T)
-    generator = torch.Generator().manual_seed(1)
-    model.init_weights(generator)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(torch.randn(p.shape, generator=generator) * 0.02)
-    return model
-
 
 def draw(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def adamw(p, lr, weight_decay=0.1, betas=(0.8, 0.95)):
-    return AdamW(p, lr, weight_decay, betas)
 
 
 # --------------------------------------------------------------------------- orthogonalisation
@@ -57,44 +38,26 @@ def test_orthogonalize_is_near_the_polar_factor(shape, scale):
     assert values.max() < 1.16 and values[reach].min() > 0.84
 
 
-def test_orthogonalize_of_zero_is_zero():
-    assert not train.orthogonalize(torch.zeros(2, 8, 4)).any()
-
-
 # --------------------------------------------------------------------------------------- AdamW
 
 
-def test_adamw_is_torchs_over_many_steps():
-    betas = (0.96, 0.95)
-    ours, theirs = draw(20, 8).requires_grad_(), draw(20, 8).double().requires_grad_()
-    optimizer = MuonAdamW([adamw(ours, 0.02, betas=betas)], compiled=False)
-    reference = torch.optim.AdamW([theirs], lr=0.02, betas=betas, eps=1e-10, weight_decay=0.1)
-    for step in range(200):
-        multiplier = 1 if step < 100 else 0.3
-        reference.param_groups[0]["lr"] = 0.02 * multiplier
+@pytest.mark.parametrize("dtype, share", [(torch.float32, 1e-5), (torch.bfloat16, 0.008)])
+def test_adamw_is_torchs_but_for_the_rounding_of_what_is_stored(dtype, share):
+    start, betas = draw(20, 8).to(dtype), (0.96, 0.95)
+    ours, wanted = start.clone().requires_grad_(), start.double().requires_grad_()
+    optimizer = MuonAdamW([AdamW(ours, 0.05, 0.1, betas)], compiled=False)
+    reference = torch.optim.AdamW([wanted], lr=0.05, betas=betas, eps=1e-10, weight_decay=0.1)
+    for step in range(50):
+        multiplier = reference.param_groups[0]["lr"] / 0.05
         # Down to where eps counts.
-        ours.grad = draw(20, 8, seed=step) * (step % 7) * torch.logspace(-10, 1, 8)
-        theirs.grad = ours.grad.double()
+        ours.grad = (draw(20, 8, seed=step) * torch.logspace(-10, 1, 8)).to(dtype)
+        wanted.grad = ours.grad.double()
         optimizer.step(multiplier, 0.9, 1.0)
         reference.step()
+        reference.param_groups[0]["lr"] *= 0.99
         assert ours.grad is None
-    torch.testing.assert_close(ours.double(), theirs, rtol=0, atol=2e-5)
-    assert (ours - draw(20, 8)).abs().max() > 0.1
-
-
-def test_adamw_on_bf16_parameters_calculates_in_float32():
-    start = draw(20, 8).bfloat16()
-    ours, wanted = start.clone().requires_grad_(), start.double().requires_grad_()
-    optimizer = MuonAdamW([adamw(ours, 0.05)], compiled=False)
-    reference = torch.optim.AdamW([wanted], lr=0.05, betas=(0.8, 0.95), eps=1e-10, weight_decay=0.1)
-    for step in range(50):
-        ours.grad = draw(20, 8, seed=step).bfloat16()
-        wanted.grad = ours.grad.double()
-        optimizer.step(1.0, 0.9, 1.0)
-        reference.step()
         with torch.no_grad():
-            # The rounding of the stored value is all that bf16 adds.
-            assert ((ours.double() - wanted).abs() <= 0.008 * wanted.abs() + 1e-6).all()
+            assert ((ours.double() - wanted).abs() <= share * wanted.abs() + 1e-6).all()
             wanted.copy_(ours)  # so that roundings do not add up
     assert (wanted - start.double()).abs().max() > 0.2
 
@@ -164,12 +127,12 @@ def polar_express(g):
     return x.T if tall else x
 
 
-@pytest.mark.parametrize("power, scale", [(-0.5, (64 / 768) ** -0.5), (0.0, 1.0)])
-def test_whole_steps_are_those_of_a_float64_transcription(monkeypatch, power, scale):
+def test_whole_steps_are_those_of_a_float64_transcription(monkeypatch):
     orthogonalize = train.orthogonalize  # in bf16 it has its own test, above
     monkeypatch.setattr(train, "orthogonalize", lambda g: orthogonalize(g, torch.float32))
     model = small(
-        LR_WIDTH_POWER=power,
+        N_LAYER=2,
+        LR_WIDTH_POWER=-0.5,
         EMBEDDING_LR=0.9,
         HEAD_LR=0.005,
         MUON_LR=0.04,
@@ -179,7 +142,7 @@ def test_whole_steps_are_those_of_a_float64_transcription(monkeypatch, power, sc
         EMBEDDING_WEIGHT_DECAY=0.001,
         VALUE_EMBEDDING_WEIGHT_DECAY=0.003,
     )
-    betas = (0.8, 0.95)
+    scale, betas = (64 / 768) ** -0.5, (0.8, 0.95)
     adamw = dict(
         embedding=(0.9 * scale, 0.001, betas),
         value_embeddings=(0.9 * scale, 0.003, betas),
@@ -220,10 +183,9 @@ def test_a_step_clears_the_gradients_so_that_the_next_does_not_add_to_them():
 
 
 def test_equal_shapes_are_stepped_together():
-    model = small()
+    model = small(N_LAYER=2)
     optimizer = MuonAdamW(train.param_groups(model), compiled=False)
     stacks = [group.params for group in optimizer.groups if isinstance(group, Muon)]
-    assert sum(map(len, stacks)) == sum(p.ndim == 2 for p in model.blocks.parameters())
     assert sorted((tuple(params[0].shape), len(params)) for params in stacks) == [
         ((2, 32), 1),
         ((32, 64), 4),

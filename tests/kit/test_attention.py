@@ -4,7 +4,6 @@ import os
 
 import pytest
 import torch
-from largest import LargestTensor
 
 from autoresearch.kit import attention
 from autoresearch.kit.attention import FlexAttention, blocked_attention, sdpa_attention
@@ -69,23 +68,6 @@ def test_flex_attention_is_that_of_a_float64_loop(T, kv_heads):
             torch.testing.assert_close(f(q, k, v, window).double(), wanted, rtol=0, atol=5e-6)
 
 
-@pytest.mark.parametrize("attend", [blocked_attention, sdpa_attention])
-def test_attention_in_bf16_stays_near(attend):
-    q, k, v, _ = random_qkv(64, 2)
-    wanted = plain_attention(*(x.double() for x in (q, k, v)), 8)
-    y = attend(*(x.bfloat16() for x in (q, k, v)), 8)
-    assert y.dtype == torch.bfloat16
-    assert (y.double() - wanted).square().mean().sqrt() < 0.01 * wanted.square().mean().sqrt()
-
-
-def test_blocked_attention_makes_only_the_products_it_needs():
-    q, k, v, _ = random_qkv(64, 4)
-    with LargestTensor() as largest:
-        blocked_attention(q, k, v, 8)
-    # B x H x T scores of a block and the one before, not of all 64 positions.
-    assert largest.numel == 2 * 4 * 64 * 16
-
-
 # ----------------------------------------------------------------------------- which is chosen
 
 
@@ -94,8 +76,6 @@ CHOICES = [  # device, dtype, capability, ROCm; the choice, and why not FlashAtt
     ("cpu", BF16, None, None, "blocked", "needs an NVIDIA GPU"),
     ("mps", FP32, None, None, "sdpa", "needs an NVIDIA GPU"),
     ("cuda", BF16, (9, 4), "7.0", "flex", "needs an NVIDIA GPU"),
-    ("cuda", BF16, (7, 5), None, "flex", "bfloat16 on 7.5"),
-    ("cuda", BF16, (10, 0), None, "flex", "bfloat16 on 10.0"),
     ("cuda", BF16, (12, 0), None, "flex", "bfloat16 on 12.0"),
     ("cuda", FP32, (8, 0), None, "flex", "float32 on 8.0"),
     ("cuda", BF16, (9, 0), None, "flash3", None),
@@ -105,10 +85,8 @@ CHOICES = [  # device, dtype, capability, ROCm; the choice, and why not FlashAtt
 
 @pytest.mark.parametrize("kind, dtype, capability, hip, name, reason", CHOICES)
 def test_the_choice_and_its_reason(monkeypatch, capsys, kind, dtype, capability, hip, name, reason):
-    calls = []
-
-    def flash(*args, **kwargs):
-        calls.append((args, kwargs))
+    def flash(*arguments, **options):
+        return arguments, options
 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.version, "hip", hip)
@@ -119,26 +97,10 @@ def test_the_choice_and_its_reason(monkeypatch, capsys, kind, dtype, capability,
     assert attention.describe(attend) == (name, None)
     out = capsys.readouterr().out
     if name == "flash3":
-        attend("q", "k", "v", 8)
-        assert calls == [(("q", "k", "v"), dict(causal=True, window_size=(8, 0)))]
+        wanted = ("q", "k", "v"), dict(causal=True, window_size=(8, 0))
+        assert attend("q", "k", "v", 8) == wanted
         assert out == ""
     else:
         backends = dict(blocked=blocked_attention, sdpa=sdpa_attention, flex="flex")
         assert attend.function == backends[name]
         assert out.startswith(f"attention: {name}, because FlashAttention 3") and reason in out
-
-
-def test_a_kernel_that_does_not_load_is_the_reason(monkeypatch, capsys):
-    def load():
-        raise RuntimeError("no build for this torch\n(a long trace)")
-
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(attention, "load_flash_attention_3", load)
-    monkeypatch.setattr(attention, "FlexAttention", lambda *_: None)
-    attend = attention.choose(torch.device("cuda"), torch.bfloat16, 64, {64})
-    why = "FlashAttention 3 is not usable: RuntimeError: no build for this torch"
-    assert attention.describe(attend) == ("flex", why)
-    assert capsys.readouterr().out == (
-        "attention: flex, because FlashAttention 3 is not usable: "
-        "RuntimeError: no build for this torch\n"
-    )

@@ -8,13 +8,10 @@ from autoresearch.kit.device import compute_dtype, peak_tflops, pick_size
 
 PEAKS = {
     "NVIDIA H100 80GB HBM3": 989.5,
-    "NVIDIA H100 PCIe": 756,
     "NVIDIA A100-SXM4-80GB": 312,
-    "NVIDIA L4": 121,
     "NVIDIA GeForce RTX 4070 Ti SUPER": 88.2,
     "NVIDIA GeForce RTX 4090 Laptop GPU": 0,
     "AMD Instinct MI355X": 2516.6,
-    "NVIDIA GB200": 2500,
     "AMD EPYC": 0,
 }
 
@@ -34,11 +31,8 @@ class Card:
     "card, size",
     [
         (Card(9, 0, 85), "h100"),
-        (Card(8, 0, 42.4), "h100"),  # A100 40GB
-        (Card(8, 9, 51), "h100"),  # RTX 6000 Ada
         (Card(12, 0, 102), "h100"),  # RTX PRO 6000 Blackwell
         (Card(9, 0, 10.5), "gpu"),  # a slice of an H100
-        (Card(8, 0, 25), "gpu"),  # A30
         (Card(8, 6, 51), "gpu"),  # RTX A6000
         (Card(8, 9, 25.3), "gpu"),  # RTX 4090
     ],
@@ -47,11 +41,7 @@ def test_the_size_by_capability_and_memory(monkeypatch, card, size):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
     assert pick_size(torch.device("cuda"), "climbmix") == size
     assert pick_size(torch.device("cuda"), "demo") == "cpu"
-
-
-@pytest.mark.parametrize("kind", ["cpu", "mps"])
-def test_the_size_without_a_gpu(kind):
-    assert pick_size(torch.device(kind), "climbmix") == "cpu"
+    assert pick_size(torch.device("mps"), "climbmix") == "cpu"
 
 
 @pytest.mark.parametrize(
@@ -59,8 +49,6 @@ def test_the_size_without_a_gpu(kind):
     [
         ("fpu avx2 avx512f", torch.float32),
         ("avx512f avx512_bf16", torch.bfloat16),
-        ("amx_tile amx_bf16", torch.bfloat16),
-        ("fp asimd bf16 i8mm", torch.bfloat16),
         ("", torch.float32),
     ],
 )

@@ -15,16 +15,14 @@ import numpy as np
 import pytest
 import requests
 import torch
-import torch.nn.functional as F
 from miniature import run
 from test_attention import plain_attention
 
 import prepare
 import train
-from autoresearch.kit import attention, loss, warmup
+from autoresearch.kit import attention
 from autoresearch.kit.attention import FlexAttention
 from autoresearch.kit.device import peak_tflops
-from autoresearch.kit.loss import cross_entropy_piece, softcap_cross_entropy
 from autoresearch.referee.clock import clock
 from autoresearch.referee.leakcheck import EvalModel
 
@@ -41,7 +39,6 @@ def nothing_left():
     yield
     torch.compiler.reset()
     torch.compiler.set_stance("default")
-    torch.cuda.set_per_process_memory_fraction(1.0)
     torch.cuda.empty_cache()
 
 
@@ -98,21 +95,7 @@ def test_attention_and_its_gradients_are_those_of_a_float64_loop(backend, kv_hea
             near(got, gradient, 0.02)
 
 
-# ----------------------------------------------------------------------- loss, model, optimizer
-
-
-def test_the_compiled_loss_in_pieces_is_that_of_float64(monkeypatch):
-    monkeypatch.setitem(loss.LOGITS_PER_PIECE, "cuda", 2**20)
-    x, weight = draw(4096, 256), draw(1024, 256, seed=1)
-    targets = torch.randint(1024, (4096,), generator=torch.Generator().manual_seed(2))
-    exact = [x.bfloat16().double().requires_grad_(), weight.double().requires_grad_()]
-    wanted = F.cross_entropy(15 * torch.tanh(exact[0] @ exact[1].T / 15), targets)
-    ours = [x.bfloat16().to(CUDA).requires_grad_(), weight.to(CUDA).requires_grad_()]
-    piece = torch.compile(cross_entropy_piece, dynamic=False)
-    mean = softcap_cross_entropy(*ours, targets.to(CUDA), 15, piece)
-    near(mean, wanted.detach(), 0.002)
-    for got, gradient in zip(torch.autograd.grad(mean, ours), torch.autograd.grad(wanted, exact)):
-        near(got, gradient, 0.02)
+# ---------------------------------------------------------------------------- model, optimizer
 
 
 def small(seq_len=512, vocab_size=2048, shaken=True, **changes) -> train.GPT:
@@ -161,39 +144,7 @@ def test_an_honest_model_in_bf16_gets_its_score(seed):
     assert 2.0 < bpb < 16.0
 
 
-# ------------------------------------------------------------------------------ memory, loader
-
-
-def test_memory_that_is_really_too_small_halves_the_batch(capsys):
-    model = small(seq_len=1024)
-    optimizer = train.MuonAdamW(train.param_groups(model), compiled=False)
-
-    def fit(rows):
-        warm = warmup.fit(
-            model,
-            train.forward_backward,
-            lambda: optimizer.step(lr_multiplier=0.0, momentum=0.0, decay_multiplier=0.0),
-            attend=None,
-            restore=optimizer.state_tensors(),
-            vocab_size=2048,
-            seq_len=1024,
-            tokens_per_step=rows * 1024,
-            device_batch=rows,
-            eval_tokens=8 * 1024,
-            eval_rows=8,
-            budget=1e9,
-        )
-        return warm.batch
-
-    fit(8)
-    eight = torch.cuda.memory_reserved()  # of it nothing has been given back
-    torch.cuda.empty_cache()
-    card = torch.cuda.get_device_properties(CUDA).total_memory
-    torch.cuda.set_per_process_memory_fraction(min(1.0, 3 * eight / card))
-    fits = fit(256)
-    assert 8 <= fits < 256
-    assert "out of memory training 256 rows" in capsys.readouterr().out
-    assert torch.cuda.memory_reserved() <= 3 * eight
+# -------------------------------------------------------------------------------------- loader
 
 
 def test_batches_on_the_card_are_those_of_the_cpu(prepared):

@@ -14,33 +14,20 @@ from autoresearch.referee.clock import clock
 # ----------------------------------------------------------------------------- while it trains
 
 
-def reported(losses, total, capsys):
-    """The curve and the progress lines of a run whose step i of `total` had losses[i]."""
-    progress = report.Progress(tokens_per_step=1000, budget=100)
-    for i, loss in enumerate(losses):
-        progress.add(i / total, torch.tensor(float(loss)))
-    progress.close()
-    first, *lines, last = capsys.readouterr().out.splitlines()
-    assert re.fullmatch(r"training for 100 s, after [\d.]+ s of start-up", first)
-    assert last == f"scoring after {len(losses)} steps"
-    assert progress.steps == len(losses)
-    return progress.curve(), lines
-
-
-def test_the_curve_is_the_mean_of_each_tenth_or_the_one_before(capsys):
-    curve, _ = reported(range(40), 40, capsys)
-    assert curve == [1.5, 5.5, 9.5, 13.5, 17.5, 21.5, 25.5, 29.5, 33.5, 37.5]
-    assert reported([6, 4, 5], 3, capsys)[0] == [6, 6, 6, 4, 4, 4, 5, 5, 5, 5]
-
-
 def test_a_line_holds_mean_and_rate_since_the_last(capsys, monkeypatch):
     seconds = itertools.count(1e6, 2.5)  # 2.5 s between two lines, of five steps
     monkeypatch.setattr(report.time, "perf_counter", lambda: next(seconds))
-    _, lines = reported(range(100), 100, capsys)
+    progress = report.Progress(tokens_per_step=1000, budget=100)
+    for i in range(100):
+        progress.add(i / 100, torch.tensor(float(i)))
+    progress.close()
+    _, *lines, _ = capsys.readouterr().out.splitlines()
     shown = [re.match(r" *([\d.]+)%  step +(\d+)  loss ([\d.]+) ", line) for line in lines]
-    assert [match[2] for match in shown[:3]] == ["1", "6", "11"]
-    assert [match[3] for match in shown[:3]] == ["0.0000", "3.0000", "8.0000"]
-    assert [match[1] for match in shown[:3]] == ["0.0", "5.0", "10.0"]
+    assert [match.groups() for match in shown[:3]] == [
+        ("0.0", "1", "0.0000"),
+        ("5.0", "6", "3.0000"),
+        ("10.0", "11", "8.0000"),
+    ]
     assert all("  2,000 tokens/s" in line for line in lines[1:3])
     assert 19 <= len(lines) <= 20
 
@@ -59,7 +46,7 @@ class LossOnAGpu:
         return self.value
 
 
-def test_a_loss_on_a_gpu_is_read_one_step_late_and_the_last_one_at_the_end(capsys):
+def test_a_loss_on_a_gpu_is_read_one_step_late_and_the_last_one_at_the_end():
     progress = report.Progress(tokens_per_step=1000, budget=100)
     losses = [LossOnAGpu(value) for value in (6.0, 4.0, 5.0)]
     for i, loss in enumerate(losses):
@@ -69,9 +56,9 @@ def test_a_loss_on_a_gpu_is_read_one_step_late_and_the_last_one_at_the_end(capsy
     assert progress.curve() == [6, 6, 6, 4, 4, 4, 5, 5, 5, 5]
 
 
-@pytest.mark.parametrize("value", [math.nan, 101.0, math.inf])
+@pytest.mark.parametrize("value", [math.nan, 101.0])
 @pytest.mark.parametrize("on_a_gpu", [False, True])
-def test_a_loss_that_diverged_ends_the_run(capsys, value, on_a_gpu):
+def test_a_loss_that_diverged_ends_the_run(value, on_a_gpu):
     loss = LossOnAGpu if on_a_gpu else torch.tensor
     progress = report.Progress(tokens_per_step=1000, budget=100)
     progress.add(0.0, loss(100.0))
@@ -127,11 +114,8 @@ ENDS = {
     "pass": "main() returned without a score",
     "raise KeyboardInterrupt": "interrupted: no score",
     "raise KeyError('wdith')": "KeyError: 'wdith' (the traceback is above)",
-    "assert 7 == 8, 'N_EMBD 7 is not 8\\nor so'": "AssertionError: N_EMBD 7 is not 8 (the trace",
     "raise Fail('no tokenizer:\\nuv run prepare.py')": "no tokenizer: uv run prepare.py",
-    "clock.fail('trained 412 s')": "trained 412 s",
     "raise torch.OutOfMemoryError('CUDA out of memory. Tried')": "out of memory: lower DEVICE_BATCH",
-    "raise RuntimeError('CUDA error: misaligned address\\nx')": "misaligned address",
 }
 
 
@@ -141,7 +125,6 @@ def test_whatever_ends_main_is_one_line(processes, tmp_path, line):
 import sys, torch
 from autoresearch.common import Fail
 from autoresearch.kit import report
-from autoresearch.referee import clock
 
 def main():
     print("still here")
@@ -153,21 +136,3 @@ report.guard(main)
     assert_failed(ran, ENDS[line])
     assert ran.lines[0] == "still here"
     assert ("Traceback" in ran.log) == ("above" in ran.lines[-1])
-
-
-def test_garbage_is_not_collected_while_importing_compiling_and_training(processes):
-    python = "import gc, os; from autoresearch.kit import report; report.begin()\n"
-    python += "print(gc.isenabled(), os.environ['TORCH_DYNAMO_RUN_GC_AFTER_COMPILE'])"
-    assert processes.run("import sys; sys.argv = ['train.py']\n" + python).log == "False 0\n"
-
-
-def test_a_score_ends_the_process_at_once_with_0(processes):
-    main = "import atexit; atexit.register(print, 'late'); print('score', end='')\n"
-    ran = processes.run(main + "from autoresearch.kit import report; report.guard(lambda: 0.0)")
-    assert (ran.code, ran.log) == (0, "score")
-
-
-def test_a_failure_on_a_terminal_stands_below_the_progress(processes):
-    main = "print('12.3%', end='')\nfrom autoresearch.kit import report; report.guard(lambda: None)"
-    ran = processes.run(main, terminal=True)
-    assert ran.lines[0] == "12.3%" and ran.lines[1].startswith("FAIL: ")

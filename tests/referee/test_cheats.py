@@ -4,7 +4,7 @@ test_leaks.py has many more models that see the future or learn while they are s
 """
 
 import pytest
-from edits import edited, run_small, score
+from drive import edited, run_small, score
 from forks import Forks, assert_failed
 
 WHILE = "    while clock.elapsed + step_seconds < budget:\n"
