@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
-from miniature import MINIATURE, put, put_jsonl, put_parquet, words, write_texts
+from miniature import put, put_jsonl, put_parquet, words, write_texts
 
 import prepare
 from autoresearch.common import Fail
@@ -98,16 +98,6 @@ def test_a_share_is_never_missed(sizes, wanted):
     assert text.draw(dict(reversed(sizes.items())), wanted) == drawn  # whatever the files' order
 
 
-def test_a_huge_text_is_training_text():
-    """Even where its hash comes first."""
-    sizes = {b"%03d" % number: 100 for number in range(100)}
-    drawn = text.draw({**sizes, b"!": 10**6}, ["val", "test"])
-    assert b"!" not in drawn
-    drawn = text.draw({**sizes, b"!": 3000}, ["val", "test"])
-    assert list(drawn) == [b"%03d" % number for number in range(14)]  # 5% of 13,000 each
-    assert [*drawn.values()] == ["val"] * 7 + ["test"] * 7
-
-
 def test_every_document_on_its_side(tmp_path, prepared_documents):
     """Two thousand small files in nested folders, empty ones, copies in other formats, odd links."""
     draw = random.Random(7)
@@ -180,10 +170,7 @@ def test_a_text_without_blank_lines_is_cut_at_a_line_or_between_characters(tmp_p
     assert len(passages) == 4 and all(p.text().endswith(end) for p in passages[:-1])
 
 
-def test_neighbours_in_a_text_do_not_stay_neighbours(tmp_path, monkeypatch, prepared_documents):
-    """Within a bundle, passages of a row go by the sha256 of their tokens; bundles have a size."""
-    monkeypatch.setattr(text, "PIECE_BYTES", 1 << 17)
-    monkeypatch.setattr(text, "BUNDLE_BYTES", 1 << 18)
+def test_neighbours_in_a_text_do_not_stay_neighbours(tmp_path, prepared_documents):
     story = long_text(random.Random(10), 12_000)
     put(tmp_path / "data" / "train.txt", story)
     for split in ("val", "test"):
@@ -193,11 +180,6 @@ def test_neighbours_in_a_text_do_not_stay_neighbours(tmp_path, monkeypatch, prep
     steps = [after - before for before, after in zip(places, places[1:])]
     assert sum(0 < step < 500 for step in steps) < len(steps) / 20
     assert sorted("".join(found)) == sorted(story)
-    tokenizer = prepare.Tokenizer.from_directory()
-    sums = [hashlib.sha256(tokenizer.encode_array(one).tobytes()).digest() for one in found]
-    bundles = 1 + sum(after < before for before, after in zip(sums, sums[1:]))
-    assert bundles == sum(entry["split"] == "train" for entry in prepare.manifest()["files"])
-    assert 1 < bundles <= len(story) / (1 << 18) + 1
 
 
 def test_a_byte_order_mark_and_lone_surrogates(tmp_path, prepared_documents):
@@ -321,19 +303,3 @@ def test_the_demos_packages_are_here():
     files = text.demo_files()
     assert {name.split("/")[0] for name in files} == set(text.DEMO_PACKAGES)
     assert len(files) > 3000
-
-
-def test_any_edit_of_a_text_file_makes_another_set(miniature, tmp_path, monkeypatch, capsys):
-    """Also one that keeps its length: a bundle is described by all the bytes of all its files."""
-    data = tmp_path / "texts"
-    shutil.copytree(miniature.parent / "texts", data)
-    command = ["--data", str(data), *MINIATURE]
-    monkeypatch.setenv("AUTORESEARCH_CACHE", str(miniature))
-    path = sorted(data.iterdir())[60]
-    content = path.read_text()
-    path.write_text(content.swapcase())
-    with pytest.raises(Fail, match="another prepared set"):
-        prepare.main(command)
-    path.write_text(content)
-    prepare.main(command)
-    assert "nothing to do" in capsys.readouterr().out
