@@ -1,6 +1,7 @@
 """prepare.py's command line: the same again, another set, by force, interrupted, and bad input."""
 
 import contextlib
+import hashlib
 import json
 import os
 import random
@@ -394,11 +395,17 @@ def test_a_second_one_waits_for_the_first(larger, cache):
 def test_the_tokenizer_learns_from_the_start_of_each_document_and_all_of_a_plain_text(
     tmp_path, monkeypatch
 ):
-    long = ["a" * 25_000, "b" * 10_000, "c" * 9]
+    held_out = hashlib.sha256(b"held out").digest()
+    long = ["held out", "a" * 25_000, "b" * 10_000, "c" * 9]
     put_jsonl(tmp_path / "long.jsonl", long)
     passages = tuple(documents.passages_of(put(tmp_path / "plain.txt", "d" * 25_000)))
     sources = [
-        documents.Source("long.jsonl", "train", tmp_path / "long.jsonl"),
+        documents.Source(
+            "long.jsonl",
+            None,
+            tmp_path / "long.jsonl",
+            split_of=lambda digest: "val" if digest == held_out else "train",
+        ),
         documents.Source("val.jsonl", "val", tmp_path / "long.jsonl"),
         documents.Source("plain.txt", "train", passages=passages),
     ]
