@@ -27,11 +27,11 @@ def norm(x):
 class Model(nn.Module):
     """Embedding, an honest look at the token before, a mixing under test with some weight, output head.
 
-    equalized: what is mixed in has the size of the stream, so `weight` is its share.
+    weight: below 1, the share of what is mixed in, which then has the size of the stream.
     scale: of the logits; 1 is flat, 4 about as sure of itself as a trained model.
     """
 
-    def __init__(self, mix, dtype=torch.float32, weight=1.0, equalized=False, scale=1.0):
+    def __init__(self, mix, dtype=torch.float32, weight=1.0, scale=1.0):
         super().__init__()
         generator = torch.Generator().manual_seed(0)
 
@@ -39,13 +39,13 @@ class Model(nn.Module):
             return nn.Parameter(torch.randn(*shape, generator=generator).to(dtype))
 
         self.embedding, self.head = normal(V, WIDTH), normal(WIDTH, V)
-        self.mix, self.weight, self.equalized, self.scale = mix, weight, equalized, scale
+        self.mix, self.weight, self.scale = mix, weight, scale
 
     def forward(self, ids):
         x = norm(self.embedding[ids])
         x = x + 0.5 * F.pad(x, (0, 0, 1, 0))[:, :-1]
         mixed = self.mix(self, x)
-        x = x + self.weight * (norm(mixed) if self.equalized else mixed)
+        x = x + self.weight * (norm(mixed) if self.weight < 1 else mixed)
         return norm(x) @ self.head * (self.scale / WIDTH**0.5)
 
 
@@ -228,7 +228,7 @@ def test_a_leak_is_refused(name, weight, dtype):
     """Also one that is a hundredth of the signal."""
     if weight < 1 and name in DILUTED:
         return
-    model = Model(LEAKS[name], DTYPES[dtype], weight, equalized=weight < 1).eval()
+    model = Model(LEAKS[name], DTYPES[dtype], weight).eval()
     for T in LENGTHS:
         assert "sees the future" in (exactly(model, T) or "passed"), T
 
@@ -237,7 +237,7 @@ def test_a_leak_is_refused(name, weight, dtype):
 @pytest.mark.parametrize("name", LATE)
 def test_a_leak_late_in_the_row_is_refused(name, weight):
     """32 rows at a time, as rows of 2,048 are scored: a small and local one takes more probes than eight."""
-    model = Model(LATE[name], torch.bfloat16, weight, equalized=weight < 1).eval()
+    model = Model(LATE[name], torch.bfloat16, weight).eval()
     line = exactly(model, 2048, B=32 if weight < 1 else 4)
     assert "sees the future" in (line or "passed")
 
