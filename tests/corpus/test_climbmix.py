@@ -2,11 +2,9 @@
 
 import hashlib
 import io
-import json
 import os
 import random
 import shutil
-import subprocess
 import sys
 import threading
 import time
@@ -15,8 +13,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from miniature import ROOT, WORDS, start_forked
+from miniature import WORDS, start_forked
 
+import prepare
 from autoresearch.common import Fail, cache_dir
 from autoresearch.corpus import climbmix as room
 from autoresearch.corpus.climbmix import climbmix
@@ -363,55 +362,34 @@ def test_space_is_looked_at_before_the_first_byte(hub, monkeypatch):
     climbmix(1)
 
 
-# ---- as a user types it
-
-CALL = """
-import sys, prepare
-from autoresearch.corpus import climbmix
-vars(climbmix).update({constants!r})
-prepare.main(sys.argv[1:])
-"""
+# ---- the token, and kills
 
 
-def as_typed(*arguments, cache, **environment) -> subprocess.CompletedProcess:
-    """prepare.py's command line in a process of its own, with short pauses."""
-    return subprocess.run(
-        [sys.executable, "-c", CALL.format(constants=CONSTANTS), *arguments],
-        cwd=ROOT,
-        env={**os.environ, "AUTORESEARCH_CACHE": str(cache), **environment},
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-
-
-def test_the_token_goes_to_its_host_only(hub, tmp_path):
+def test_the_token_goes_to_its_host_only(hub, monkeypatch, capfd):
     def misbehave(request, nth):
         if not hub.redirect(request, "?signature=alsosecret"):
             request.honest(cut=20_000 if nth == 1 else None)
         return True
 
     hub.misbehave = misbehave
-    small = ["--num-shards", "2", "--seq-len", "64", "--vocab-size", "300", "--eval-tokens", "1024"]
-    done = as_typed(*small, cache=tmp_path / "cache", HF_TOKEN=TOKEN)
-    assert done.returncode == 0, done.stderr
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    small = "--num-shards 2 --seq-len 64 --vocab-size 300 --eval-tokens 1024".split()
+    prepare.main(small)
     assert_whole()
     for port, expected in zip(hub.ports, (f"Bearer {TOKEN}", None)):
         assert {sent for asked, _, _, sent in hub.requests if asked == port} == {expected}
     assert any(wanted for _, _, wanted, _ in hub.requests)
-    prepared = json.loads((tmp_path / "cache" / "manifest.json").read_bytes())
-    for entry, number in zip(prepared["files"], (0, 1, 4, 3)):
+    for entry, number in zip(prepare.manifest()["files"], (0, 1, 4, 3)):
         assert entry["name"] == NAMES[number]
         assert entry["sha256"] == hashlib.sha256(FILES[NAMES[number]]).hexdigest()
     hub.requests.clear()
-    again = as_typed(*small, cache=tmp_path / "cache", HF_TOKEN=TOKEN)
-    assert again.returncode == 0 and "nothing to do" in again.stdout and not hub.requests
+    prepare.main(small)
+    assert not hub.requests
     hub.misbehave = lambda request, nth: request.reply(401, TOKEN.encode()) or True
-    refused = as_typed("--num-shards", "3", "--force", cache=tmp_path / "cache", HF_TOKEN=TOKEN)
-    assert refused.returncode == 1
-    assert refused.stderr.splitlines()[-1].startswith("FAIL: shard_00002.parquet: ")
-    for run in (done, again, refused):
-        assert TOKEN not in run.stdout + run.stderr and "alsosecret" not in run.stdout + run.stderr
+    with pytest.raises(Fail, match="shard_00002.parquet: ") as refused:
+        prepare.main(["--num-shards", "3", "--force"])
+    said = "".join(capfd.readouterr()) + str(refused.value)
+    assert "nothing to do" in said and TOKEN not in said and "alsosecret" not in said
 
 
 DOWNLOAD = """
