@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -98,26 +97,6 @@ def test_the_prepared_rows_score_as_by_hand(prepared, score, monkeypatch, split)
     assert end_of_the_ledger(prepared)["split"] == split
 
 
-@pytest.mark.parametrize("split", ["val", "test"])
-def test_scored_tokens_of_which_one_was_changed_are_refused(prepared_copy, split):
-    """Also where their file was whole when the run began."""
-    [entry] = [e for e in prepared_copy.manifest()["tokens"] if e["tokens"][split]]
-    path = prepared_copy.set_dir() / f"{entry['name']}.bin"
-    raw = bytearray(path.read_bytes())
-    raw[2] ^= 1  # the token after the first BOS
-    path.write_bytes(raw)
-    with pytest.raises(prepare.Fail, match=f"{path.name} is damaged or missing"):
-        prepared_copy.scored_rows(split)
-
-
-def test_the_ledger_counts_the_passes_and_seconds(prepared, score):
-    model = Table(table())
-    score(model)
-    end = end_of_the_ledger(prepared)
-    assert end["scoring_passes"] == len(model.seen)
-    assert 0 <= end["scoring_seconds"] < 60
-
-
 def test_the_model_gets_inputs_of_one_shape_and_nothing_of_the_targets(prepared, score):
     model, rows = Table(table()), prepared.scored_rows("val")
     size = next(n for n in (4, 5, 7) if len(rows) % n)  # the last batch would be a short one
@@ -152,12 +131,6 @@ def test_the_mode_is_put_back_and_the_generator_too(score):
 def test_a_low_precision_model_is_scored_in_float32(score):
     z = table().bfloat16()
     assert score(Table(z)) == score(Table(z.float()))
-
-
-def test_half_precision_logits_may_have_a_large_sum(score):
-    """The check for infinities must not make its own: 300 logits of 600 are beyond float16."""
-    z = (table() + 600).half()
-    assert score(Table(z)) == pytest.approx(score(Table(z.float())), rel=1e-6)
 
 
 # What does not change the score, or gets none.
@@ -196,10 +169,8 @@ class Flattering(torch.Tensor):
     "change, word",
     [
         (lambda z, x: z[:, :-1], "not logits of shape"),
-        (lambda z, x: z.flatten(0, 1), "not logits of shape"),
         (lambda z, x: (z, 0.5), "not logits of shape"),
         (lambda z, x: z.as_subclass(Flattering), "returned Flattering .* in a plain Tensor"),
-        (lambda z, x: z * math.nan, "not finite"),
         (special(-math.inf), "not finite"),
         (special(math.nan), "not finite"),
         (lambda z, x: z.masked_fill(torch.arange(300) < 200, -math.inf), "not finite"),
@@ -211,39 +182,10 @@ def test_what_gets_no_score(prepared, score, change, word):
     assert word.split()[-1] in end_of_the_ledger(prepared)["failure"]
 
 
-@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
-def test_a_single_logit_that_is_not_finite_is_seen_in_the_loss(value):
-    """Also where no target looks at it: -inf would make every other token cheaper."""
-    logits, targets = torch.zeros(2, 6, 5), np.zeros((2, 6), dtype=np.uint16)
-    logits[1, 3, 4] = value
-    finite = prepare.cross_entropy(logits, targets).isfinite()
-    assert (~finite).nonzero().tolist() == [[1, 3]]
-
-
 def test_another_vocabulary_gets_no_score(prepared, score):
     other = SimpleNamespace(token_bytes=np.ones(5), get_vocab_size=lambda: 5)
     with pytest.raises(prepared.Fail, match="a vocabulary of 5 and the prepared set of 300"):
         score(Table(table(5)), tokenizer=other)
-
-
-def test_the_tokenizer_handed_over_does_not_say_how_many_bytes_a_token_has(prepared, score):
-    right, own = score(Table(table())), prepared.Tokenizer.from_directory()
-    own.token_bytes *= 4
-    assert score(Table(table()), tokenizer=own) == right
-
-
-@pytest.mark.parametrize(
-    "place, name",
-    [(F, "log_softmax"), (torch, "gather"), (torch.Tensor, "float"), (torch.Tensor, "__mul__")],
-)
-def test_another_function_in_torch_changes_nothing(prepared, monkeypatch, place, name):
-    z = torch.randn(2, 6, 5)
-    targets = np.random.default_rng(0).integers(5, size=(2, 6))
-    right = prepared.cross_entropy(z, targets)
-    monkeypatch.setattr(place, name, lambda *_, **__: torch.zeros(()), raising=False)
-    changed = prepared.cross_entropy(z, targets)
-    monkeypatch.undo()
-    assert torch.equal(right, changed)
 
 
 def test_weights_that_change_meanwhile_get_no_score(prepared, score):

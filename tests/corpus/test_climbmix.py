@@ -2,12 +2,9 @@
 
 import hashlib
 import io
-import json
 import os
 import random
 import shutil
-import socket
-import subprocess
 import sys
 import threading
 import time
@@ -16,8 +13,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from miniature import ROOT, WORDS, start_forked
+from miniature import WORDS, start_forked
 
+import prepare
 from autoresearch.common import Fail, cache_dir
 from autoresearch.corpus import climbmix as room
 from autoresearch.corpus.climbmix import climbmix
@@ -199,18 +197,13 @@ def cut_then(act):
 RECOVERS = {
     "drops mid-file": first(2, lambda r: r.honest(cut=20_000)),
     "sends wrong bytes once": first(1, wrong),
-    "sends a page instead": first(
-        1, lambda r: r.reply(200, b"<html>please log in</html>", {"X-Linked-ETag": ""})
-    ),
     "ignores a range": cut_then(lambda r: r.reply(200, r.body)),
     "answers 416 to a range": cut_then(lambda r: r.reply(416, b"")),
     "continues at another byte": cut_then(
         lambda r: r.reply(206, r.body[9:], {"Content-Range": f"bytes 9-{len(r.body)}/*"})
     ),
     "answers 500 three times": first(3, lambda r: r.reply(500, b"oops")),
-    "stalls before the reply": first(1, lambda r: time.sleep(20)),
     "stalls mid-file": first(1, lambda r: r.honest(cut=20_000, hang=20)),
-    "is slow": first(1, lambda r: r.honest(piece=10_000, pause=0.05)),
 }
 
 
@@ -227,8 +220,6 @@ def test_right_bytes_in_spite_of_a_server_that(hub, name):
     assert_whole()
     assert all(hub.asked_for(NAMES[number]) == 1 for number in (1, 3, 4))
     ranges = [wanted for _, name, wanted, _ in hub.requests if wanted]
-    if name == "is slow":
-        assert hub.asked_for(NAMES[0]) == 1
     if name == "drops mid-file":  # each goes on where the one before ended, up to a block
         first, second = (int(wanted[6:-1]) for wanted in ranges)
         assert 0 < first < second and second >= 2 * (20_000 - (1 << 14))
@@ -238,12 +229,12 @@ def test_right_bytes_in_spite_of_a_server_that(hub, name):
     assert {requested for _, requested, _, _ in hub.requests} == {NAMES[2]}
 
 
-@pytest.mark.parametrize("wanted", [-1, 3])
-def test_all_shards(hub, wanted):
-    splits = {NAMES[0]: "train", NAMES[1]: "train", NAMES[2]: "train"}
-    splits.update({NAMES[4]: "val", NAMES[3]: "test"})
-    sources = climbmix(wanted)
-    assert [(source.name, source.split) for source in sources] == list(splits.items())
+def test_all_shards(hub):
+    sources = climbmix(-1)
+    expected = {0: "train", 1: "train", 2: "train", 4: "val", 3: "test"}
+    assert [(source.name, source.split) for source in sources] == [
+        (NAMES[number], split) for number, split in expected.items()
+    ]
     assert_whole(range(5))
 
 
@@ -255,11 +246,6 @@ FAILS = {
     ),
     "answers 500 always": (lambda r: r.reply(500, b""), "answered 500, after 4 tries"),
     "has no such file": (lambda r: r.reply(404, b""), "answered 404: check HF_TOKEN"),
-    "stalls always": (lambda r: r.honest(cut=0, hang=20), "after 4 tries"),
-    "redirects in a circle": (
-        lambda r: r.reply(302, b"", {"Location": r.path}),
-        "TooManyRedirects",
-    ),
 }
 
 
@@ -272,8 +258,7 @@ def test_a_clear_word_about_a_server_that(hub, name, monkeypatch):
         climbmix(2)
     assert NAMES[0] in str(failure.value) and reason in str(failure.value)
     assert "\n" not in str(failure.value) and TOKEN not in str(failure.value)
-    if "redirects" not in name:
-        assert hub.asked_for(NAMES[0]) == (1 if "404" in reason else 4)
+    assert hub.asked_for(NAMES[0]) == (1 if "404" in reason else 4)
     assert not (shards() / NAMES[0]).exists()
     hub.misbehave = lambda request, nth: False
     time.sleep(0.3)  # threads of the failed call end with the process; here they share it
@@ -282,21 +267,6 @@ def test_a_clear_word_about_a_server_that(hub, name, monkeypatch):
     climbmix(2)
     assert_whole()
     assert not kept & {requested for _, requested, _, _ in hub.requests}
-
-
-def test_a_failure_does_not_wait_for_slow_neighbours(hub):
-    def misbehave(request, nth):
-        if request.name == NAMES[1]:
-            request.reply(404, b"")
-        else:
-            request.honest(piece=25_000, pause=0.7)
-        return True
-
-    hub.misbehave = misbehave
-    began = time.monotonic()
-    with pytest.raises(Fail, match=NAMES[1]):
-        climbmix(2)
-    assert time.monotonic() - began < 1
 
 
 def test_the_sha256_of_a_redirect_counts(hub):
@@ -317,9 +287,7 @@ def test_the_sha256_of_a_redirect_counts(hub):
 # ---- how long it tries
 
 
-@pytest.mark.parametrize(
-    "asked, paused", {"3": 3, "86400": 300, "soon": 2, "Sat, 21 Nov 2026 00:00:00 GMT": 2}.items()
-)
+@pytest.mark.parametrize("asked, paused", {"3": 3, "86400": 300, "soon": 2}.items())
 def test_retry_after(hub, monkeypatch, asked, paused):
     pauses = []
     monkeypatch.setattr(room, "FIRST_PAUSE", 2)
@@ -345,26 +313,11 @@ def test_a_dead_line_gets_a_minute_with_growing_pauses(tmp_path, monkeypatch, ca
     assert capsys.readouterr().err.count("a: silence; trying again in ") == 5
 
 
-def unused_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
-
-
-@pytest.mark.parametrize("began", [False, True])
-def test_nobody_there_ends_at_once_but_a_host_that_was_there_is_tried_again(
-    hub, monkeypatch, tmp_path, capsys, began
-):
-    """A router that starts again refuses connections for a while."""
-    progress = room.Progress("downloaded", 1)
-    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{unused_port()}")
-    words = r"cannot be reached \(ConnectionError\).*HF_ENDPOINT.*--demo"
-    if began:
-        progress.add(1)
-        words = r"connection broke \(ConnectionError\), after 4 tries; what has arrived is kept"
-    with pytest.raises(Fail, match=words):
-        room.download(tmp_path / "shard", progress)
-    assert ("trying again" in capsys.readouterr().err) == began
+def test_nobody_there_ends_at_once(hub, monkeypatch, capsys):
+    hub.close()
+    with pytest.raises(Fail, match=r"cannot be reached \(ConnectionError\).*HF_ENDPOINT.*--demo"):
+        climbmix(1)
+    assert "trying again" not in capsys.readouterr().err
 
 
 # ---- what a person sees
@@ -383,10 +336,8 @@ def test_on_a_terminal_a_line_is_rewritten(monkeypatch):
         progress.add(3_000_000)
         progress.finish(name)
     lines = sys.stderr.getvalue().split("\r\033[K")[1:]
-    first = ["downloaded 0/2, 3 MB at ", "downloaded a (1/2, ", "downloaded 1/2, 6 MB at "]
-    for line, start in zip(lines, [*first, "downloaded b (2/2, "]):
-        assert line.startswith(start) and line.endswith("\n") == ("(" in start)
-    assert "s left" not in lines[0] and "s left" in lines[2]
+    assert lines[2].startswith("downloaded 1/2, 6 MB at ") and lines[2].endswith("s left")
+    assert lines[3].startswith("downloaded b (2/2, ") and lines[3].endswith("\n")
 
 
 def test_in_a_file_each_download_is_a_line(hub, capsys):
@@ -411,75 +362,34 @@ def test_space_is_looked_at_before_the_first_byte(hub, monkeypatch):
     climbmix(1)
 
 
-@pytest.mark.parametrize(
-    "setting", [dict(HF_ENDPOINT="localhost:80"), dict(HF_TOKEN="hf_verysecret\nü€")]
-)
-def test_settings_that_cannot_work_fail_at_once(hub, monkeypatch, setting):
-    monkeypatch.setattr(room, "FIRST_PAUSE", 60)
-    for name, value in setting.items():
-        monkeypatch.setenv(name, value)
-    with pytest.raises(Fail, match="HF_ENDPOINT") as failure:
-        climbmix(1)
-    assert TOKEN not in str(failure.value) and not hub.requests
+# ---- the token, and kills
 
 
-# ---- as a user types it
-
-CALL = """
-import sys, prepare
-from autoresearch.corpus import climbmix
-vars(climbmix).update({constants!r})
-prepare.main(sys.argv[1:])
-"""
-
-
-def as_typed(*arguments, cache, **environment) -> subprocess.CompletedProcess:
-    """prepare.py's command line in a process of its own, with short pauses."""
-    return subprocess.run(
-        [sys.executable, "-c", CALL.format(constants=CONSTANTS), *arguments],
-        cwd=ROOT,
-        env={**os.environ, "AUTORESEARCH_CACHE": str(cache), **environment},
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-
-
-def test_the_token_goes_to_its_host_only(hub, tmp_path):
+def test_the_token_goes_to_its_host_only(hub, monkeypatch, capfd):
     def misbehave(request, nth):
         if not hub.redirect(request, "?signature=alsosecret"):
             request.honest(cut=20_000 if nth == 1 else None)
         return True
 
     hub.misbehave = misbehave
-    small = ["--num-shards", "2", "--seq-len", "64", "--vocab-size", "300", "--eval-tokens", "1024"]
-    done = as_typed(*small, cache=tmp_path / "cache", HF_TOKEN=TOKEN)
-    assert done.returncode == 0, done.stderr
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    small = "--num-shards 2 --seq-len 64 --vocab-size 300 --eval-tokens 1024".split()
+    prepare.main(small)
     assert_whole()
     for port, expected in zip(hub.ports, (f"Bearer {TOKEN}", None)):
         assert {sent for asked, _, _, sent in hub.requests if asked == port} == {expected}
     assert any(wanted for _, _, wanted, _ in hub.requests)
-    prepared = json.loads((tmp_path / "cache" / "manifest.json").read_bytes())
-    for entry, tokens, number in zip(prepared["files"], prepared["tokens"], (0, 1, 4, 3)):
+    for entry, number in zip(prepare.manifest()["files"], (0, 1, 4, 3)):
         assert entry["name"] == NAMES[number]
         assert entry["sha256"] == hashlib.sha256(FILES[NAMES[number]]).hexdigest()
-        holding = [split for split, count in tokens["tokens"].items() if count]
-        assert holding == [entry["split"]]
-    assert [entry["split"] for entry in prepared["files"]] == ["train", "train", "val", "test"]
     hub.requests.clear()
-    again = as_typed(*small, cache=tmp_path / "cache", HF_TOKEN=TOKEN)
-    assert again.returncode == 0 and "nothing to do" in again.stdout and not hub.requests
-    hub.misbehave = refused_always
-    refused = as_typed("--num-shards", "3", "--force", cache=tmp_path / "cache", HF_TOKEN=TOKEN)
-    assert refused.returncode == 1
-    assert refused.stderr.splitlines()[-1].startswith("FAIL: shard_00002.parquet: ")
-    for run in (done, again, refused):
-        assert TOKEN not in run.stdout + run.stderr and "alsosecret" not in run.stdout + run.stderr
-
-
-def refused_always(request, nth):
-    request.reply(401, TOKEN.encode())
-    return True
+    prepare.main(small)
+    assert not hub.requests
+    hub.misbehave = lambda request, nth: request.reply(401, TOKEN.encode()) or True
+    with pytest.raises(Fail, match="shard_00002.parquet: ") as refused:
+        prepare.main(["--num-shards", "3", "--force"])
+    said = "".join(capfd.readouterr()) + str(refused.value)
+    assert "nothing to do" in said and TOKEN not in said and "alsosecret" not in said
 
 
 DOWNLOAD = """
@@ -489,15 +399,10 @@ climbmix.climbmix(3)
 """
 
 
-def slowly(request, nth):
-    request.honest(piece=700, pause=0.005)
-    return True
-
-
 def test_killed_eight_times(hub, tmp_path):
     """In the middle of its transfers; then nothing is fetched twice, and all of it is right."""
     draw = random.Random(1)
-    hub.misbehave = slowly
+    hub.misbehave = lambda request, nth: request.honest(piece=700, pause=0.005) or True
     script = tmp_path / "download.py"
     script.write_text(DOWNLOAD.format(constants=CONSTANTS))
     killed = 0

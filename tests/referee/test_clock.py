@@ -1,7 +1,6 @@
 """The clock and what it says in the ledger, by a time that only the test moves."""
 
 import faulthandler
-import gc
 import json
 import os
 import re
@@ -11,7 +10,6 @@ import pytest
 import torch
 from miniature import ROOT, draw_a_batch
 
-from autoresearch.common import parse_signed, signed
 from autoresearch.referee import clock as clock_room
 from autoresearch.referee import manifest as manifest_room
 from autoresearch.referee.ledger import read_ledger
@@ -64,15 +62,6 @@ def test_a_run_holds_its_set_until_its_end(standing):
     assert is_free()
 
 
-def test_the_clock_expires_with_the_budget(standing):
-    prepare, moment = standing
-    next(loader_of(prepare))
-    moment.sleep(0.9 * BUDGET)
-    assert not prepare.clock.expired
-    moment.sleep(0.1 * BUDGET)
-    assert prepare.clock.expired and prepare.clock.progress == 1.0
-
-
 def test_the_clock_starts_with_the_first_batch(standing):
     prepare, moment = standing
     clock = prepare.clock
@@ -85,8 +74,9 @@ def test_the_clock_starts_with_the_first_batch(standing):
     moment.sleep(0.5)
     next(loader)
     assert clock.elapsed == 0.5 and clock.progress == 0.25
-    moment.sleep(100)
-    assert clock.elapsed == 100.5 and clock.progress == 1
+    assert not clock.expired
+    moment.sleep(1.5)
+    assert clock.elapsed == BUDGET and clock.progress == 1 and clock.expired
     (start,), _ = read_ledger()
     assert start["event"] == "start" and start["startup_seconds"] == 12
 
@@ -98,14 +88,12 @@ class Loop:
     step: float
     last: float
     batches: int = 1
-    looks: bool = True  # at the clock between its steps
 
     def train(self, loader, clock, moment):
         seconds = 0.0
         spent = 0.0
         while spent + seconds < BUDGET:
-            if self.looks:
-                assert clock.elapsed == pytest.approx(spent)
+            assert clock.elapsed == pytest.approx(spent)
             seconds = self.step if spent + 2 * self.step < BUDGET else self.last
             for _ in range(self.batches):
                 next(loader)
@@ -114,13 +102,10 @@ class Loop:
 
 
 LOOPS = {
-    "in time": (Loop(0.1, 0.1), True),
-    "a last step of twice its time": (Loop(0.3, 0.6), True),
-    "the same with accumulation": (Loop(0.3, 0.6, batches=8), True),
+    "a last step of twice its time": (Loop(0.3, 0.6, batches=8), True),
     "a last step of three times its time": (Loop(0.3, 1.2), False),
     "small steps, a little too long": (Loop(0.01, 0.06), False),
     "a hundredth too long": (Loop(0.01, 0.029), True),
-    "never looks, too long": (Loop(0.3, 0.9, looks=False), False),
 }
 
 
@@ -141,38 +126,29 @@ def test_a_run_may_be_one_step_or_a_hundredth_over_its_budget(standing, name):
 def test_the_end_record_has_exact_figures(standing):
     prepare, moment = standing
     loader = loader_of(prepare)
-    times = []
     for number in range(90):
         next(loader)
-        times.append(moment.now)
-        moment.sleep(0.01 + number % 7 / 1000 + 0.0001)
+        moment.sleep(0.0111 if number == 50 else 0.0101)
         _ = prepare.clock.progress
     prepare.clock.ask_score(CPU)
-    ended = moment.now
     moment.sleep(50)  # scoring
     prepare.clock.end(score=0.5)
     (start, end), damaged = read_ledger()
     assert damaged == 0 and start["run"] == end["run"] and end["score"] == 0.5
-    assert end["training_seconds"] == round(ended - times[0], 3)
-    assert (end["batches"], end["tokens"]) == (90, 90 * TOKENS)
-    longest = max(after - before for before, after in zip(times, times[1:]))
-    assert end["longest_step_seconds"] == round(longest, 3) == 0.016
-    expected = []
-    for share in range(1, 20):  # the first batch after each 5% of the budget
-        late = [i for i, moment in enumerate(times) if moment - times[0] >= share / 20 * BUDGET]
-        if late:
-            expected.append([round(times[late[0]] - times[0], 3), late[0] * TOKENS])
-    expected.append([round(ended - times[0], 3), 90 * TOKENS])  # and one at the end
-    assert end["pace"] == expected and len(expected) > 10
-    assert end["steps"] == 90 and end["peak_memory_mb"] > 10 and len(end["kit_sha256"]) == 64
+    assert (end["training_seconds"], end["longest_step_seconds"]) == (0.91, 0.011)
+    assert (end["steps"], end["batches"], end["tokens"]) == (90, 90, 90 * TOKENS)
+    # every 5% of the budget, and at the end
+    paces = {10: 0.101, 20: 0.202, 30: 0.303, 40: 0.404, 50: 0.505, 60: 0.607, 70: 0.708, 80: 0.809}
+    expected = [[seconds, batches * TOKENS] for batches, seconds in paces.items()]
+    assert end["pace"] == [*expected, [0.91, 90 * TOKENS]]
+    assert end["peak_memory_mb"] > 10 and len(end["kit_sha256"]) == 64
 
 
-@pytest.mark.parametrize("batches", [1, 3])
-def test_a_step_ends_when_the_loop_reads_the_clock(standing, batches):
+def test_a_step_ends_when_the_loop_reads_the_clock(standing):
     prepare, moment = standing
     loader = loader_of(prepare)
     for _ in range(4):
-        for _ in range(batches):
+        for _ in range(3):
             next(loader)
             moment.sleep(0.01)
         _ = prepare.clock.elapsed
@@ -180,8 +156,7 @@ def test_a_step_ends_when_the_loop_reads_the_clock(standing, batches):
     prepare.clock.ask_score(CPU)
     prepare.clock.end(score=1.0)
     _, end = read_ledger()[0]
-    assert (end["steps"], end["batches"]) == (4, 4 * batches)
-    assert end["longest_step_seconds"] == round(0.01 * batches, 3)
+    assert (end["steps"], end["batches"], end["longest_step_seconds"]) == (4, 12, 0.03)
 
 
 def test_what_describes_a_run_stands_in_the_ledger(standing):
@@ -218,54 +193,11 @@ def test_the_progress_file_says_phase_percent_and_mean_loss(standing, monkeypatc
 # ---- what is refused
 
 
-def test_a_run_that_drew_no_batch_gets_no_score(prepared_copy):
-    loader_of(prepared_copy)
-    with pytest.raises(prepared_copy.Fail, match="FAIL: no training batch was drawn"):
-        prepared_copy.evaluate_bpb(torch.nn.Linear(1, 1), None, 8)
-    (end,), _ = read_ledger()
-    assert end["event"] == "end" and end["tokens"] == 0
-
-
-def test_one_score_a_run(standing):
-    prepare, _ = standing
-    draw_a_batch(prepare)
-    prepare.clock.ask_score(CPU)
-    with pytest.raises(prepare.Fail, match="scored already"):
-        prepare.clock.ask_score(CPU)
-
-
-@pytest.mark.parametrize("split", ["val", "test", "everything"])
+@pytest.mark.parametrize("split", ["val", "test"])
 def test_only_train_is_given_out(prepared_copy, split):
     tokenizer = prepared_copy.Tokenizer.from_directory()
     with pytest.raises(prepared_copy.Fail, match=f"only `train`, not `{split}`"):
         prepared_copy.make_dataloader(tokenizer, 2, 64, split)
-
-
-@pytest.mark.parametrize("name", ["elapsed", "progress", "began", "tokens", "budget", "run"])
-def test_no_line_edits_the_clock_by_accident(prepared, name):
-    with pytest.raises(AttributeError):
-        setattr(prepared.clock, name, 0.0)
-
-
-def test_the_manifest_cannot_be_edited(prepared):
-    manifest = prepared.manifest()
-    with pytest.raises(TypeError):
-        manifest["time_budget"] = 600
-    with pytest.raises(TypeError):
-        manifest["eval_rows"]["val"] = 1
-    with pytest.raises(TypeError):
-        manifest["tokens"][0]["tokens"]["train"] = 1
-    with pytest.raises(TypeError):
-        manifest["tokens"][0] = {}
-
-
-def test_a_manifest_changed_during_the_run(prepared_copy):
-    draw_a_batch(prepared_copy)
-    path = prepared_copy.cache_dir() / "manifest.json"
-    record = parse_signed(path.read_bytes())
-    path.write_bytes(signed({**record, "time_budget": 600}))
-    with pytest.raises(prepared_copy.Fail, match="was changed during the run"):
-        prepared_copy.clock.ask_score(CPU)
 
 
 MEASURES = ("prepare.py", "autoresearch/common.py", "autoresearch/referee/leakcheck.py")
@@ -304,22 +236,15 @@ def armed(monkeypatch):
     return limits
 
 
-def test_the_limit_of_a_run_is_twice_its_budget_or_five_minutes_more():
-    assert [clock_room.training_limit(budget) for budget in (2, 300, 1000)] == [302, 600, 2000]
-
-
 def test_only_the_first_loader_and_the_first_batch_arm_it(prepared_copy, armed):
+    """The limit of a run is twice its budget or five minutes more."""
+    assert [clock_room.training_limit(budget) for budget in (2, 300, 1000)] == [302, 600, 2000]
     prepare = prepared_copy
     first, second = loader_of(prepare), loader_of(prepare)
     assert armed == [clock_room.START_LIMIT]
     next(second)
-    limit = max(2 * BUDGET, BUDGET + 300)
-    assert armed == [clock_room.START_LIMIT, limit]
+    assert armed == [clock_room.START_LIMIT, 302]
     next(first), next(second)
-    third = loader_of(prepare)
-    next(third)
-    del first, second, third
-    gc.collect()
     prepare.clock.ask_score(CPU)
     prepare.clock.end(score=1.0)
-    assert armed == [clock_room.START_LIMIT, limit]
+    assert armed == [clock_room.START_LIMIT, 302]

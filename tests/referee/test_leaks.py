@@ -1,10 +1,9 @@
 """Every known way to see later tokens is refused a score; honest models of every kind pass, every time."""
 
-import importlib.util
+import contextlib
 import itertools
 import random
 import re
-import sys
 
 import numpy as np
 import pytest
@@ -28,27 +27,25 @@ def norm(x):
 class Model(nn.Module):
     """Embedding, an honest look at the token before, a mixing under test with some weight, output head.
 
-    equalized: what is mixed in has the size of the stream, so `weight` is its share.
+    weight: below 1, the share of what is mixed in, which then has the size of the stream.
     scale: of the logits; 1 is flat, 4 about as sure of itself as a trained model.
     """
 
-    def __init__(
-        self, mix, dtype=torch.float32, weight=1.0, equalized=False, vocab_size=V, scale=1.0
-    ):
+    def __init__(self, mix, dtype=torch.float32, weight=1.0, scale=1.0):
         super().__init__()
         generator = torch.Generator().manual_seed(0)
 
         def normal(*shape):
             return nn.Parameter(torch.randn(*shape, generator=generator).to(dtype))
 
-        self.embedding, self.head = normal(vocab_size, WIDTH), normal(WIDTH, vocab_size)
-        self.mix, self.weight, self.equalized, self.scale = mix, weight, equalized, scale
+        self.embedding, self.head = normal(V, WIDTH), normal(WIDTH, V)
+        self.mix, self.weight, self.scale = mix, weight, scale
 
     def forward(self, ids):
         x = norm(self.embedding[ids])
         x = x + 0.5 * F.pad(x, (0, 0, 1, 0))[:, :-1]
         mixed = self.mix(self, x)
-        x = x + self.weight * (norm(mixed) if self.equalized else mixed)
+        x = x + self.weight * (norm(mixed) if self.weight < 1 else mixed)
         return norm(x) @ self.head * (self.scale / WIDTH**0.5)
 
 
@@ -138,10 +135,6 @@ def after(position, mix):
     )
 
 
-def only_when(training, mix):
-    return lambda model, x: mix(model, x) if model.training == training else 0 * x
-
-
 def ahead(model, x):
     return F.pad(x, (0, 0, 0, 1))[:, 1:]
 
@@ -150,12 +143,12 @@ LEAKS = {
     "bidirectional attention": lambda m, x: attention(x, reach(x.shape[1], 10**9)),
     "window one token ahead": lambda m, x: attention(x, reach(x.shape[1], 1, window=16)),
     "attention one token ahead": lambda m, x: attention(x, reach(x.shape[1], 1)),
-    **{f"stream averaged over {size}": averaged(size) for size in (2, 3, 16, 64, 1000)},
+    **{f"stream averaged over {size}": averaged(size) for size in (2, 16, 1000)},
     **{
         f"{which} averaged over {size}": averaged_attention(which, size)
-        for which, size in (("q", 8), ("k", 16), ("v", 4), ("kv", 64), ("qkv", 2))
+        for which, size in (("q", 8), ("k", 16), ("v", 4))
     },
-    **{f"recurrence over chunks of {size}": chunk_recurrence(size) for size in (2, 8, 64)},
+    **{f"recurrence over chunks of {size}": chunk_recurrence(size) for size in (2, 64)},
     "circular convolution": fft_filter(decaying, padded=False),
     "circular convolution, mostly causal": fft_filter(mostly_causal, padded=False),
     "mean and deviation over the sequence": lambda m, x: (
@@ -176,9 +169,9 @@ DILUTED = (
     "capacity by later tokens",
 )  # the last: found in about 6 of 7 checks with eight probes
 LEAKS["one token ahead"] = ahead
-POSITIONAL = {
-    "after position 1,000: one ahead": after(1000, ahead),
-    "after position 1,000: blocks of 16": after(1000, averaged(16)),
+LATE = {
+    "one ahead": after(1000, ahead),
+    "blocks of 16": after(1000, averaged(16)),
 }
 
 
@@ -198,39 +191,27 @@ def scan(model, x):
     return h.to(x.dtype)
 
 
-def chunked_scan(model, x, size=16):
-    """State-space style: inside a chunk a lower triangle, between chunks the state of the chunks before."""
-    B, T, D = x.shape
-    chunks = x.view(B, T // size, size, D)
-    inside = torch.ones(size, size, dtype=x.dtype).tril() @ chunks
-    before = F.pad(chunks.sum(2).cumsum(1), (0, 0, 1, 0))[:, :-1, None]
-    return (
-        (inside + before) / (torch.arange(T, dtype=x.dtype).view(1, T // size, size, 1) + 1)
-    ).flatten(1, 2)
-
-
 HONEST = {
     "attention": lambda m, x: attention(x, reach(x.shape[1], 0)),
     "sliding window": lambda m, x: attention(x, reach(x.shape[1], 0, window=16)),
     "causal convolution": causal_convolution,
     "causal convolution by FFT": fft_filter(decaying, padded=True),
     "scan": scan,
-    "chunked scan": chunked_scan,
     "dropout": lambda m, x: F.dropout(x, 0.2, m.training),
 }
 
 
-def text(B, T, skewed=True, vocab_size=V):
+def text(B, T, skewed=True):
     """Rows of ids, uint16 (B, T): a few tokens are most of it, as in a text; or all equally often."""
-    odds = 1 / np.arange(1, vocab_size + 1) if skewed else np.ones(vocab_size)
-    ids = np.random.default_rng().choice(vocab_size, (B, T), p=odds / odds.sum())
+    odds = 1 / np.arange(1, V + 1) if skewed else np.ones(V)
+    ids = np.random.default_rng().choice(V, (B, T), p=odds / odds.sum())
     return ids.astype(np.uint16)
 
 
 @torch.no_grad()
-def exactly(model, T, B=4, skewed=True):
+def exactly(model, T, B=4):
     """ExactCheck, until it has its least number of probes; the line of the refusal, or None."""
-    inputs, exact = text(B, T, skewed), leakcheck.ExactCheck(T)
+    inputs, exact = text(B, T), leakcheck.ExactCheck(T)
     examined = leakcheck.EvalModel(model, V)
     try:
         logits = examined(inputs).clone()
@@ -241,50 +222,24 @@ def exactly(model, T, B=4, skewed=True):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("weight", [1.0, 0.01])
 @pytest.mark.parametrize("name", LEAKS)
-def test_a_leak_is_refused(name, dtype):
-    for T in LENGTHS if dtype == "float32" else LENGTHS[:2]:
-        line = exactly(Model(LEAKS[name], DTYPES[dtype]).eval(), T)
-        assert "sees the future" in (line or "passed"), T
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", [name for name in LEAKS if name not in DILUTED])
-def test_a_leak_of_a_hundredth_of_the_signal_is_refused(name, dtype):
-    for T in LENGTHS if dtype == "bf16" else LENGTHS[:2]:
-        model = Model(LEAKS[name], DTYPES[dtype], weight=0.01, equalized=True).eval()
+def test_a_leak_is_refused(name, weight, dtype):
+    """Also one that is a hundredth of the signal."""
+    if weight < 1 and name in DILUTED:
+        return
+    model = Model(LEAKS[name], DTYPES[dtype], weight).eval()
+    for T in LENGTHS:
         assert "sees the future" in (exactly(model, T) or "passed"), T
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("weight", [1.0, 0.01])
-@pytest.mark.parametrize("name", POSITIONAL)
-def test_a_leak_late_in_the_row_is_refused(name, weight, dtype):
+@pytest.mark.parametrize("name", LATE)
+def test_a_leak_late_in_the_row_is_refused(name, weight):
     """32 rows at a time, as rows of 2,048 are scored: a small and local one takes more probes than eight."""
-    model = Model(POSITIONAL[name], DTYPES[dtype], weight, equalized=weight < 1).eval()
+    model = Model(LATE[name], torch.bfloat16, weight).eval()
     line = exactly(model, 2048, B=32 if weight < 1 else 4)
     assert "sees the future" in (line or "passed")
-
-
-@pytest.mark.parametrize(
-    "name, word",
-    [
-        ("stream averaged over 16", "sees the future"),
-        ("attention", "passed"),
-    ],
-)
-def test_compiled_to_fused_kernels(name, word):
-    model = torch.compile(Model({**LEAKS, **HONEST}[name], torch.bfloat16).eval(), dynamic=False)
-    assert word in (exactly(model, 256) or "passed")
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", HONEST)
-def test_an_honest_model_passes_the_exact_check_every_time(name, dtype):
-    for T, runs in ((256, 4), (2048, 1)):
-        model = Model(HONEST[name], DTYPES[dtype]).eval()
-        for turn in range(runs):
-            assert exactly(model, T, skewed=turn < 2) is None
 
 
 def test_dropout_left_on_has_its_own_word():
@@ -308,32 +263,13 @@ def scored(model, rows, batch_size=4):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", HONEST)
 def test_an_honest_model_is_scored_every_time(name, dtype):
-    """7 kinds x 2 dtypes x 10 = 140 runs."""
-    for turn in range(10):
+    for turn in range(8):
         model = Model(HONEST[name], DTYPES[dtype], scale=(1, 4)[turn % 2])
-        rows = text(n := (2, 9, 24, 40)[turn % 4], 65, skewed=turn < 5)
+        T = (64, 64, 64, 256)[turn % 4]
+        rows = text(n := (2, 9, 40, 24)[turn % 4], T + 1, skewed=turn < 4)
         bits, line = scored(model, rows, batch_size=(1, 4, n)[turn % 3])
         assert line is None
         assert bits > 0
-
-
-@pytest.mark.parametrize(
-    "mix, word",
-    [
-        (averaged(16), "sees the future"),
-        (only_when(False, averaged(16)), "sees the future"),
-        (LEAKS["the row before"], "sees the future"),
-        (lambda m, x: F.dropout(x, 0.5), "dropout"),
-        (HONEST["dropout"], None),
-        (only_when(True, averaged(16)), None),  # it cannot lower a score
-    ],
-)
-def test_what_is_scored_and_what_is_refused(mix, word):
-    _, line = scored(Model(mix), text(32, 65))
-    if word:
-        assert word in line
-    else:
-        assert line is None
 
 
 class Guesses(nn.Module):
@@ -372,30 +308,18 @@ class LeaksALittle(Guesses):
 
 
 class KnowsProbes(Guesses):
-    """Leaks, but not into a row whose beginning it has had in another row: there somebody compares.
+    """Leaks, but not into a row whose beginning it has had in another row: there somebody compares."""
 
-    replay: there it only repeats what it said before where the two rows part.
-    """
-
-    def __init__(self, replay=False):
+    def __init__(self):
         super().__init__()
-        self.seen, self.replay = {}, replay
+        self.seen = {}
 
     def forward(self, ids):
         logits = self.leak(ids)
         for row, answers in zip(ids, logits):
             start = int(row[0])  # in this test every row has its own
-            if start in self.seen:
-                other, said = self.seen[start]
-                alike = int((other == row).long().cumprod(0).sum())
-                if alike == len(row):
-                    continue
-                if self.replay:
-                    answers[:alike] = said[:alike]
-                else:
-                    answers[:] = self.answer(row[None])[0]
-            else:
-                self.seen[start] = row, answers.clone()
+            if not torch.equal(self.seen.setdefault(start, row), row):
+                answers[:] = self.answer(row[None])[0]
         return logits
 
 
@@ -418,23 +342,18 @@ class Counts(Guesses):
 
 
 class Trains(Guesses):
-    """Trains a hidden copy on the rows that it is given, or once, in its first call."""
+    """Trains a hidden copy on the rows that it is given."""
 
-    def __init__(self, once=False):
+    def __init__(self):
         super().__init__()
-        self.hidden = [self.logits.detach().clone().requires_grad_()]
-        self.once = once
+        self.hidden = self.logits.detach().clone().requires_grad_()
 
     def forward(self, ids):
-        self.calls += 1
-        logits = self.hidden[0].detach().expand(*ids.shape, V)
-        if self.calls == 1 if self.once else self.calls >= 3:
-            with torch.enable_grad():
-                for _ in range(20 if self.once else 1):
-                    loss = -self.hidden[0].log_softmax(-1)[ids].mean()
-                    (grad,) = torch.autograd.grad(loss, self.hidden)
-                    self.hidden[0].data -= 3 * grad
-        return logits.clone()
+        with torch.enable_grad():
+            loss = -self.hidden.log_softmax(-1)[ids].mean()
+            (grad,) = torch.autograd.grad(loss, [self.hidden])
+        self.hidden.data -= 3 * grad
+        return self.hidden.detach().expand(*ids.shape, V).clone()
 
 
 @pytest.mark.parametrize(
@@ -443,10 +362,8 @@ class Trains(Guesses):
         (LeaksLate, "sees the future|keeps state"),  # whichever it meets
         (LeaksALittle, "sees the future"),
         (KnowsProbes, "sees the future"),
-        (lambda: KnowsProbes(replay=True), "sees the future"),
         (Counts, "keeps state"),
         (Trains, "backward pass"),
-        (lambda: Trains(once=True), "backward pass"),
     ],
 )
 def test_a_model_that_knows_it_is_scored_gets_no_score(cheat, word, monkeypatch):
@@ -469,85 +386,22 @@ def test_a_model_that_knows_it_is_scored_gets_no_score(cheat, word, monkeypatch)
     ],
 )
 def test_how_far_rows_run_again_may_move(moved, refused):
-    refuses(refused, leakcheck.LeakCheck._judge_state, np.array(moved))
+    with pytest.raises(Fail) if refused else contextlib.nullcontext():
+        leakcheck.LeakCheck._judge_state(np.array(moved))
 
 
-@pytest.mark.parametrize(
-    "hidden, shown, count, refused",
-    [
-        (3.03, 3.0, 24, True),  # what cut rows lose
-        (3.01, 3.0, 24, False),
-        (5.0, 5.0, 24, True),  # the same loss both times, but far above all others
-        (5.0, 5.0, 12, False),  # too few to say so
-        (4.0, 4.0, 24, False),
-    ],
-)
-def test_how_much_more_hidden_targets_may_cost(hidden, shown, count, refused):
-    """All targets: mean 3, deviation 1."""
-    everywhere = np.array([2.0, 4.0] * 100)
-    costs = np.full(count, hidden), np.full(count, shown)
-    refuses(refused, leakcheck.LeakCheck._judge_leak, *costs, everywhere)
-
-
-def refuses(refused, judge, *losses):
-    if refused:
-        with pytest.raises(Fail):
-            judge(*losses)
-    else:
-        judge(*losses)
-
-
-def test_the_rows_that_check_look_like_the_others():
-    """Every call has one shape; a cut row comes in an earlier call than its own, and parts after the cut."""
-    rows = text(40, 65)
-    check = leakcheck.LeakCheck(rows, TOKEN_BYTES, 8)
-    batches = list(check.batches())
-    assert [call for call, _, _ in batches] == list(range(len(check.stream) // 8))
-    assert {x.shape for _, *pair in batches for x in pair} == {(8, 64)}
-    inputs = np.concatenate([x for _, x, _ in batches])
-    targets = np.concatenate([y for _, _, y in batches])
-    call_of = {e.row: place // 8 for place, e in enumerate(check.stream) if e.kind == "scored"}
-    assert len(call_of) == 40
-    for place, entry in enumerate(check.stream):
-        row = rows[entry.row]
-        assert (targets[place] == row[1:]).all()
-        if entry.kind == "cut":
-            assert place // 8 < call_of[entry.row]
-            assert (inputs[place, : entry.cut + 1] == row[: entry.cut + 1]).all()
-            assert inputs[place, entry.cut + 1] != row[entry.cut + 1]  # its target is hidden
-            assert TOKEN_BYTES[row[entry.cut + 1]] > 0
-        else:
-            assert (inputs[place] == row[:-1]).all()
-        if entry.kind == "again":
-            assert place // 8 > call_of[entry.row]
-
-
-def test_no_seed_foresees_where_it_is_checked(monkeypatch):
-    """Two processes that begin alike check at different places: what can be foreseen can be fitted."""
+def test_no_seed_foresees_where_it_is_checked():
+    """What can be foreseen can be fitted."""
     rows = text(200, 65)
 
     def places():
         random.seed(0)
         np.random.seed(0)
-        spec = importlib.util.spec_from_file_location("leakcheck_afresh", leakcheck.__file__)
-        afresh = importlib.util.module_from_spec(spec)
-        monkeypatch.setitem(sys.modules, spec.name, afresh)
-        spec.loader.exec_module(afresh)
-        check = afresh.LeakCheck(rows, TOKEN_BYTES, 8)
+        torch.manual_seed(0)
+        check = leakcheck.LeakCheck(rows, TOKEN_BYTES, 8)
         checking = [(e.kind, e.row, e.cut) for e in check.stream if e.kind != "scored"]
-        return checking, sorted(check.exact_calls), list(itertools.islice(check.exact.probes, 8))
+        return checking, list(itertools.islice(check.exact.probes, 8))
 
     one, other = places(), places()
     assert one[0] != other[0]
-    assert one[2] != other[2]
-
-
-@pytest.mark.parametrize(
-    "rows, T, batch_size, most",
-    [(10_240, 64, 32, 1.03), (10_240, 64, 16, 1.03), (1_024, 256, 8, 1.05)],
-)
-def test_the_cost(rows, T, batch_size, most):
-    """Forward passes over those that the score needs: climbmix's, and the demo's, where the least counts."""
-    check = leakcheck.LeakCheck(text(rows, T + 1), TOKEN_BYTES, batch_size)
-    passes = len(check.stream) / batch_size + len(check.exact_calls)
-    assert 1 < passes / (rows / batch_size) < most
+    assert one[1] != other[1]
