@@ -118,19 +118,19 @@ def stop(night: Night):
 def try_(night: Night, message: str, simpler: bool, expect: float | None):
     """The edits of the target's file as one experiment."""
     if not message.strip():
-        raise Fail('say what changes and what is expected: night.py try "..."')
+        raise Fail('say what changes and what is expected: uv run night.py try "..."')
     content = night.edits()
     if content is None:
         night.sync_branch()
         raise Fail(
             f"{TARGET.file} has no edits: change it first, "
-            "or bring an experiment's change back: night.py bring N"
+            "or bring an experiment's change back: uv run night.py bring N"
         )
     waiting = [e for e in night.open() if e.asked["kind"] == "try" and e.state() == "waiting"]
     if len(waiting) >= capacity(night):
         raise Fail(
             f"{len(waiting)} experiments wait already, and more would be stale when they start: "
-            "night.py wait, then try again"
+            "uv run night.py wait, then try again"
         )
     mistake = syntax_error(content)
     if mistake:
@@ -239,10 +239,10 @@ def drop(night: Night, n: int):
     if "status" in record:
         raise Fail(f"{n} has ended ({record['status']}): there is nothing to drop")
     if record["kind"] == "baseline":
-        raise Fail(f"{n} is the baseline, which all else needs; to end all, night.py stop")
+        raise Fail(f"{n} is the baseline, which all else needs; to end all, uv run night.py stop")
     (experiment.folder / "drop").touch()
     wake(night)
-    print(f"{n} is dropped; night.py wait")
+    print(f"{n} is dropped; uv run night.py wait")
 
 
 # ------------------------------------------------------------------------------- show, bring, runs
@@ -300,7 +300,7 @@ def bring(night: Night, what: str):
         raise Fail(f"bring {one_line(what, 20)}: it takes an experiment's number, or best")
     record, _ = find(night, int(what))
     if record["kind"] != "try":
-        raise Fail(f"{what} ({record['kind']}) has no change: night.py bring best")
+        raise Fail(f"{what} ({record['kind']}) has no change: uv run night.py bring best")
     night.sync_branch()
     commit, tip, edits = record["commit"], night.tip(), night.edits()
     current = night.repo.file_at(tip) if edits is None else edits
@@ -308,12 +308,12 @@ def bring(night: Night, what: str):
     parent = night.repo.git("rev-parse", f"{commit}^")
     content = merged(current, night.repo.file_at(parent), night.repo.file_at(commit))
     if content is None:
-        by_hand = f"read it (night.py show {what}) and make it by hand"
+        by_hand = f"read it (uv run night.py show {what}) and make it by hand"
         raise Fail(f"{what}'s change does not apply to {place}: {by_hand}")
     if content == current:
         raise Fail(f"{what}'s change is in {place} already: try another idea")
     night.write_target(content)
-    print(f"{what}'s change is in {TARGET.file}, on top of {place}: edit, then night.py try")
+    print(f"{what}'s change is in {TARGET.file}, on top of {place}: edit, then uv run night.py try")
 
 
 def bring_best(night: Night):

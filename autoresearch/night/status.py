@@ -55,10 +55,12 @@ def record_lines(record: dict) -> list[str]:
         best = f" (the best before: {record['base_rate']:,.0f})" if record["base_rate"] else ""
         done = f"{record['steps'] or '?'} steps, {record['wall_seconds']:.0f} s in all"
         lines.append(f"   {per_second:,.0f} tokens/s{best}, {done}")
-    if record["kind"] == "baseline" and 0 < (record["steps"] or 0) < FEW_STEPS:
+    if record["score"] is not None and 0 < (record["steps"] or 0) < FEW_STEPS:
         lines.append(f"   under {FEW_STEPS} steps a score measures the machine more than the idea")
     if record["why"].startswith(rules.CONFLICT):
-        lines.append(f"   its diff: night.py show {record['n']}; make it by hand if still worth it")
+        lines.append(
+            f"   its diff: uv run night.py show {record['n']}; make it by hand if still worth it"
+        )
     return lines
 
 
@@ -140,7 +142,7 @@ def best_lines(records: list[dict]) -> list[str]:
         f"{len(kept)} kept; noise floor {noise}",
     ]
     for lost in rules.displaced_by(best, records):
-        again = f"night.py show {lost['n']}, make that change again on top, and try"
+        again = f"uv run night.py show {lost['n']}, make that change again on top, and try"
         lines.append(
             f"     it displaced {lost['n']}, {lost['commit'][:7]} ({title_of(lost)}): {again}"
         )
@@ -174,19 +176,19 @@ def what_next(night: Night) -> str:
     """What the agent should type next."""
     records, experiments = night.records(), night.open()
     if night.stopped():
-        return "the night was stopped: whoever stopped it continues with night.py begin"
+        return "the night was stopped: whoever stopped it continues with uv run night.py begin"
     if rules.best_of(records) is None and not any(e.is_baseline for e in experiments):
         return "the baseline gave no score (see above): tell the human, or fix it and run begin"
     waiting = [e for e in experiments if e.asked["kind"] == "try" and e.state() == "waiting"]
     edited = night.edits() is not None
     if len(waiting) >= capacity(night):
         kept = f"; {TARGET.file} keeps its edits until then" if edited else ""
-        return f"the queue is full: night.py wait{kept}"
+        return f"the queue is full: uv run night.py wait{kept}"
     if edited:
-        finish = 'finish them, then night.py try "..."; or night.py bring best'
+        finish = 'finish them, then uv run night.py try "..."; or uv run night.py bring best'
         return f"{TARGET.file} has edits: {finish}"
-    or_wait = ", or night.py wait" if experiments else ""
-    return f'edit {TARGET.file} and night.py try "what changes; what is expected"{or_wait}'
+    or_wait = ", or uv run night.py wait" if experiments else ""
+    return f'edit {TARGET.file} and uv run night.py try "what changes; what is expected"{or_wait}'
 
 
 def print_status(night: Night):

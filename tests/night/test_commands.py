@@ -39,7 +39,9 @@ def test_the_queue_is_bounded_and_edits_beside_a_full_one_are_kept(lab):
     two = [lab.attempt(f"two wait, {number}", DEPTH=number) for number in (1, 2)]
     lab.edit(COMMENT=1)
     said = lab.say()
-    next_words = "next: the queue is full: night.py wait; train.py keeps its edits until then\n"
+    next_words = (
+        "next: the queue is full: uv run night.py wait; train.py keeps its edits until then\n"
+    )
     assert said.endswith(next_words)
     assert "2 experiments wait already" in lab.refused("try", "a fourth")
     lab.say("drop", two[0])
@@ -189,7 +191,7 @@ HEADER = "commit\tval_bpb\tmemory_gb\tstatus\tdescription\n"
         ("begun", constants(NOTE=200), ["try", "x", "--simpler"], "train.py has not become shorter"),
         ("begun", None, ["bring", "9"], "no experiment 9: they go from 1 to 3"),
         ("begun", None, ["bring", "what"], "it takes an experiment's number, or best"),
-        ("begun", None, ["bring", "2"], r"2 \(baseline\) has no change: night.py bring best"),
+        ("begun", None, ["bring", "2"], r"2 \(baseline\) has no change: uv run night.py bring best"),
         ("begun", None, ["drop", "3"], r"3 has ended \(discard\)"),
     ],
 )
