@@ -58,6 +58,7 @@ def guard(main: Callable[[], float]) -> NoReturn:
 
 def end_failed(error: BaseException) -> NoReturn:
     """Ends the process with 1: the ledger has the reason, and the log's last line is `FAIL: ...`."""
+    sys.stdout.flush()  # what was said stands before the traceback
     if not isinstance(error, Fail):
         try:
             fail(explain(error))
