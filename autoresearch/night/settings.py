@@ -1,7 +1,7 @@
 """
 The night's settings: what it improves, and the human's lines in program.md.
 
-A line `- name: value` is a setting: tag, limit, slots, cluster. What this page does not say has
+A line `- name: value` is a setting: tag, limit, slots, notify, cluster. What this page does not say has
 a default.
 """
 

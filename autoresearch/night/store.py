@@ -69,12 +69,13 @@ class Night:
         # Of the journal, what was read so far, and up to which byte: it may hold 10,000 lines.
         self._records: list[dict] = []
         self._confirmed: list[dict] = []
+        self._sessions: list[dict] = []
         self._read_bytes = 0
 
     # what has ended
 
     def records(self) -> list[dict]:
-        """The experiments that have ended, in order, without a confirmation's runs.
+        """The experiments that have ended, in order, without a confirmation's runs and sessions.
 
         A line that a power cut tore is ignored.
         """
@@ -86,8 +87,8 @@ class Night:
                 self._read_bytes += len(line)
                 with contextlib.suppress(ValueError):
                     record = json.loads(line)
-                    kind = self._confirmed if record["kind"] == "confirm" else self._records
-                    kind.append(record)
+                    others = {"confirm": self._confirmed, "session": self._sessions}
+                    others.get(record["kind"], self._records).append(record)
         return [*self._records]
 
     def confirmed(self) -> list[dict]:
@@ -95,8 +96,17 @@ class Night:
         self.records()
         return [*self._confirmed]
 
+    def sessions(self) -> list[dict]:
+        """The sessions of the agent (`night.py agent`) that have ended: no experiments, no rows.
+
+        kind `session`; began, ended (utc); experiments, how many it brought; tokens and dollars,
+        None where the agent's client does not report them.
+        """
+        self.records()
+        return [*self._sessions]
+
     def ended(self) -> list[dict]:
-        """All records of the journal, those of a confirmation last."""
+        """All experiments of the journal, those of a confirmation last."""
         return [*self.records(), *self.confirmed()]
 
     def rates(self) -> dict[str, list[float]]:

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from autoresearch.common import ROOT, Fail, utc
 from autoresearch.night import rules
 from autoresearch.night.experiment import Experiment
+from autoresearch.night.notify import notify
 from autoresearch.night.repo import merged
 from autoresearch.night.settings import (
     cluster_address,
@@ -87,6 +88,10 @@ class Supervisor:
             experiment.again(step.why)
         else:
             self.night.record(experiment, step)
+            if step.status == "keep" and not experiment.is_baseline:
+                best = rules.best_of(self.night.records())
+                words = f"new best {best['score']:.6f}: {best['n']}, {best['message']}"
+                notify(self.night, f"night {self.night.tag}: {words}")
 
     def process_finished(self) -> bool:
         """Decides what has ended: the baseline first and as a whole, because all else is compared with it."""
