@@ -21,6 +21,7 @@ def test_a_new_best_is_told_and_a_command_that_hangs_or_fails_stops_nothing(lab,
     )
     assert told.read_text() == sentence + "\n"
     assert not (lab.root / "wrong").exists()
+    lab.say()  # the best into the file
     lab.set("- notify: /no/such/command")
     assert lab.until_ended(lab.attempt("wider still", WIDTH=2))["status"] == "keep"
     log = lab.state_dir / "nov21/notify.log"
