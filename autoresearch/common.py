@@ -176,6 +176,20 @@ def parse_signed(line: bytes) -> dict:
 
 # --------------------------------------------------------------------------------------------- git
 
+# Of the variables named GIT_*, those that reach our own git: which configuration, who commits, how
+# to fetch. The rest would lead it elsewhere: git exports GIT_DIR and GIT_INDEX_FILE to every hook.
+GIT_VARIABLES = re.compile(
+    "GIT_(CONFIG_(GLOBAL|SYSTEM|NOSYSTEM|COUNT|KEY_.*|VALUE_.*)|(AUTHOR|COMMITTER)_(NAME|EMAIL)"
+    "|EXEC_PATH|ASKPASS|SSH.*|SSL_.*)"
+)
+GIT_SETTINGS = (
+    "core.hooksPath=/dev/null",  # the user's hooks are for the user's commits
+    "core.fsmonitor=false",  # a hook, too; or a daemon in each run's worktree
+    "core.quotePath=false",
+    "i18n.commitEncoding=UTF-8",
+)
+AS_COMMITTED = ("-c", "core.autocrlf=false", "-c", "core.eol=lf")  # a checkout with LF, not CRLF
+
 
 def git(*words: str, at: Path = ROOT, give: bytes = b"", check: bool = True) -> str | None:
     """git's answer in the folder `at`, stripped. Where git fails: Fail; with check=False None."""
@@ -184,9 +198,17 @@ def git(*words: str, at: Path = ROOT, give: bytes = b"", check: bool = True) -> 
 
 
 def git_bytes(*words: str, at: Path = ROOT, give: bytes = b"", check: bool = True) -> bytes | None:
-    command = ["git", "-C", str(at), *words]
+    """The same as bytes. A Fail has git's own words: they name the command that helps."""
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith("GIT_") or GIT_VARIABLES.fullmatch(name)
+    }
+    environment |= {"GIT_TERMINAL_PROMPT": "0", "GIT_OPTIONAL_LOCKS": "0"}
+    options = [word for setting in GIT_SETTINGS for word in ("-c", setting)]
+    command = ["git", *options, "-C", str(at), *words]
     try:
-        done = subprocess.run(command, input=give, capture_output=True)
+        done = subprocess.run(command, input=give, capture_output=True, env=environment)
     except FileNotFoundError:
         if not check:
             return None
@@ -194,6 +216,7 @@ def git_bytes(*words: str, at: Path = ROOT, give: bytes = b"", check: bool = Tru
     if done.returncode == 0:
         return done.stdout
     if check:
-        said = done.stderr.decode(errors="replace").strip().splitlines()
-        raise Fail(f"git {' '.join(words[:2])}: {said[-1] if said else done.returncode}")
+        said = done.stderr.decode(errors="replace").strip() or f"exit code {done.returncode}"
+        spoken = [word for word in words if word != "-c" and "=" not in word]
+        raise Fail(f"git {' '.join(spoken[:2])}: {said}")
     return None

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from autoresearch.common import git, git_bytes, one_line, printable, some
+from autoresearch.common import Fail, git, git_bytes, one_line, printable, some
 from autoresearch.night.report import NightReport
 from autoresearch.night.results import Row
 from autoresearch.night.rules import best_of, displaced_by
@@ -65,12 +65,16 @@ def audit(report: NightReport) -> Iterator[Finding]:
     """Each comparison and its result."""
     for words in report.skipped:
         yield Finding(False, words)
-    in_git = git("rev-parse", "HEAD", at=report.root, check=False) is not None
-    if not in_git:
-        yield Finding(False, "this is no git repository: what ran and what was kept is not checked")
-    elif report.problem:
+    in_git = True
+    try:
+        git("rev-parse", "--git-dir", at=report.root)
+    except Fail as problem:
+        in_git = False
+        words = str(problem).removeprefix("FAIL: ")
+        yield Finding(False, f"what ran and what was kept is not checked: {words}")
+    if in_git and report.problem:
         yield Finding(False, f"the night's own records were not read: {report.problem}")
-    elif report.rows and not report.records:
+    elif in_git and report.rows and not report.records:
         yield Finding(True, "no journal of this night: rows are compared with ledger and git alone")
     claimed = {row.hash[:7] for row in report.rows if row.hash}
     runs = joined(report.ledger)
@@ -254,6 +258,14 @@ def _sha256_in_git(names: set[str], root: Path) -> dict[str, str]:
     return {name: digests[blob] for name, blob in blobs.items()}
 
 
+def _is_file(name: str, start: str, digests: dict[str, str], root: Path) -> bool:
+    """Whether a sha256 beginning with `start` is that of `COMMIT:PATH`, or of a checkout of it."""
+    if name not in digests or digests[name].startswith(start):
+        return name in digests
+    checked_out = git_bytes("cat-file", "--filters", name, at=root, check=False)  # CRLF, perhaps
+    return checked_out is not None and hashlib.sha256(checked_out).hexdigest().startswith(start)
+
+
 def _code(runs: list[dict], root: Path) -> Iterator[Finding]:
     """What ran and what it imported, against what git holds under the run's commit."""
     scored = [run for run in runs if run.get("score") is not None]
@@ -273,10 +285,10 @@ def _code(runs: list[dict], root: Path) -> Iterator[Finding]:
     from_machine = set()
     for run in scored:
         ran = run.get("train_sha256")
-        if ran and ran != digests.get(f"{run['commit']}:{TARGET.file}"):
+        if ran and not _is_file(f"{run['commit']}:{TARGET.file}", ran, digests, root):
             other_script.append(_name(run))
         for path, start in run.get("imported", {}).items():
-            if digests.get(f"{run['commit']}:{path}", "").startswith(start):
+            if _is_file(f"{run['commit']}:{path}", start, digests, root):
                 continue
             if first_imported.get(path) == start and Path(path).is_absolute():
                 from_machine.add(path)  # a kernel from the hub, for example

@@ -266,7 +266,7 @@ def show(night: Night, n: int):
         lines = record_lines(record)
     if record["kind"] == "try":
         commit = record["commit"]
-        words = ("diff-tree", "-p", f"{commit}^", commit, "--", TARGET.file)
+        words = ("diff-tree", "-p", "--no-ext-diff", f"{commit}^", commit, "--", TARGET.file)
         diff = night.repo.git(*words, check=False) or ""
         changed = [printable(line)[:WIDTH] for line in diff.splitlines()[4:]]
         lines += changed[:18]

@@ -20,6 +20,7 @@ import time
 from collections import Counter
 
 from autoresearch.common import (
+    AS_COMMITTED,
     Fail,
     append_line,
     git_bytes,
@@ -163,7 +164,8 @@ class RayEngine:
         if self.excluded_nodes:
             options["label_selector"] = {"ray.io/node-id": f"!in({','.join(self.excluded_nodes)})"}
         needed = (":(glob)*.py", "autoresearch")  # of the commit, by any run
-        code = git_bytes("archive", "--format=tar", run["commit"], *needed, at=self.night.root)
+        words = (*AS_COMMITTED, "archive", "--format=tar", run["commit"], *needed)
+        code = git_bytes(*words, at=self.night.root)
         answer = self.ray.remote(ray_node.run_on_node).options(**options).remote(job, code)
         self.tasks[run["id"]] = answer, lock
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import re
-import subprocess
 import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -40,7 +39,20 @@ class Repository:
         """Whether the file has this content in any of the commits. Two processes, however many."""
         asked = "".join(f"{commit}:{self.file}\n" for commit in commits).encode()
         known = self.git("cat-file", "--batch-check=%(objectname)", give=asked).split("\n")
-        return self.git("hash-object", "--stdin", give=content) in known
+        return self.git("hash-object", "--stdin", "--path", self.file, give=content) in known
+
+    def as_committed(self, content: bytes) -> bytes:
+        """What git commits of the file's bytes: its filters turn CRLF into LF, for example."""
+        blob = self.git("hash-object", "-w", "--stdin", "--path", self.file, give=content)
+        return common.git_bytes("cat-file", "blob", blob, at=self.root)
+
+    def check_out(self, commit: str, tree: Path):
+        """A worktree of a commit at `tree`, with the file as it is committed, byte for byte."""
+        add = ("worktree", "add", "-q", "--force", "--force", "--detach")
+        self.git(*common.AS_COMMITTED, *add, str(tree), commit)
+        content = self.file_at(commit)
+        if (tree / self.file).read_bytes() != content:  # a filter of git's attributes changed it
+            (tree / self.file).write_bytes(content)
 
     def commit_file(self, content: bytes, parent: str, message: str) -> str:
         """A new commit on `parent` in which only the file differs; no branch moves."""
@@ -60,9 +72,9 @@ class Repository:
 
     def change_id(self, before: str, after: str) -> str:
         """The same 12 digits for the same change, whatever it was made on."""
-        diff = common.git_bytes(
-            "diff-tree", "-p", "-U0", before, after, "--", self.file, at=self.root
-        )
+        options = ("-p", "-U0", "--no-ext-diff", "--no-textconv")
+        words = ("diff-tree", *options, before, after, "--", self.file)
+        diff = common.git_bytes(*words, at=self.root)
         # Without the hunks' line numbers, but with the function that each of them stands in.
         _, *hunks = re.split(rb"^@@ .*? @@", diff, flags=re.M)
         return hashlib.sha256(b"@@".join(hunks)).hexdigest()[:12]
@@ -79,5 +91,5 @@ def merged(ours: bytes, base: bytes, theirs: bytes) -> bytes | None:
         paths = [Path(folder, name) for name in ("ours", "base", "theirs")]
         for path, content in zip(paths, (ours, base, theirs)):
             path.write_bytes(content.replace(b"\n", between))
-        done = subprocess.run(["git", "merge-file", "-p", *paths], capture_output=True)
-    return done.stdout.replace(between, b"\n") if done.returncode == 0 else None
+        content = common.git_bytes("merge-file", "-p", *map(str, paths), at=folder, check=False)
+    return None if content is None else content.replace(between, b"\n")

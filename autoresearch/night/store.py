@@ -52,6 +52,10 @@ class Night:
         if not (root / ".git").exists():
             make = "git init, git add -A, git commit, then begin"
             raise Fail(f"{root} is no git repository: {make}")
+        top = self.repo.git("rev-parse", "--show-toplevel")
+        if not os.path.samefile(top, root):
+            unset = "git config --unset core.worktree"
+            raise Fail(f"git's working tree here is {top}, not {root}: {unset}, then run it again")
         self.tag = setting("tag")
         self.branch = f"autoresearch/{self.tag}"
         name_is_valid = self.repo.git("check-ref-format", f"refs/heads/{self.branch}", check=False)
@@ -293,14 +297,22 @@ class Night:
         return self.repo.git("rev-parse", "HEAD")
 
     def edits(self) -> bytes | None:
-        """The agent's file, where it is neither the branch's, the best's nor a queued one; else None."""
+        """The agent's file, where it is neither the branch's, the best's nor a queued one; else None.
+
+        As git would commit it.
+        """
         tip = self.tip()
         if not self.target_path.is_file():
             return None  # deleted: the best is put in its place
         content = self.target_path.read_bytes()
         best = rules.best_of(self.records())
         known = {tip, best["commit"] if best else tip, *(e.asked["commit"] for e in self.open())}
-        return None if self.repo.is_file_of(content, known) else content
+        return None if self.repo.is_file_of(content, known) else self.repo.as_committed(content)
+
+    def holds(self, content: bytes, commit: str) -> bool:
+        """Whether the agent's file is the commit's: its content, or what git's filters made of it."""
+        found = self.target_path.read_bytes()
+        return found == content or self.repo.is_file_of(found, [commit])
 
     def write_target(self, content: bytes):
         mode = self.target_path.stat().st_mode if self.target_path.is_file() else 0o644
@@ -313,7 +325,7 @@ class Night:
         if self.edits() is None:
             commit = best["commit"] if best else tip
             content = self.repo.file_at(commit)
-            if not self.target_path.is_file() or self.target_path.read_bytes() != content:
+            if not self.target_path.is_file() or not self.holds(content, commit):
                 self.write_target(content)
             if commit != tip:
                 if all(tip not in (record["commit"], record["base"]) for record in self.records()):

@@ -299,8 +299,7 @@ class LocalEngine:
         tree = experiment.folder / "tree"
         if k > 1 or tree.exists():
             self.night.clear(experiment)
-        add = ("worktree", "add", "-q", "--force", "--force", "--detach")
-        self.night.repo.git(*add, str(tree), run["commit"])
+        self.night.repo.check_out(run["commit"], tree)
         lock = open(experiment.folder / "lock", "w")
         fcntl.flock(lock, fcntl.LOCK_EX)
         write_json(experiment.folder / f"run-{k}.json", run)
