@@ -21,6 +21,8 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
+import sys
 
 from autoresearch.common import ROOT, Fail, Parser
 from autoresearch.night import audit, commands, confirm, status, supervisor
@@ -115,6 +117,9 @@ def main(argv: list[str] | None = None):
 if __name__ == "__main__":
     try:
         main()
+        sys.stdout.flush()
+    except BrokenPipeError:  # `| head -1` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
         raise Fail("interrupted; what runs continues: uv run night.py") from None
     except OSError as error:

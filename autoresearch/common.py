@@ -67,8 +67,24 @@ def environment(name: str, default: str, pattern: str) -> str:
     return value
 
 
+# Variables that name a folder of the user's; a relative one means where the command was typed.
+FOLDERS = "AUTORESEARCH_CACHE HF_HOME HF_HUB_CACHE KERNELS_CACHE TORCHINDUCTOR_CACHE_DIR".split()
+FOLDERS += "TRITON_CACHE_DIR XDG_CACHE_HOME TMPDIR".split()
+
+
+def absolute(path: str) -> Path:
+    """A path of the environment: `~` and relative paths as a shell means them."""
+    return Path(os.path.abspath(os.path.expanduser(path)))
+
+
 def cache_dir() -> Path:
-    return Path(os.environ.get("AUTORESEARCH_CACHE") or "~/.cache/autoresearch").expanduser()
+    return absolute(os.environ.get("AUTORESEARCH_CACHE") or "~/.cache/autoresearch")
+
+
+def inherited_environment() -> dict[str, str]:
+    """The user's variables for our own processes, which work in other folders than the command."""
+    given = {name: os.environ[name] for name in FOLDERS if os.environ.get(name)}
+    return {**os.environ, **{name: str(absolute(path)) for name, path in given.items()}}
 
 
 def seed() -> int:

@@ -94,6 +94,8 @@ def audit(report: NightReport) -> Iterator[Finding]:
         yield Finding(False, "the ledger holds no run of this night: no score can be checked")
     if report.damaged:
         yield Finding(False, f"{report.damaged} lines of the ledger are damaged")
+    if report.damaged_records:
+        yield Finding(False, f"{report.damaged_records} lines of the night's journal are damaged")
     yield from _test_split(test, confirming)
     yield from _confirmation(report.confirmed, test, confirming)
     yield from _journal(report)

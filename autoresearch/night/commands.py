@@ -49,6 +49,7 @@ from autoresearch.referee.manifest import fingerprint, manifest
 def begin(night: Night):
     """Branch, table and baseline. Idempotent: after a kill it completes what is missing."""
     prepared = manifest()  # raises Fail, with the command to type, where nothing is prepared
+    check_ledger()
     time_limit()
     capacity(night)
     git = night.repo.git
@@ -88,6 +89,18 @@ def begin(night: Night):
     fixed = ", ".join(f"{key} {prepared[key]}" for key in named if key in prepared)
     print(f"prepared: {fixed}; fingerprint {fingerprint()}")
     print_status(night)
+
+
+def check_ledger():
+    """Raises Fail where no run could write its score."""
+    try:
+        open(ledger_path(), "ab").close()
+    except OSError as error:
+        raise Fail(
+            f"the ledger {ledger_path()} cannot be written ({error.strerror}), so no run would have "
+            "a score: make it writable, or set AUTORESEARCH_CACHE to a folder of your own and "
+            "prepare there"
+        ) from None
 
 
 def check_results(night: Night):

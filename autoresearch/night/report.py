@@ -28,6 +28,7 @@ class NightReport:
     started: dict[str, dict] = field(default_factory=dict)  # run id: what the night knows of it
     ledger: list[dict] = field(default_factory=list)
     damaged: int = 0  # lines of the ledger
+    damaged_records: int = 0  # lines of the journal
     branch: str = "HEAD"  # the night's
     problem: str = ""  # why the night's own files could not be read
 
@@ -47,6 +48,8 @@ class NightReport:
             report.branch = night.branch
         if night.begun():
             report.records, report.confirmed = night.records(), night.confirmed()
+            lines = night.journal.read_bytes().split(b"\n") if night.journal.is_file() else []
+            report.damaged_records = len(lines) - lines.count(b"") - len(night.ended())
             # A run counts as the night's while its experiment is open or in the journal.
             known = {record["n"] for record in night.ended()} | {e.n for e in night.open()}
             runs = [run for run in night.timed_runs() if run["n"] in known]

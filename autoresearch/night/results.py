@@ -85,15 +85,17 @@ class Row:
 def read_results(path: Path) -> tuple[list[Row], list[str]]:
     """(rows, a sentence on those that were skipped, if any) of any results.tsv.
 
-    Columns are found by name; without a header they are COLUMNS. Statuses count in any case,
-    scores where they are positive and finite.
+    Remarks (`# ...`) may come first. Columns are found by name; without a header they are COLUMNS.
+    Statuses count in any case, scores where they are positive and finite.
     """
     text = path.read_text("utf-8-sig", "replace") if path.is_file() else ""  # any line ends
     lines = [[cell.strip() for cell in line.split("\t")] for line in text.split("\n")]
     numbered = [(place, cells) for place, cells in enumerate(lines, 1) if any(cells)]
+    while numbered and numbered[0][1][0].startswith("#") and len(numbered[0][1]) < 3:
+        del numbered[0]  # a remark
     names = COLUMNS
     if numbered and _is_header(numbered[0][1]):
-        names = [cell.lower() for cell in numbered.pop(0)[1]]
+        names = [cell.lower().lstrip("# ") for cell in numbered.pop(0)[1]]
     missing = [name for name in ("status", TARGET.metric) if name not in names]
     if missing and numbered:
         columns = one_line(", ".join(names), 200)

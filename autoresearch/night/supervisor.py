@@ -13,7 +13,7 @@ import time
 import uuid
 from collections.abc import Callable
 
-from autoresearch.common import ROOT, Fail, utc
+from autoresearch.common import ROOT, Fail, inherited_environment, utc
 from autoresearch.night import rules
 from autoresearch.night.experiment import Experiment
 from autoresearch.night.notify import notify
@@ -243,6 +243,7 @@ def wake(night: Night) -> str | None:
         subprocess.Popen(
             [sys.executable, str(ROOT / "night.py"), "supervise"],
             cwd=night.root,
+            env=inherited_environment(),
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,

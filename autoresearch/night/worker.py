@@ -22,7 +22,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from autoresearch.common import cache_dir, seconds_of, utc, write_json
+from autoresearch.common import cache_dir, inherited_environment, seconds_of, utc, write_json
 from autoresearch.night import rules
 from autoresearch.night.experiment import Experiment, split_of
 from autoresearch.night.settings import TARGET, local_slots
@@ -121,7 +121,7 @@ def run_environment(folder: Path, compiled: Path, asked: dict, run: dict, progre
     for path in (home, temporary, compiled):
         path.mkdir(parents=True, exist_ok=True)
     environment = {
-        **os.environ,
+        **inherited_environment(),
         **run["slot"],
         "HOME": str(home),
         "TMPDIR": str(temporary),

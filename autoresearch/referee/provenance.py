@@ -145,6 +145,8 @@ def imported_files(script: Path) -> dict[str, str]:
     for file in sorted(files):
         if str(file).startswith(folders):
             continue
+        if file.name.startswith("<") and not file.exists():
+            continue  # made in memory: torch has one, `<_remote_module_non_scriptable>.py`
         name = file
         if file.is_relative_to(script.parent):
             name = file.relative_to(script.parent)

@@ -175,6 +175,10 @@ class Falsify:
         lab.ledger[-1]["imported"]["/tmp/helper.py"] = "0" * 16
         return ["imported, and not in the commit: /tmp/helper.py (in "]
 
+    def damage_the_journal(lab):
+        lab.damaged_records = 1  # as NightReport.here counts them
+        return ["1 lines of the night's journal are damaged"]
+
     def run_another_script(lab):
         lab.ledger[-1]["train_sha256"] = "0" * 64
         return ["what ran is not the train.py of its commit: "]

@@ -101,6 +101,11 @@ LOGS = {
         HEADER + GOOD + "hello\nx\tnan\t1\tkeep\t\n",
         [*SIX, "! 2 rows were skipped, a row needs a status"],
     ),
+    "999": Log(
+        HEADER + GOOD.replace("1.000000", "999.0", 1),
+        ["6 experiments: 3 kept"],
+        {"kept, above this range": 1, "discarded": 2},
+    ),
     "126": Log(long_night(126), ["126 experiments: 22 kept"]),
     "example": Log(
         (ROOT / "bench/night/results.tsv").read_text(),

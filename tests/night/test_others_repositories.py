@@ -1,10 +1,13 @@
-"""Repositories as people have them: hooks, variables and settings of git that are not ours."""
+"""Repositories, folders and shells as people have them."""
 
 import os
 import subprocess
 
 import pytest
 from repository import git, make_repository
+
+from autoresearch.night import settings
+from autoresearch.night.report import NightReport
 
 REFUSES = "#!/bin/sh\necho ran >> {log}\nexit 1\n"
 HOOKS = "post-checkout reference-transaction post-index-change pre-commit fsmonitor".split()
@@ -86,3 +89,30 @@ def test_what_git_refuses_is_said_in_its_words(fresh_lab):
         assert f"git config --global --add safe.directory {fresh_lab.root}" in said
     audit = fresh_lab.say("audit")
     assert f"safe.directory {fresh_lab.root}" in audit
+
+
+def test_a_relative_cache_means_the_folder_where_it_was_typed(fresh_lab):
+    fresh_lab.env["AUTORESEARCH_CACHE"] = os.path.relpath(fresh_lab.cache, fresh_lab.root)
+    fresh_lab.say("begin")
+    assert fresh_lab.until_ended(3)["score"] is not None
+
+
+def test_a_ledger_that_cannot_be_written_is_said_before_the_first_run(fresh_lab):
+    (fresh_lab.cache / "autoresearch.jsonl").unlink()
+    (fresh_lab.cache / "autoresearch.jsonl").mkdir()
+    assert "autoresearch.jsonl cannot be written (Is a directory)" in fresh_lab.refused("begin")
+
+
+def test_a_reader_that_has_read_enough_is_no_failure(lab):
+    process = lab.start(PYTHONUNBUFFERED="1")
+    process.stdout.close()
+    assert process.wait(20) == 0 and process.stderr.read() == ""
+
+
+def test_a_damaged_line_of_the_journal_is_news(lab, monkeypatch):
+    monkeypatch.setattr(settings, "PROGRAM", lab.root / "program.md")
+    monkeypatch.setenv("AUTORESEARCH_CACHE", str(lab.cache))
+    with open(lab.state_dir / "nov21/journal.jsonl", "ab") as file:
+        file.write(b"{torn\n")
+    report = NightReport.here(lab.root)
+    assert report.damaged_records == 1 and len(report.records) == 3

@@ -66,6 +66,7 @@ WAYS = {
     "plain": HEADER + GOOD,
     "crlf": (HEADER + GOOD).replace("\n", "\r\n"),
     "blank lines, bom": "\ufeff" + (HEADER + GOOD).replace("\n", "\n\n"),
+    "a remark": "# metric_direction: lower\n# by hand\tyes\n#" + HEADER + GOOD,
     "case": HEADER.upper() + GOOD.replace("keep", " KEEP ").replace("crash", "Crash"),
     "a column more": "".join("x\t" + line for line in (HEADER + GOOD).splitlines(True)),
 }
