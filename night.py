@@ -23,8 +23,11 @@ import argparse
 import math
 import os
 import sys
+from pathlib import Path
 
-from autoresearch.common import ROOT, Fail, Parser
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # PYTHONSAFEPATH leaves it out
+
+from autoresearch.common import Fail, Parser, escape_output, file_problem
 from autoresearch.night import audit, commands, confirm, status, supervisor
 from autoresearch.night.ray_engine import RayEngine
 from autoresearch.night.settings import cluster_address
@@ -116,6 +119,7 @@ def main(argv: list[str] | None = None):
 
 if __name__ == "__main__":
     try:
+        escape_output()
         main()
         sys.stdout.flush()
     except BrokenPipeError:  # `| head -1` has read enough
@@ -123,5 +127,5 @@ if __name__ == "__main__":
     except KeyboardInterrupt:
         raise Fail("interrupted; what runs continues: uv run night.py") from None
     except OSError as error:
-        place, problem = error.filename or ROOT, error.strerror or error
-        raise Fail(f"{place}: {problem}; nothing is lost: fix that, then run it again") from None
+        problem = file_problem(error)
+        raise Fail(f"{problem}; nothing is lost: fix that, then run it again") from None

@@ -40,11 +40,16 @@ from pathlib import Path
 
 import numpy as np
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # PYTHONSAFEPATH leaves it out
+
 from autoresearch.common import (
     Fail,
     Parser,
     cache_dir,
     canonical,
+    escape_output,
+    file_name,
+    file_problem,
     seed,  # noqa: F401  (train.py imports it from here)
     sha256_of,
     split_name,
@@ -52,7 +57,7 @@ from autoresearch.common import (
 )
 from autoresearch.corpus.cache import (
     another_set,
-    lock,
+    lock_cache,
     prepared_before,
     put_in_place,
     remove_others,
@@ -70,6 +75,7 @@ from autoresearch.referee.manifest import (
     damaged,
     fingerprint,
     manifest,
+    open_prepared,
     read_checked,
     set_dir,
 )
@@ -300,11 +306,13 @@ def open_tokens(directory: Path, entry: dict, verify: bool) -> tuple[np.ndarray,
     raw = read_checked(path.with_suffix(".idx"), entry["index_sha256"])
     index = np.frombuffer(raw, dtype=np.int32).reshape(-1, 3).astype(np.int64)
     count = sum(entry["tokens"].values())
-    if not path.exists() or path.stat().st_size != 2 * count:
-        raise damaged(path)
-    if not count:  # an empty file cannot be mapped
-        return np.empty(0, dtype=np.uint16), index
-    tokens = np.asarray(np.memmap(path, dtype=np.uint16, mode="r"))  # slicing np.memmap is slow
+    with open_prepared(path) as file:
+        if os.fstat(file.fileno()).st_size != 2 * count:
+            raise damaged(path)
+        if not count:  # an empty file cannot be mapped
+            return np.empty(0, dtype=np.uint16), index
+        # slicing np.memmap is slow
+        tokens = np.asarray(np.memmap(file, dtype=np.uint16, mode="r"))
     if verify and hashlib.sha256(tokens).hexdigest() != entry["sha256"]:
         raise damaged(path)
     return tokens, index
@@ -343,14 +351,15 @@ class Packer:
         self.row_length = row_length
         self.epoch = 1
         self.added = 0
-        # Sorted (length, -number added, its source's tokens, place of its first token). A bisection
-        # finds the next document; of equal lengths the earliest added is last.
+        # Sorted (length, -number added, its first tokens: what a row can hold). A bisection finds
+        # the next document; of equal lengths the earliest added is last. Copies, for a map keeps a
+        # file open, and the documents may be of a thousand files.
         self.pool = []
         holding = [entry for entry in entries if entry["tokens"][split]]
         self.batches = self._batches(directory, holding, split, repeat)
 
     def _batches(self, directory: Path, entries, split: str, repeat: bool):
-        """Yields (epoch, tokens, firsts, lengths) of up to BATCH_DOCS documents of a row group."""
+        """Yields (epoch, [(length, first tokens)]) of up to BATCH_DOCS documents of a row group."""
         for epoch in itertools.count(1) if repeat else [1]:
             for entry in entries:
                 tokens, index = open_tokens(directory, entry, verify=split != "train")
@@ -362,17 +371,22 @@ class Packer:
                 for start, end in itertools.pairwise(group_starts):
                     for i in range(start, end, BATCH_DOCS):
                         batch = slice(i, min(i + BATCH_DOCS, end))
-                        yield epoch, tokens, firsts[batch].tolist(), lengths[batch].tolist()
+                        documents = zip(firsts[batch].tolist(), lengths[batch].tolist())
+                        most = self.row_length
+                        yield (
+                            epoch,
+                            [(n, tokens[f : f + min(n, most)].copy()) for f, n in documents],
+                        )
 
     def _fill_pool(self):
         while len(self.pool) < POOL_DOCS:
             batch = next(self.batches, None)
             if batch is None:
                 return
-            self.epoch, tokens, firsts, lengths = batch
-            for first, length in zip(firsts, lengths):
+            self.epoch, documents = batch
+            for length, tokens in documents:
                 self.added += 1
-                self.pool.append((length, -self.added, tokens, first))
+                self.pool.append((length, -self.added, tokens))
             self.pool.sort()
 
     def fill(self, rows: np.ndarray) -> int:
@@ -389,9 +403,9 @@ class Packer:
                 shortest = pool[0][0]
                 most = max(space, shortest)  # if none fits, the shortest is taken
                 place = bisect_left(pool, (most + 1,)) - 1  # the last one of at most that length
-                length, _, tokens, first = pool.pop(place)
+                length, _, tokens = pool.pop(place)
                 length = min(length, space)
-                row[filled : filled + length] = tokens[first : first + length]
+                row[filled : filled + length] = tokens[:length]
                 filled += length
         return len(rows)
 
@@ -610,7 +624,7 @@ def prepare(corpus: str, data: Path | None, settings: dict, force: bool):
     }
     put_in_place(directory, described)
     print(
-        f"prepared {corpus} in {cache_dir()} in {time.monotonic() - began:.1f} s: "
+        f"prepared {corpus} in {file_name(cache_dir())} in {time.monotonic() - began:.1f} s: "
         f"{total(entries, 'tokens', 'train'):,} training tokens, {eval_rows['val']} rows of "
         f"{settings['seq_len']} to score, fingerprint {fingerprint()}\nnext: uv run train.py"
     )
@@ -621,7 +635,8 @@ def say_it_is_there():
     Tokenizer.from_directory()
     check_prepared("val")
     remove_others(set_dir())
-    print(f"already prepared in {cache_dir()}: fingerprint {fingerprint()}; nothing to do")
+    place = file_name(cache_dir())
+    print(f"already prepared in {place}: fingerprint {fingerprint()}; nothing to do")
 
 
 def count_rows(directory: Path, entries: list[dict], row_length: int, eval_tokens: int) -> dict:
@@ -690,6 +705,7 @@ def command_line() -> Parser:
 
 
 def main(argv: list[str] | None = None):
+    escape_output()
     args = command_line().parse_args(argv)
     if args.num_shards == 0:
         raise Fail("--num-shards 0: give at least 1, or -1 for all")
@@ -702,13 +718,11 @@ def main(argv: list[str] | None = None):
     if corpus == "climbmix":
         settings["num_shards"] = args.num_shards
     try:
-        with lock(cache_dir()):
+        with lock_cache(cache_dir()):
             prepare(corpus, args.data, settings, args.force)
     except OSError as error:  # the disk is full, a folder may not be written to, ...
-        raise Fail(
-            f"{error}; downloads are kept. Free some space, mend the permissions or set "
-            "AUTORESEARCH_CACHE to another folder, then run the same command again"
-        ) from None
+        problem = file_problem(error, error.filename or cache_dir())
+        raise Fail(f"{problem}; downloads are kept: then run the same command again") from None
 
 
 if __name__ == "__main__":

@@ -21,6 +21,11 @@ progress, failures). Call it, or write your own here instead.
 # ruff: noqa: E402  (report.begin comes before the imports that take seconds)
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # PYTHONSAFEPATH leaves it out
+
 from autoresearch.kit import report
 
 if __name__ == "__main__":

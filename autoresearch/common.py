@@ -1,5 +1,5 @@
 """
-What every room stands on: one way to fail, to write a file, to call git, to print a line.
+What every room stands on: one way to fail, to write a file, to lock it, to call git, to print a line.
 
 Standard library only, for the night imports it without torch, numpy or an installed package.
 """
@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
 import os
 import re
+import resource
+import stat
 import subprocess
+import sys
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -34,6 +38,27 @@ class Fail(SystemExit):
 
 def printable(text: str) -> str:
     return "".join(c if c.isprintable() else " " for c in text)
+
+
+def file_name(path, most: int = 160) -> str:
+    """A file's name on one line: what does not print is escaped, the middle of a long name left out."""
+
+    def escaped(c: str) -> str:
+        if c.isprintable():
+            return c
+        if "\udc80" <= c <= "\udcff":  # os.fsdecode's, for a byte that is no UTF-8
+            return f"\\x{ord(c) - 0xDC00:02x}"
+        return repr(c)[1:-1]
+
+    text = "".join(map(escaped, os.fspath(path)))
+    half = most // 2
+    return text if len(text) <= most else f"{text[: half - 3]}...{text[-half:]}"
+
+
+def escape_output():
+    """Standard output escapes what its encoding lacks, as standard error does; no UnicodeEncodeError."""
+    with contextlib.suppress(AttributeError):  # somebody's own object
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def one_line(text, most: int = 110) -> str:
@@ -73,11 +98,21 @@ FOLDERS += "TRITON_CACHE_DIR XDG_CACHE_HOME TMPDIR".split()
 
 
 def absolute(path: str) -> Path:
-    """A path of the environment: `~` and relative paths as a shell means them."""
-    return Path(os.path.abspath(os.path.expanduser(path)))
+    """A path of the environment: `~` and relative paths as a shell means them.
+
+    Raises Fail for `~` where there is no home directory.
+    """
+    expanded = os.path.expanduser(path)
+    if expanded.startswith("~"):
+        raise Fail(
+            f"{path}: user {os.geteuid()} has no home directory here: set HOME, or "
+            "AUTORESEARCH_CACHE to a folder"
+        )
+    return Path(os.path.abspath(expanded))
 
 
 def cache_dir() -> Path:
+    """$AUTORESEARCH_CACHE, or a folder in the home directory."""
     return absolute(os.environ.get("AUTORESEARCH_CACHE") or "~/.cache/autoresearch")
 
 
@@ -116,15 +151,86 @@ def seconds_of(time_of_day: str) -> float:
 # ------------------------------------------------------------------------------------------- files
 
 
+def file_problem(error: OSError, path: Path | str | None = None, missing: str = "") -> str:
+    """What an OSError says of a file, and what to type. It never says that the file is damaged.
+
+    path: where the error names none. missing: what to type where there is no such file.
+    """
+    path = Path(path or os.fsdecode(error.filename or ROOT))
+    name = file_name(path)
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        limit, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        wanted = 65536 if most == resource.RLIM_INFINITY else min(most, 65536)
+        more = f"`ulimit -n {wanted}`" if wanted > limit else "`ulimit -n 65536` as root"
+        return f"{name}: too many files are open (the limit is {limit}): {more}"
+    if error.errno == errno.ENOENT:
+        return f"{name} is missing" + (missing and f": {missing}")
+    other_cache = ""
+    with contextlib.suppress(Fail):
+        if path.is_relative_to(cache_dir()):
+            other_cache = ", or set AUTORESEARCH_CACHE to another folder"
+    if error.errno in (errno.EACCES, errno.EPERM):
+        return f"{name}: {_forbidden(path)}{other_cache}"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"{name}: the disk, or your share of it, is full: free some space{other_cache}"
+    if error.errno == errno.EROFS:
+        return f"{name}: the file system is read-only: mount it writable{other_cache}"
+    return f"{name}: {error.strerror or error}{other_cache}"
+
+
+def _forbidden(path: Path) -> str:
+    """Who may not use a file, whose it is, and what to type."""
+    for place in (path, *path.parents):  # the folder that hides it, where it cannot be looked at
+        with contextlib.suppress(OSError):
+            info = place.stat()
+            break
+    rights = f"mode {stat.S_IMODE(info.st_mode):o}"
+    if info.st_uid == os.geteuid():
+        return f"your own rights ({rights}) forbid it: `chmod -R u+rwX {file_name(place)}`"
+    return (
+        f"user {os.geteuid()} may not do that: {file_name(place)} belongs to user {info.st_uid} "
+        f"({rights}), who can type `chmod -R a+rX {file_name(place)}`"
+    )
+
+
+def is_there(path: Path) -> bool:
+    """Whether a file of ours exists. Raises Fail where that cannot be told."""
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as error:
+        raise Fail(file_problem(error, path)) from None
+    return True
+
+
+@contextlib.contextmanager
+def open_ours(path: Path, mode: str = "rb", missing: str = ""):
+    """A file of ours, open in the `with` block. Raises Fail for every OSError in it: file_problem."""
+    try:
+        with open(path, mode) as file:
+            yield file
+    except OSError as error:
+        raise Fail(file_problem(error, path, missing)) from None
+
+
 def write_atomically(path: Path, content: bytes, mode: int = 0o644):
-    """All of the bytes under `path` or nothing, also after a power cut."""
+    """All of the bytes under `path` or nothing, also after a power cut.
+
+    Raises OSError, naming the file, and leaves nothing behind.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "wb") as file:
-        os.fchmod(file.fileno(), mode)
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            os.fchmod(file.fileno(), mode)
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def write_json(path: Path, value: dict):
@@ -132,9 +238,15 @@ def write_json(path: Path, value: dict):
 
 
 def read_json(path: Path | str) -> dict | None:
-    """None while there is no such file."""
+    """None while there is no such file. Raises Fail where it is torn."""
     with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
-        return json.load(file)
+        try:
+            return json.load(file)
+        except ValueError:
+            name = file_name(path)
+            raise Fail(
+                f"{name} is damaged, as by a power cut: move it away, then run again"
+            ) from None
     return None
 
 
@@ -143,13 +255,14 @@ def append_line(path: Path, line: bytes):
 
     Raises OSError, also where only a part could be written.
     """
-    with open(path, "ab+", buffering=0) as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    with lock(path), open(path, "ab+", buffering=0) as file:
         end = file.seek(0, os.SEEK_END)
         torn = end > 0 and os.pread(file.fileno(), 1, end - 1) != b"\n"
         content = (b"\n" if torn else b"") + line.rstrip(b"\n") + b"\n"
         if file.write(content) != len(content):
-            raise OSError(28, "only a part of a line was written: is the disk full?", str(path))
+            raise OSError(
+                errno.ENOSPC, "only a part of a line was written: is the disk full?", str(path)
+            )
         os.fsync(file.fileno())
 
 
@@ -161,7 +274,83 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
-# ------------------------------------------------------------------------ records with a checksum
+# ------------------------------------------------------------------------------------------ locks
+
+
+class Lock:
+    """A lock that is held until it is closed, here and in processes that are forked meanwhile."""
+
+    def __init__(self, descriptor: int):
+        self.descriptor = descriptor
+
+    def fileno(self) -> int:
+        return self.descriptor
+
+    def close(self):
+        os.close(self.descriptor)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+
+def lock(path: Path, shared: bool = False, wait: bool = True) -> Lock | None:
+    """Locks a file, which is made where it is missing, or a folder.
+
+    None where others hold it; with `wait` they are waited for. Raises OSError where it cannot be
+    opened. Where the file system has no locks, as some network shares, one in /tmp takes its place.
+    """
+    descriptor = _open_to_lock(path)
+    try:
+        return _flock(descriptor, shared, wait)
+    except OSError as error:
+        os.close(descriptor)
+        return _flock(_open_to_lock(_in_tmp(path, error)), shared, wait)
+
+
+def _flock(descriptor: int, shared: bool, wait: bool) -> Lock | None:
+    kind = (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB)
+    try:
+        fcntl.flock(descriptor, kind)
+    except BlockingIOError:
+        os.close(descriptor)
+        return None
+    return Lock(descriptor)
+
+
+def _open_to_lock(path: Path) -> int:
+    if path.is_dir():
+        return os.open(path, os.O_RDONLY)
+    try:
+        return os.open(path, os.O_RDWR | os.O_CREAT, 0o644)  # NFS locks only what can be written
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS) or not path.exists():
+            raise
+    return os.open(path, os.O_RDONLY)
+
+
+_without_locks: set[Path] = set()  # folders that were warned of
+
+
+def _in_tmp(path: Path, error: OSError) -> Path:
+    """The file whose lock stands for that of `path`: the same for all processes of this user."""
+    path = Path(os.path.realpath(path))
+    if path.parent not in _without_locks:
+        _without_locks.add(path.parent)
+        print(
+            f"warning: {file_name(path.parent)} has no locks ({error.strerror}): locks in /tmp keep "
+            "apart what you run on this machine; let no other machine or user write there meanwhile",
+            file=sys.stderr,
+            flush=True,
+        )
+    folder = Path(f"/tmp/autoresearch-locks-{os.geteuid()}")  # not $TMPDIR: every run has its own
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+    if folder.is_symlink() or folder.stat().st_uid != os.geteuid():
+        raise PermissionError(errno.EPERM, "it is another user's", str(folder))
+    return folder / hashlib.sha256(os.fsencode(path)).hexdigest()[:16]
 
 
 def canonical(value) -> bytes:

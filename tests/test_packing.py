@@ -148,7 +148,7 @@ def test_an_id_beyond_the_vocabulary_is_found(parquet_cache, tmp_path, monkeypat
     with open(module.set_dir() / "00000.bin", "r+b") as file:
         file.seek(2)
         file.write(module.manifest()["vocab_size"].to_bytes(2, "little"))
-    with pytest.raises(module.Fail, match="damaged or missing: .*prepare.py ...` with --force"):
+    with pytest.raises(module.Fail, match="damaged: .*prepare.py ...` with --force"):
         load(8, 2000)
 
 

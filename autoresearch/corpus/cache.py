@@ -11,33 +11,40 @@ another is complete.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import re
 import shutil
 import sys
 from pathlib import Path
 
-from autoresearch.common import Fail, cache_dir, signed, write_atomically
-from autoresearch.referee.manifest import load_manifest, read_manifest, shared_lock
+from autoresearch.common import (
+    Fail,
+    Lock,
+    cache_dir,
+    file_name,
+    is_there,
+    lock,
+    signed,
+    write_atomically,
+)
+from autoresearch.referee.manifest import load_manifest, maker_elsewhere, read_manifest
 
 
-def lock(cache: Path):
-    """Waits until no other prepare.py works in the cache; then none does until the file is closed."""
+def lock_cache(cache: Path) -> Lock:
+    """Waits until no other prepare.py works in the cache; then none does until it is closed."""
     cache.mkdir(parents=True, exist_ok=True)
-    file = open(cache / "lock", "w")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        print(f"another prepare.py is working in {cache}: waiting for it", file=sys.stderr)
-        fcntl.flock(file, fcntl.LOCK_EX)
-    return file
+    held = lock(cache / "lock", wait=False)
+    if held is None:
+        name = file_name(cache)
+        print(f"another prepare.py is working in {name}: waiting for it", file=sys.stderr)
+        held = lock(cache / "lock")
+    return held
 
 
 def prepared_before(request: dict) -> dict | None:
     """The manifest of the prepared set, None without one. Raises Fail if the request was another."""
     path = cache_dir() / "manifest.json"
-    if not path.exists():
+    if not is_there(path):
         return None
     old = load_manifest(path)
     asked = old["request"]
@@ -48,9 +55,11 @@ def prepared_before(request: dict) -> dict | None:
 
 
 def another_set(difference: str) -> Fail:
+    maker = maker_elsewhere()
+    replace = f"; {maker}" if maker else ", or replace it with --force"
     return Fail(
-        f"{cache_dir()} holds another prepared set ({difference}): set AUTORESEARCH_CACHE to "
-        "another directory to keep both, or replace it with --force"
+        f"{file_name(cache_dir())} holds another prepared set ({difference}): set "
+        f"AUTORESEARCH_CACHE to another directory to keep both{replace}"
     )
 
 
@@ -61,13 +70,13 @@ def sets() -> list[Path]:
 def unfinished_set() -> Path:
     """An empty directory to make a set in. Raises Fail while a run reads the prepared one."""
     for directory in sets():
-        free = shared_lock(directory, exclusive=True)
+        free = lock(directory, wait=False)
         if free is None:
             raise Fail(
-                f"a run is using the set in {cache_dir()}: wait until it has ended, end it, or set "
-                "AUTORESEARCH_CACHE to another directory"
+                f"a run is using the set in {file_name(cache_dir())}: wait until it has ended, end "
+                "it, or set AUTORESEARCH_CACHE to another directory"
             )
-        os.close(free)
+        free.close()
     directory = cache_dir() / "unfinished"
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir()

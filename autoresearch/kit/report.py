@@ -19,7 +19,7 @@ import traceback
 from collections.abc import Callable
 from typing import NoReturn
 
-from autoresearch.common import Fail, seed, split_name
+from autoresearch.common import Fail, escape_output, file_problem, seed, split_name
 from autoresearch.kit.errors import first_line, out_of_memory
 from autoresearch.referee.clock import clock, fail
 from autoresearch.referee.manifest import fingerprint
@@ -37,6 +37,7 @@ def begin():
             "train.py takes no options: its settings are the constants in it, and a run's seconds "
             "are what `uv run prepare.py ... --time-budget N` prepared"
         )
+    escape_output()
     # Looking for cycles costs a second while importing and compiling, and stalls a training step.
     gc.disable()
     os.environ.setdefault("TORCH_DYNAMO_RUN_GC_AFTER_COMPILE", "0")
@@ -82,6 +83,8 @@ def explain(error: BaseException) -> str:
             "out of memory: lower DEVICE_BATCH_SIZE (the tokens a step can stay), N_LAYER or N_EMBD"
         )
     traceback.print_exception(error)
+    if isinstance(error, OSError) and error.errno:
+        return f"{file_problem(error)} (the traceback is above)"
     return f"{first_line(error)} (the traceback is above)"
 
 

@@ -5,11 +5,11 @@ An experiment: one folder of files, each written once.
 from __future__ import annotations
 
 import contextlib
-import fcntl
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from autoresearch.common import read_json, utc, write_json
+from autoresearch.common import lock, read_json, utc, write_json
 
 
 def split_of(asked: dict) -> str:
@@ -97,11 +97,12 @@ class Experiment:
 
     def alive(self) -> bool:
         """Whether the process that watches the run lives: it holds the lock."""
-        with contextlib.suppress(FileNotFoundError), open(self.folder / "lock") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # shared: two who look do not meet
-            except BlockingIOError:
+        with contextlib.suppress(FileNotFoundError):
+            os.stat(self.folder / "lock")  # only locked, not made
+            free = lock(self.folder / "lock", shared=True, wait=False)  # two who look do not meet
+            if free is None:
                 return True
+            free.close()
         return False
 
     def dropped(self) -> bool:

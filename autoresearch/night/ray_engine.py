@@ -11,7 +11,6 @@ The engine that runs experiments on a Ray cluster: one Ray task a run, one GPU a
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
 import sys
@@ -24,6 +23,7 @@ from autoresearch.common import (
     Fail,
     append_line,
     git_bytes,
+    lock,
     one_line,
     read_json,
     signed,
@@ -50,7 +50,7 @@ class RayEngine:
     def __init__(self, night: Night, address: str):
         self.night = night
         self.address = address
-        self.tasks = {}  # run id: (Ray's reference to the answer, the experiment's locked file)
+        self.tasks = {}  # run id: (Ray's reference to the answer, the experiment's lock)
         self.nodes = []  # as Ray described them at the last poll
         self.last_poll = -POLL_SECONDS
         self.excluded_nodes = {}  # node id: (until when, its name, why)
@@ -140,8 +140,7 @@ class RayEngine:
 
     def start(self, experiment: Experiment, k: int, run: dict, limit: int):
         """Writes run-K.json and hands the run to Ray. The experiment stays locked until it ended."""
-        lock = open(experiment.folder / "lock", "w")
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        held = lock(experiment.folder / "lock")
         write_json(experiment.folder / f"run-{k}.json", {**run, "cluster": self.address})
         if self.accelerator is None:  # the night will be on what most GPUs here are
             kinds = Counter()
@@ -167,14 +166,14 @@ class RayEngine:
         words = (*AS_COMMITTED, "archive", "--format=tar", run["commit"], *needed)
         code = git_bytes(*words, at=self.night.root)
         answer = self.ray.remote(ray_node.run_on_node).options(**options).remote(job, code)
-        self.tasks[run["id"]] = answer, lock
+        self.tasks[run["id"]] = answer, held
 
     def poll(self, experiment: Experiment) -> tuple[str, str]:
         """(running, ended or lost; why it is lost) of the last run."""
         run = experiment.runs()[-1]
         if run["id"] not in self.tasks:
             return "lost", CUT_OFF  # with the supervisor before us
-        answer, lock = self.tasks[run["id"]]
+        answer, held = self.tasks[run["id"]]
         state, why = "ended", ""
         if experiment.dropped():
             self.ray.cancel(answer, force=True)
@@ -192,7 +191,7 @@ class RayEngine:
                 last_line = str(error).strip().splitlines()[-1]
                 state, why = "lost", f"{CUT_OFF}: Ray ended it: {one_line(last_line, 120)}"
         del self.tasks[run["id"]]
-        lock.close()
+        held.close()
         return state, why
 
     def take(self, experiment: Experiment, run: dict, answer: dict):

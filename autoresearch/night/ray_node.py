@@ -66,6 +66,7 @@ def run_watcher(folder: Path, run_id: str) -> dict:
     """What the watcher says at its end. Raises RuntimeError where it was killed."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
     environment.pop("OMP_NUM_THREADS", None)  # Ray sets 1
+    environment.pop("PYTHONSAFEPATH", None)  # `python -c` imports from its folder
 
     def python(code: str) -> tuple[bytes, bytes]:
         # Its standard input ends with this process, so that it knows when we have gone.

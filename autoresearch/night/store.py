@@ -14,7 +14,6 @@ Beside the files, `refs/autoresearch/TAG/N` keeps the commit of every experiment
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import shutil
@@ -26,6 +25,7 @@ from autoresearch.common import (
     ROOT,
     Fail,
     append_line,
+    lock,
     one_line,
     read_json,
     utc,
@@ -264,17 +264,12 @@ class Night:
         """A lock of the night; False where another process has held it all the time."""
         self.state_dir.mkdir(exist_ok=True)
         end = time.monotonic() + seconds
-        with open(self.state_dir / name, "w") as file:
-            while True:
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                except BlockingIOError:
-                    if time.monotonic() >= end:
-                        file.close()
-                        break
-                    time.sleep(POLL_SECONDS)
-            yield not file.closed
+        while (held := lock(self.state_dir / name, wait=False)) is None:
+            if time.monotonic() >= end:
+                break
+            time.sleep(POLL_SECONDS)
+        with held or contextlib.nullcontext():
+            yield held is not None
 
     @contextlib.contextmanager
     def command(self):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import fcntl
 import getpass
 import json
 import math
@@ -22,7 +21,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from autoresearch.common import cache_dir, inherited_environment, seconds_of, utc, write_json
+from autoresearch.common import cache_dir, inherited_environment, lock, seconds_of, utc, write_json
 from autoresearch.night import rules
 from autoresearch.night.experiment import Experiment, split_of
 from autoresearch.night.settings import TARGET, local_slots
@@ -300,14 +299,13 @@ class LocalEngine:
         if k > 1 or tree.exists():
             self.night.clear(experiment)
         self.night.repo.check_out(run["commit"], tree)
-        lock = open(experiment.folder / "lock", "w")
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        held = lock(experiment.folder / "lock")
         write_json(experiment.folder / f"run-{k}.json", run)
         if os.fork() == 0:
             try:
                 os.setsid()
-                os.closerange(3, lock.fileno())
-                os.closerange(lock.fileno() + 1, 1 << 12)  # the supervisor's own lock among them
+                os.closerange(3, held.fileno())
+                os.closerange(held.fileno() + 1, 1 << 12)  # the supervisor's own lock among them
                 become_subreaper()
                 self.watch(experiment, k, run, limit)
             except BaseException:
@@ -315,7 +313,7 @@ class LocalEngine:
                 sys.stderr.flush()
             finally:
                 os._exit(0)
-        lock.close()  # the child holds it until it ends, whatever becomes of us
+        held.close()  # the child holds it until it ends, whatever becomes of us
 
     def watch(self, experiment: Experiment, k: int, run: dict, limit: int):
         """Runs the K-th run to its end and writes end-K.json. In a process of its own."""

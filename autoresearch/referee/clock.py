@@ -14,9 +14,9 @@ import sys
 import time
 from pathlib import Path
 
-from autoresearch.common import Fail, sha256_of, utc
+from autoresearch.common import Fail, lock, sha256_of, utc
 from autoresearch.referee.ledger import append_record
-from autoresearch.referee.manifest import fingerprint, manifest, set_dir, shared_lock
+from autoresearch.referee.manifest import fingerprint, manifest, set_dir
 from autoresearch.referee.provenance import describe_run, imported_files, peak_memory_mb
 
 START_LIMIT = 1200  # seconds to compile and warm up in: a slow machine with cold caches needs many
@@ -96,7 +96,7 @@ class Clock:
             self._run = describe_run(self._script, self._script_sha256, device)
             self._budget = manifest()["time_budget"]
             self._next_sample = SAMPLE_SHARE * self._budget
-            self._set_lock = shared_lock(set_dir())
+            self._set_lock = lock(set_dir(), shared=True, wait=False)
             arm_watchdog(START_LIMIT)
             report_phase("compiling")
 
@@ -191,7 +191,7 @@ class Clock:
 
     def unlock(self):
         if self._set_lock is not None:
-            os.close(self._set_lock)
+            self._set_lock.close()
             self._set_lock = None
 
 

@@ -6,27 +6,59 @@ No numpy here: the night imports it.
 
 from __future__ import annotations
 
-import fcntl
+import contextlib
 import functools
 import hashlib
 import os
 from pathlib import Path
 from types import MappingProxyType
 
-from autoresearch.common import ROOT, Fail, cache_dir, canonical, parse_signed
+from autoresearch.common import (
+    ROOT,
+    Fail,
+    cache_dir,
+    canonical,
+    file_name,
+    is_there,
+    open_ours,
+    parse_signed,
+)
 
 FORMAT = 1  # of the cache; raised when its files, or the rules that made them, are no longer these
 SPLITS = ("train", "val", "test")  # in the token cache's index, by their place here
-AGAIN = "run the same `uv run prepare.py ...` with --force"
+
+
+def maker_elsewhere() -> str:
+    """In words, whose prepared set it is; empty where it is this user's own."""
+    for path in (cache_dir() / "manifest.json", cache_dir()):
+        with contextlib.suppress(OSError):
+            owner = path.stat().st_uid
+            return "" if owner == os.geteuid() else f"user {owner} has made it"
+    return ""
+
+
+def again() -> str:
+    """How the prepared set is made anew. Nobody is told to replace that of another user."""
+    maker = maker_elsewhere()
+    if maker:
+        return f"{maker}: tell them, or set AUTORESEARCH_CACHE to a folder of your own"
+    return "run the same `uv run prepare.py ...` with --force"
 
 
 def damaged(path: Path) -> Fail:
-    return Fail(f"{path} is damaged or missing: {AGAIN}")
+    """For bytes that are not those that were written; what cannot be read is a `file_problem`."""
+    return Fail(f"{file_name(path)} is damaged: {again()}")
+
+
+def open_prepared(path: Path):
+    """A file of the prepared set, in a `with`: open_ours."""
+    return open_ours(path, missing=again())
 
 
 def read_checked(path: Path, sha256: str) -> bytes:
-    """A file of the prepared set. Raises Fail where it is damaged or missing."""
-    content = path.read_bytes() if path.exists() else b""
+    """A file of the prepared set. Raises Fail where it is damaged or cannot be read."""
+    with open_prepared(path) as file:
+        content = file.read()
     if hashlib.sha256(content).hexdigest() != sha256:
         raise damaged(path)
     return content
@@ -34,18 +66,20 @@ def read_checked(path: Path, sha256: str) -> bytes:
 
 def load_manifest(path: Path) -> dict:
     """The manifest in a file. Raises Fail where there is none, or where it is damaged."""
-    try:
-        record = parse_signed(path.read_bytes())
-    except FileNotFoundError:
+    if not is_there(path):
         raise Fail(
-            f"nothing is prepared in {path.parent}: run `uv run prepare.py` (a GPU), "
+            f"nothing is prepared in {file_name(path.parent)}: run `uv run prepare.py` (a GPU), "
             "`uv run prepare.py --data DIR` (your text) or `uv run prepare.py --demo` "
             "(any machine, offline); an interrupted one continues"
-        ) from None
+        )
+    with open_ours(path) as file:
+        content = file.read()
+    try:
+        record = parse_signed(content)
     except ValueError:
         raise damaged(path) from None
     if record.get("format") != FORMAT:
-        raise Fail(f"{path} is of another version of prepare.py: {AGAIN}")
+        raise Fail(f"{file_name(path)} is of another version of prepare.py: {again()}")
     return record
 
 
@@ -91,18 +125,3 @@ def measuring_sources() -> list[Path]:
     """The files that decide what a score is: prepare.py, autoresearch/common.py and the referee."""
     package = ROOT / "autoresearch"
     return [ROOT / "prepare.py", package / "common.py", *sorted(package.glob("referee/*.py"))]
-
-
-def shared_lock(directory: Path, exclusive: bool = False) -> int | None:
-    """Locks a prepared set for reading, or exclusively, until the returned descriptor is closed.
-
-    None where others hold it, or where the file system has no locks.
-    """
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        kind = fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH
-        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
-    except OSError:
-        os.close(descriptor)
-        return None
-    return descriptor

@@ -2,7 +2,6 @@
 
 import faulthandler
 import json
-import os
 import re
 from dataclasses import dataclass
 
@@ -10,6 +9,7 @@ import pytest
 import torch
 from miniature import ROOT, draw_a_batch
 
+from autoresearch.common import lock
 from autoresearch.referee import clock as clock_room
 from autoresearch.referee import manifest as manifest_room
 from autoresearch.referee.ledger import read_ledger
@@ -51,8 +51,8 @@ def test_a_run_holds_its_set_until_its_end(standing):
     prepare, _ = standing
 
     def is_free() -> bool:
-        lock = manifest_room.shared_lock(prepare.set_dir(), exclusive=True)
-        return lock is not None and os.close(lock) is None
+        held = lock(prepare.set_dir(), wait=False)
+        return held is not None and held.close() is None
 
     assert is_free()
     loader = loader_of(prepare)
