@@ -3,7 +3,7 @@ night.py: the night's command line. Nobody edits it; its mechanics are in autore
 
     uv run night.py                    prints the state of the night and what to type next
     uv run night.py begin              makes the branch and results.tsv, queues the baseline
-    uv run night.py try "..."          queues the edits of train.py as one experiment
+    uv run night.py try '...'          queues the edits of train.py as one experiment
     uv run night.py wait [SECONDS]     returns when an experiment has ended, after 45 s at most
     uv run night.py show N             prints the diff, the losses and the end of the log of N
     uv run night.py bring N|best       puts the change of N, or the best train.py, into train.py
@@ -34,7 +34,7 @@ from autoresearch.night.settings import cluster_address
 from autoresearch.night.store import Night
 from autoresearch.night.worker import LocalEngine
 
-WAIT = 45  # seconds; agents' tools allow a command a minute or two
+WAIT = 45  # seconds
 
 
 def finite(text: str) -> float:
@@ -57,16 +57,17 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
     add("begin", help="make the branch and results.tsv, queue the baseline; or continue the night")
     option = add("try", help="queue the edits of train.py as one experiment").add_argument
-    option("message", help="what changes; what is expected")
+    option("message", help="what changes; what is expected; - reads it from standard input")
     option("--simpler", action="store_true", help="less code: an equal score is kept")
     option("--expect", type=finite, metavar="CHANGE", help="of the score, such as -0.003")
     option = add("wait", help="return when an experiment has ended").add_argument
-    option("seconds", type=finite, nargs="?", default=WAIT)
-    add("show", help="print the diff, the losses and the end of the log").add_argument(
-        "n", type=int
-    )
+    longest = commands.LONGEST_WAIT
+    option("seconds", type=finite, nargs="?", default=WAIT, help=f"{longest} at most")
+    option = add("show", help="print the diff, the losses and the end of the log").add_argument
+    option("n", type=int)
+    option("--diff", action="store_true", help="the whole diff and nothing else")
     option = add("bring", help="put a change back into train.py").add_argument
-    option("what", metavar="N|best", help="an experiment's number, or best for the best train.py")
+    option("what", metavar="N|best|edits-N", help="an experiment's change; the best; saved edits")
     add("drop", help="give up an experiment that waits or runs").add_argument("n", type=int)
     add("stop", help="end all runs; begin continues")
     option = add("runs", help="print the ledger as a table").add_argument
@@ -75,7 +76,18 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     option = add("confirm", help="compare baseline and best on the test split").add_argument
     option("--seeds", type=int, metavar="N", help="runs of each (default 3)")
     add("supervise")  # started by the other commands
-    return parser.parse_args(argv)
+    return parser.parse_args(joined_numbers(sys.argv[1:] if argv is None else argv))
+
+
+def joined_numbers(argv: list[str]) -> list[str]:
+    """`--expect -1e-3` as `--expect=-1e-3`: argparse takes the number for an option."""
+    found: list[str] = []
+    for word in argv:
+        if found and found[-1] == "--expect":
+            found[-1] += f"={word}"
+        else:
+            found.append(word)
+    return found
 
 
 def make_engine(night: Night):
@@ -92,12 +104,15 @@ def main(argv: list[str] | None = None):
     if args.command == "audit":
         return audit.say_audit()
     night = Night()
-    if args.command not in (None, "begin") and not night.begun():
+    before_begin = args.command in (None, "begin") or vars(args).get("what") == "best"
+    if not before_begin and not night.begun():
         raise Fail("no night has begun: uv run night.py begin")
     if args.command == "wait":
         return commands.wait(night, args.seconds)
     if args.command == "confirm":
         return confirm.confirm(night, args.seeds)
+    if args.command == "try" and args.message == "-":
+        args.message = sys.stdin.read()
     with night.command():
         if night.begun():
             supervisor.wake(night)  # even if the command then fails
@@ -108,7 +123,7 @@ def main(argv: list[str] | None = None):
         elif args.command == "try":
             commands.try_(night, args.message, args.simpler, args.expect)
         elif args.command == "show":
-            commands.show(night, args.n)
+            commands.show(night, args.n, args.diff)
         elif args.command == "bring":
             commands.bring(night, args.what)
         elif args.command == "drop":

@@ -61,10 +61,14 @@ def escape_output():
         sys.stdout.reconfigure(errors="backslashreplace")
 
 
+def cut(text: str, most: int) -> str:
+    """At most so many characters; what is cut off shows as `...`."""
+    return text if len(text) <= most else text[: most - 4] + " ..."
+
+
 def one_line(text, most: int = 110) -> str:
     """Printable, without tabs and newlines, cut to `most` characters."""
-    text = printable(" ".join(str(text).split()))
-    return text if len(text) <= most else text[: most - 4] + " ..."
+    return cut(printable(" ".join(str(text).split())), most)
 
 
 def some(items, most: int = 6) -> str:

@@ -46,7 +46,12 @@ def matching(what: str, count: int, wrong: list) -> Iterator[Finding]:
 
 def say_audit():
     """Prints the audit of the night in this folder."""
-    print(*audit_lines(NightReport.here()), sep="\n")
+    report = NightReport.here()
+    print(*audit_lines(report), sep="\n")
+    best = best_of(report.records)
+    to_confirm = best and best["kind"] != "baseline" and not report.confirmed
+    then = "the human confirms the best: uv run night.py confirm"
+    print("next:", then if to_confirm else "uv run night.py")
 
 
 def audit_lines(report: NightReport) -> list[str]:

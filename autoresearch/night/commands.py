@@ -6,11 +6,16 @@ Only a command moves the agent's branch and file (store.sync_branch); the superv
 
 from __future__ import annotations
 
+import re
+import textwrap
 import time
 import warnings
+from pathlib import Path
 
 from autoresearch.common import (
     Fail,
+    cut,
+    git,
     one_line,
     printable,
     read_json,
@@ -25,16 +30,15 @@ from autoresearch.night.results import COLUMNS
 from autoresearch.night.settings import BASELINE_SEEDS, CLUSTER_TIMEOUT, TARGET, time_limit
 from autoresearch.night.status import (
     WIDTH,
-    baseline_is_pending,
-    best_losses,
     end_of_log,
     log_of,
     loss_at,
     losses,
+    open_lines,
     print_lines,
     print_status,
     record_lines,
-    status_lines,
+    standing_lines,
     title_of,
     what_next,
 )
@@ -42,6 +46,10 @@ from autoresearch.night.store import POLL_SECONDS, Night
 from autoresearch.night.supervisor import capacity, wake
 from autoresearch.referee.ledger import ledger_path, read_ledger
 from autoresearch.referee.manifest import fingerprint, manifest
+
+LONGEST_WAIT = 90  # seconds; the strictest of the agents' tools ends a command after 120
+START_SECONDS = 5  # that `wait` gives a run to be decided, and the next one to start
+DIFF_LINES = 16  # of a diff that `show` prints
 
 # --------------------------------------------------------------------------------- begin and stop
 
@@ -62,8 +70,8 @@ def begin(night: Night):
         raise Fail(f"changed and not committed: {some(others)}: {advice}")
     check_results(night)
     uncommitted = (
-        f"{TARGET.file} has edits: git commit them as the baseline, "
-        f"or git checkout {TARGET.file}, then begin"
+        f"{TARGET.file} has edits: put them aside with `uv run night.py bring best`, then begin "
+        "(or, as the human, git commit them as the baseline)"
     )
     if git("symbolic-ref", "-q", "--short", "HEAD", check=False) != night.branch:
         if changed:
@@ -122,7 +130,8 @@ def stop(night: Night):
     """Ends what runs, to run again after `begin`."""
     (night.folder / "stop").touch()
     wake(night)
-    print("stopped: nothing starts; uv run night.py begin continues, and runs again what ran")
+    print("stopped: what runs is being ended, and nothing starts")
+    print("next: uv run night.py begin continues, and runs again what was ended")
 
 
 # --------------------------------------------------------------------------------- try, wait, drop
@@ -131,7 +140,7 @@ def stop(night: Night):
 def try_(night: Night, message: str, simpler: bool, expect: float | None):
     """The edits of the target's file as one experiment."""
     if not message.strip():
-        raise Fail('say what changes and what is expected: uv run night.py try "..."')
+        raise Fail("say what changes and what is expected: uv run night.py try '...'")
     content = night.edits()
     if content is None:
         night.sync_branch()
@@ -164,7 +173,8 @@ def try_(night: Night, message: str, simpler: bool, expect: float | None):
     wake(night)
     best = rules.best_of(night.records())
     place = f"the best, {best['commit'][:7]}" if best else f"the baseline, {night.tip()[:7]}"
-    print(f"{n}: queued as {commit[:7]}; {TARGET.file} is {place} again: edit the next idea")
+    print(f"{n}: queued as {commit[:7]}; {TARGET.file} is {place} again")
+    print("next:", what_next(night))
 
 
 def check_new(night: Night, change: str, base: str):
@@ -197,23 +207,28 @@ def syntax_error(content: bytes) -> str | None:
 
 
 def wait(night: Night, seconds: float):
-    """Until something has ended that was not reported yet, or the time is over."""
+    """Until something was decided that was not reported yet, or the time is over.
+
+    Then, for a moment, until what waits has started: what it prints holds for longer than the print.
+    """
+    began = time.monotonic()
     log = night.state_dir / "supervisor.log"
     log_size = log.stat().st_size if log.is_file() else 0
-    reported = read_json(night.folder / "reported.json") or {"records": 0, "ended": []}
+    reported = read_json(night.folder / "reported.json") or {}
+    known = reported.get("records", 0)
     with night.command():
         night.sync_branch()
         if wake(night):
             seconds = min(seconds, CLUSTER_TIMEOUT)  # soon, but not in a tight loop
-    end = time.monotonic() + seconds
-    while True:
-        experiments = night.open()
-        ended = [f"{e.n}-{len(e.runs())}" for e in experiments if e.state() == "ended"]
-        news = len(night.records()) > reported["records"]
-        if baseline_is_pending(experiments):  # otherwise what ended is decided within a moment
-            news = news or set(ended) - set(reported["ended"])
+    end = began + min(seconds, LONGEST_WAIT)
+    failed = settling = False
+    while time.monotonic() < end and night.can_work():
         failed = log.is_file() and log.stat().st_size > log_size
-        if news or failed or time.monotonic() >= end or not night.can_work():
+        news = len(night.records()) > known
+        if news and not settling:
+            settling = True
+            end = time.monotonic() + START_SECONDS
+        if failed or settling and not about_to_change(night):
             break
         time.sleep(4 * POLL_SECONDS)
     with night.command():
@@ -223,10 +238,20 @@ def wait(night: Night, seconds: float):
         if failed:
             lines.append(f"the supervisor ended and starts again: {end_of_log(log, 1)[-1]}")
         records = night.records()
-        lines += news_lines(night, records[reported["records"] :])
-        print_lines(lines + status_lines(night))
+        lines += news_lines(night, records[known:])
+        now = open_lines(night)
+        present = standing_lines(night) + now
+        lines += [line for line in present if line not in reported.get("said", [])]
+        print_lines(lines or now or ["nothing waits and nothing runs"])
         print("next:", what_next(night))
-        write_json(night.folder / "reported.json", {"records": len(records), "ended": ended})
+        write_json(night.folder / "reported.json", {"records": len(records), "said": present})
+
+
+def about_to_change(night: Night) -> bool:
+    """Whether a run has ended and is not decided, or a slot is free for what waits."""
+    states = [experiment.state() for experiment in night.open()]
+    free = night.engine_state()["slots"] > states.count("running")
+    return "ended" in states or ("waiting" in states and free and not night.stopped())
 
 
 def news_lines(night: Night, new_records: list[dict]) -> list[str]:
@@ -255,7 +280,8 @@ def drop(night: Night, n: int):
         raise Fail(f"{n} is the baseline, which all else needs; to end all, uv run night.py stop")
     (experiment.folder / "drop").touch()
     wake(night)
-    print(f"{n} is dropped; uv run night.py wait")
+    print(f"{n} is dropped")
+    print("next:", what_next(night))
 
 
 # ------------------------------------------------------------------------------- show, bring, runs
@@ -271,49 +297,96 @@ def find(night: Night, n: int) -> tuple[dict, Experiment]:
     return records[0] if records else experiment.asked, experiment
 
 
-def show(night: Night, n: int):
-    """Decision, diff, losses beside the best's, and the end of the log."""
+def show(night: Night, n: int, only_diff: bool = False):
+    """Decision, diff, losses beside the best's, and the end of the log of the run that counts."""
     record, experiment = find(night, n)
+    diff = diff_lines(night, record) if record["kind"] == "try" else []
+    if only_diff:
+        print(*diff, sep="\n")
+        print("next:", what_next(night))
+        return
     lines = [f"{n}: {title_of(record)}, not decided yet"]
     if "status" in record:
         lines = record_lines(record)
-    if record["kind"] == "try":
-        commit = record["commit"]
-        words = ("diff-tree", "-p", "--no-ext-diff", f"{commit}^", commit, "--", TARGET.file)
-        diff = night.repo.git(*words, check=False) or ""
-        changed = [printable(line)[:WIDTH] for line in diff.splitlines()[4:]]
-        lines += changed[:18]
-        if len(changed) > 18:
-            lines.append(f"... {len(changed) - 18} more lines: git show {commit[:7]}")
-    lines += loss_lines(night, losses(experiment.path("progress.jsonl")))
+    k = record.get("k") or max(1, len(experiment.runs()))
+    lines += commit_lines(record, experiment, k)
+    lines += diff[:DIFF_LINES]
+    if len(diff) > DIFF_LINES:
+        lines.append(f"... {len(diff) - DIFF_LINES} more lines: uv run night.py show {n} --diff")
+    lines += loss_lines(night, record, losses(experiment.path("progress.jsonl", k)))
     lines += ["end of the log:"]
-    lines += [f"   | {line}" for line in end_of_log(experiment.path("run.log"), 10)]
+    lines += [f"   | {line}" for line in end_of_run(experiment.path("run.log", k))]
     print_lines(lines)
+    print("next:", what_next(night))
 
 
-def loss_lines(night: Night, curve: list[tuple[float, float]]) -> list[str]:
-    """The losses at each 10% of the budget, and the best's in brackets."""
+def diff_lines(night: Night, record: dict) -> list[str]:
+    commit = record["commit"]
+    words = ("diff-tree", "-p", "--no-ext-diff", f"{commit}^", commit, "--", TARGET.file)
+    diff = night.repo.git(*words, check=False) or ""
+    return [cut(printable(line), WIDTH) for line in diff.splitlines()[4:]]
+
+
+def commit_lines(record: dict, experiment: Experiment, k: int) -> list[str]:
+    """Where the run's commit is another than the one that was queued: why."""
+    run = experiment.runs()[k - 1] if k <= len(experiment.runs()) else {}
+    queued, ran = experiment.asked["commit"], run.get("commit", record["commit"])
+    if queued == ran:
+        return []
+    best = run.get("base", record["base"])[:7]
+    return [f"   queued as {queued[:7]}, ran as {ran[:7]}: the same change on the new best, {best}"]
+
+
+def end_of_run(path: Path) -> list[str]:
+    """The end of a run's log; the summary's values stand in few lines."""
+    lines = end_of_log(path, 40)
+    if "---" not in lines:
+        return lines[-10:]
+    start = lines.index("---")
+    values = [line for line in lines[start + 1 :] if not line.startswith("loss_curve")]
+    summary = textwrap.wrap("; ".join(values), WIDTH, break_long_words=False)
+    return [*lines[max(0, start - 4) : start], *summary]
+
+
+def loss_lines(night: Night, record: dict, curve: list[tuple[float, float]]) -> list[str]:
+    """The losses at each 10% of the budget; in brackets the best's, or what the best was based on."""
     if not curve:
         return []
-    best_curve = best_losses(night, night.records())
+    name, beside_it = "the best's", rules.best_of(night.records())
+    if beside_it and beside_it["n"] == record["n"]:
+        name, beside_it = "its base's", rules.kept_as(record["base"], night.records())
+    other = losses(log_of(night, beside_it, "progress", "jsonl")) if beside_it else []
+    other = [] if beside_it and beside_it["n"] == record["n"] else other  # the baseline itself
     cells = []
     for percent in range(10, 101, 10):
-        loss, beside = loss_at(curve, percent), loss_at(best_curve, percent)
+        loss, beside = loss_at(curve, percent), loss_at(other, percent)
         if loss is not None and percent <= curve[-1][0] + 10:
-            best = f" ({beside:.3f})" if beside is not None else ""
-            cells.append(f"{percent}% {loss:.3f}{best}")
-    return ["loss (the best's): " + " ".join(cells[:5]), "   " + " ".join(cells[5:])]
+            cells.append(f"{percent}% {loss:.3f}" + (f" ({beside:.3f})" if beside else ""))
+    head = f"loss ({name}): " if other else "loss: "
+    return [head + " ".join(cells[:5]), *["   " + " ".join(cells[5:])][: len(cells) > 5]]
 
 
 def bring(night: Night, what: str):
-    """Puts N's change, or the best, into the file. Edits are never lost."""
+    """Puts N's change, saved edits, or the best, into the file. Edits are never lost."""
     if what == "best":
-        return bring_best(night)
-    if not what.isdigit():
-        raise Fail(f"bring {one_line(what, 20)}: it takes an experiment's number, or best")
-    record, _ = find(night, int(what))
+        bring_best(night)
+    elif re.fullmatch(r"edits-\d+", what):
+        bring_edits(night, what)
+    elif what.isdigit():
+        bring_change(night, what)
+    else:
+        wrong = one_line(what, 20)
+        raise Fail(f"bring {wrong}: it takes an experiment's number, best, or saved edits")
+    if night.begun():
+        print("next:", what_next(night))
+    else:
+        print("next: uv run night.py begin")
+
+
+def bring_change(night: Night, n: str):
+    record, _ = find(night, int(n))
     if record["kind"] != "try":
-        raise Fail(f"{what} ({record['kind']}) has no change: uv run night.py bring best")
+        raise Fail(f"{n} ({record['kind']}) has no change: uv run night.py bring best")
     night.sync_branch()
     commit, tip, edits = record["commit"], night.tip(), night.edits()
     current = night.repo.file_at(tip) if edits is None else edits
@@ -321,25 +394,47 @@ def bring(night: Night, what: str):
     parent = night.repo.git("rev-parse", f"{commit}^")
     content = merged(current, night.repo.file_at(parent), night.repo.file_at(commit))
     if content is None:
-        by_hand = f"read it (uv run night.py show {what}) and make it by hand"
-        raise Fail(f"{what}'s change does not apply to {place}: {by_hand}")
+        by_hand = f"read it (uv run night.py show {n} --diff) and make it by hand"
+        raise Fail(f"{n}'s change does not apply to {place}: {by_hand}")
     if content == current:
-        raise Fail(f"{what}'s change is in {place} already: try another idea")
+        raise Fail(f"{n}'s change is in {place} already: try another idea")
     night.write_target(content)
-    print(f"{what}'s change is in {TARGET.file}, on top of {place}: edit, then uv run night.py try")
+    print(f"{n}'s change is in {TARGET.file}, on top of {place}")
 
 
 def bring_best(night: Night):
-    """The file as the best has it; edits go into a file beside the queue."""
-    content = night.edits()
+    """The file as the best has it, or, before the night has begun, as the last commit has it."""
+    if not night.begun():
+        commit = night.repo.git("rev-parse", "HEAD")
+        before = night.target_path.read_bytes() if night.target_path.is_file() else b""
+        content = None if night.repo.is_file_of(before, [commit]) else before
+        night.folder.mkdir(parents=True, exist_ok=True)
+    else:
+        commit, content = night.tip(), night.edits()
     if content is not None:
+        name = f"edits-{len(list(night.folder.glob('edits-*'))) + 1}"
+        write_atomically(night.folder / f"{name}-{TARGET.file}", content)
+        night.write_target(night.repo.file_at(commit))
+        print(f"your edits were saved: uv run night.py bring {name} puts them back")
+    if night.begun():
+        night.sync_branch()
+        commit = night.tip()
+    print(f"{TARGET.file} is the best, {commit[:7]}")
+
+
+def bring_edits(night: Night, name: str):
+    """What `bring best` has saved, as it was."""
+    saved = night.folder / f"{name}-{TARGET.file}"
+    if not saved.is_file():
         count = len(list(night.folder.glob("edits-*")))
-        aside = night.folder / f"edits-{count + 1}-{TARGET.file}"
-        write_atomically(aside, content)
-        night.write_target(night.repo.file_at(night.tip()))
-        print(f"your edits were saved in {aside.relative_to(night.root)}")
-    night.sync_branch()
-    print(f"{TARGET.file} is the best, {night.tip()[:7]}")
+        raise Fail(f"there are no {name}: " + (f"edits-1 to edits-{count}" if count else "none"))
+    if night.edits() is not None:
+        raise Fail(f"{TARGET.file} has edits: uv run night.py bring best saves them, then again")
+    night.write_target(saved.read_bytes())
+    print(f"{TARGET.file} has the {name} again")
+
+
+RUNS_TABLE = "{:16} {:>4} {:8} {:5} {:>9} {:>6} {:>8} {:>9} {:>4} {:10} {}"
 
 
 def list_runs(count: int):
@@ -348,24 +443,41 @@ def list_runs(count: int):
     size = ledger.stat().st_size if ledger.is_file() else 0
     records, _ = read_ledger(max(0, size - 4096 * count))  # the end: all of 10,000 runs takes 0.8 s
     last = {record.get("run"): record for record in records}  # the end replaces the start
-    table = "{:20}  {:8}  {:5}  {:>8}  {:>8}  {:>8}  {:>4}  {}"
-    print(table.format("time", "commit", "split", "score", "seconds", "M tokens", "seed", "status"))
-    for record in list(last.values())[-count:]:
-        print(printable(table.format(*map(str, run_cells(record))))[:160])
-    print(f"from {ledger}; * has uncommitted changes")
+    runs = list(last.values())[-count:]
+    heads = "time (UTC),n,commit,split,score,s,M tokens,tokens/s,seed,status,description".split(",")
+    print(RUNS_TABLE.format(*heads))
+    ideas = subjects([run.get("commit") or "" for run in runs])
+    for run in runs:
+        idea = ideas.get(run.get("commit"), "-")
+        print(cut(printable(RUNS_TABLE.format(*map(str, [*run_cells(run), idea]))), 160))
+    print(f"from {ledger}; n is the experiment; * has uncommitted changes")
+    print("next: uv run night.py says where the night stands")
+
+
+def subjects(commits: list[str]) -> dict[str, str]:
+    """The first lines of the messages of those commits that are in this repository."""
+    asked = "".join(f"{commit}\n" for commit in {*commits} if commit).encode()
+    words = ("log", "--no-walk", "--ignore-missing", "--stdin", "--format=%H %s")
+    found = git(*words, give=asked, check=False) if asked else None
+    return dict(line.split(" ", 1) for line in (found or "").splitlines())
 
 
 def run_cells(record: dict) -> list:
-    """One line of the table of runs."""
+    """One line of the table of runs, without the description."""
     score, tokens = record.get("score"), record.get("tokens")
+    rate = rules.rate(record)
+    # A run of a night stands in the folder of its experiment.
+    number = re.search(r"/\.night/[^/]+/queue/(\d+)/tree$", record.get("repo") or "")
     status = record.get("failure") or ("scored" if score is not None else "no end")
     return [
-        record.get("time", "-"),
+        record.get("time", "-")[:16].replace("T", " "),
+        number[1] if number else "-",
         (record.get("commit") or "-")[:7] + ("*" if record.get("changed") else ""),
         record.get("split", "-"),
         "-" if score is None else f"{score:.6f}",
-        record.get("training_seconds", "-"),
-        "-" if tokens is None else f"{tokens / 1e6:.1f}",
+        "-" if record.get("training_seconds") is None else f"{record['training_seconds']:.0f}",
+        "-" if tokens is None else f"{tokens / 1e6:.3f}",
+        "-" if rate is None else f"{rate:,.0f}",
         record.get("seed", "-"),
-        status,
+        one_line(status, 40),
     ]

@@ -187,9 +187,12 @@ def confirm(night: Night, seeds: int | None):
     confirmation = Confirmation.of(night.records(), night.confirmed(), len(confirmation.seeds))
     lines = confirmation.lines(read_ledger()[0])
     print(*lines, sep="\n")
+    more = f"uv run night.py confirm --seeds {2 * len(confirmation.seeds)}"
     if lines[-1].endswith("within chance"):
-        more = 2 * len(confirmation.seeds)
-        print(f"next: more seeds detect smaller gains: uv run night.py confirm --seeds {more}")
+        print(f"next: more seeds detect smaller gains: {more}")
+    else:
+        pair = f"{confirmation.baseline['commit'][:7]} {confirmation.best['commit'][:7]}"
+        print(f"next: read what was kept: git diff {pair}; and uv run night.py audit")
 
 
 def queue_confirmation(night: Night, seeds: int | None) -> tuple[Confirmation, set[int]]:

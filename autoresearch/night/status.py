@@ -7,7 +7,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from autoresearch.common import one_line, seconds_of
+from autoresearch.common import cut, one_line, seconds_of
 from autoresearch.night import rules
 from autoresearch.night.experiment import Experiment
 from autoresearch.night.results import row_of
@@ -25,7 +25,7 @@ def print_lines(lines: list[str]):
     if len(lines) > SCREEN:
         lines = [*lines[: SCREEN - 1], f"... {len(lines) - SCREEN + 1} more lines"]
     for line in lines:
-        print(line[:200])
+        print(cut(line, 200))
 
 
 # ---------------------------------------------------------------------------------- one experiment
@@ -92,7 +92,7 @@ def loss_at(curve: list[tuple[float, float]], percent: float) -> float | None:
 
 
 def progress(experiment: Experiment, best_curve: list[tuple[float, float]]) -> str:
-    """`compiling, 20 s so far`, or `training 40%, loss 2.41 (best at 40%: 2.2)`."""
+    """`compiling, 20 s so far`, or `training 40%, loss 2.41 (best at 40%: 2.2), 9,100 tokens/s`."""
     run = experiment.runs()[-1]
     so_far = f"{time.time() - seconds_of(run['began']):.0f} s so far"
     if "cluster" in run:
@@ -105,7 +105,10 @@ def progress(experiment: Experiment, best_curve: list[tuple[float, float]]) -> s
     percent, loss = curve[-1]
     beside = loss_at(best_curve, percent)
     best = f" (best at {percent:.0f}%: {beside:.4g})" if beside is not None else ""
-    return f"training {percent:.0f}%, loss {loss:.4g}{best}"
+    last = [line for line in lines if line.get("loss") is not None][-1]
+    speed = f", {last['tokens'] / last['seconds']:,.0f} tokens/s" if last.get("seconds") else ""
+    steps = f", {last['steps']} steps" if last.get("steps") else ""
+    return f"training {percent:.0f}%, loss {loss:.4g}{best}{speed}{steps}"
 
 
 # -------------------------------------------------------------------------------------- the night
@@ -116,16 +119,20 @@ def baseline_is_pending(experiments: list[Experiment]) -> bool:
     return any(e.is_baseline and e.state() != "ended" for e in experiments)
 
 
-def status_lines(night: Night) -> list[str]:
-    """The best, what runs, what waits."""
-    records = night.records()
-    ended = {record["n"] for record in night.ended()}
-    experiments = [e for e in night.open() if e.n not in ended]
+def standing_lines(night: Night) -> list[str]:
+    """What is the matter with the engine, if anything; the best. It changes when a run is decided."""
     problem = cluster_problem(cluster_address())
     lines = [problem] if problem else night.engine_state()["lines"]
-    lines += best_lines(records)
-    curve = best_losses(night, records)
-    return lines + [open_line(e, experiments, curve) for e in experiments]
+    return lines + best_lines(night.records())
+
+
+def open_lines(night: Night) -> list[str]:
+    """What runs, what waits."""
+    ended = {record["n"] for record in night.ended()}
+    experiments = [e for e in night.open() if e.n not in ended]
+    curve = best_losses(night, night.records())
+    stopped = night.stopped()
+    return [open_line(e, experiments, curve, stopped) for e in experiments]
 
 
 def best_lines(records: list[dict]) -> list[str]:
@@ -154,12 +161,17 @@ def best_lines(records: list[dict]) -> list[str]:
 
 
 def open_line(
-    experiment: Experiment, experiments: list[Experiment], best_curve: list[tuple[float, float]]
+    experiment: Experiment,
+    experiments: list[Experiment],
+    best_curve: list[tuple[float, float]],
+    stopped: bool,
 ) -> str:
     """One that waits, runs, or is not decided yet."""
     words = experiment.state()
     runs = experiment.runs()
-    if words == "running":
+    if words == "running" and stopped:
+        words = "being ended; it runs again after uv run night.py begin"
+    elif words == "running":
         words = progress(experiment, best_curve)
     elif words == "ended":
         score = runs[-1].get("score")
@@ -182,13 +194,15 @@ def what_next(night: Night) -> str:
     waiting = [e for e in experiments if e.asked["kind"] == "try" and e.state() == "waiting"]
     edited = night.edits() is not None
     if len(waiting) >= capacity(night):
+        running = any(e.state() == "running" for e in experiments)
+        full = "the queue is full" if running else "the next run is about to start"
         kept = f"; {TARGET.file} keeps its edits until then" if edited else ""
-        return f"the queue is full: uv run night.py wait{kept}"
+        return f"{full}: uv run night.py wait{kept}"
     if edited:
-        finish = 'finish them, then uv run night.py try "..."; or uv run night.py bring best'
+        finish = "finish them, then uv run night.py try '...'; or uv run night.py bring best"
         return f"{TARGET.file} has edits: {finish}"
     or_wait = ", or uv run night.py wait" if experiments else ""
-    return f'edit {TARGET.file} and uv run night.py try "what changes; what is expected"{or_wait}'
+    return f"edit {TARGET.file} and uv run night.py try 'what changes; what is expected'{or_wait}"
 
 
 def print_status(night: Night):
@@ -199,8 +213,8 @@ def print_status(night: Night):
         return
     print(f"night {night.tag} on {night.branch}")
     night.sync_branch()
-    lines = status_lines(night)
-    recent = [f"  {row_of(record)[:WIDTH]}" for record in night.records()[-5:]]
+    lines = standing_lines(night) + open_lines(night)
+    recent = [f"  {cut(row_of(record), WIDTH)}" for record in night.records()[-5:]]
     if recent:
         lines += ["last rows of results.tsv:", *recent]
     print_lines(lines)

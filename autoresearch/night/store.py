@@ -43,6 +43,17 @@ COMMAND_TIMEOUT = 10  # seconds a command waits for another one
 RESERVED_TAGS = "command compiled engine.json ray.log supervisor supervisor.log".split()
 
 
+def parsed(lines: list[bytes]) -> list[dict]:
+    """Of each line that is JSON, what it says."""
+    with contextlib.suppress(ValueError):  # all at once takes half of the time
+        return json.loads(b"[%s]" % b",".join(filter(None, lines)))
+    found = []
+    for line in lines:
+        with contextlib.suppress(ValueError):
+            found.append(json.loads(line))
+    return found
+
+
 class Night:
     """Where one tag's night keeps its files, and what they say. Raises Fail outside a repository."""
 
@@ -85,14 +96,12 @@ class Night:
         """
         with contextlib.suppress(FileNotFoundError), open(self.journal, "rb") as file:
             file.seek(self._read_bytes)
-            for line in file:
-                if not line.endswith(b"\n"):
-                    break  # being written, or torn: then the next line ends it
-                self._read_bytes += len(line)
-                with contextlib.suppress(ValueError):
-                    record = json.loads(line)
-                    others = {"confirm": self._confirmed, "session": self._sessions}
-                    others.get(record["kind"], self._records).append(record)
+            # A last line without its end is being written, or torn: then the next line ends it.
+            whole, newline, _ = file.read().rpartition(b"\n")
+            self._read_bytes += len(whole + newline)
+            others = {"confirm": self._confirmed, "session": self._sessions}
+            for record in parsed(whole.split(b"\n")):
+                others.get(record["kind"], self._records).append(record)
         return [*self._records]
 
     def confirmed(self) -> list[dict]:

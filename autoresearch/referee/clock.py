@@ -135,7 +135,8 @@ class Clock:
         self._pace.append([round(seconds, 3), self._tokens])
         loss = sum(self._losses) / len(self._losses) if self._losses else None
         percent = round(100 * seconds / self._budget, 1)
-        report_phase("training", percent=percent, loss=loss, tokens=self._tokens, seconds=seconds)
+        done = dict(steps=self._steps, tokens=self._tokens, seconds=seconds)
+        report_phase("training", percent=percent, loss=loss, **done)
         self._losses = []
         interval = SAMPLE_SHARE * self._budget
         self._next_sample = (seconds // interval + 1) * interval

@@ -15,7 +15,7 @@ def test_wait_tells_the_phase_and_returns_when_something_ended(lab):
     n = lab.attempt(message, "--expect", "-0.01", HOLD="a", WIDTH=1)
     lab.until_held(n)
     said = lab.say("wait", 0)
-    assert f"{n}: training 40%, loss 2.6 (best at 40%: 2.6)  (wider in every" in said
+    assert f"{n}: training 40%, loss 2.6 (best at 40%: 2.6), 40 tokens/s  (wider in every" in said
     waiting = lab.start("wait", 50)
     (lab.cache / "go-a").touch()
     progress = lab.state_dir / f"nov21/queue/{n}/progress-1.jsonl"
@@ -49,9 +49,9 @@ def test_the_queue_is_bounded_and_edits_beside_a_full_one_are_kept(lab):
     lab.say("drop", first)
     assert lab.until_ended(first)["why"] == "dropped"
     lab.until_ended(two[1])
-    saved = re.search(r"your edits were saved in (\S+)\n", lab.say("bring", "best"))[1]
+    assert "saved: uv run night.py bring edits-1 puts them back" in lab.say("bring", "best")
     assert b"COMMENT = 100" in (lab.root / "train.py").read_bytes()
-    shutil.copy(lab.root / saved, lab.root / "train.py")
+    lab.say("bring", "edits-1")
     # a change of before, on top of these edits
     assert f"{two[0]}'s change is in train.py, on top of your edits" in lab.say("bring", two[0])
     assert b"DEPTH = 1\n" in (lab.root / "train.py").read_bytes()
@@ -74,6 +74,65 @@ def test_many_commands_at_once_queue_nothing_twice_and_lose_nothing(lab):
     lab.say()
     lab.until_idle()
     lab.check()
+
+
+def test_wait_returns_once_the_next_run_has_started_and_says_only_what_changed(lab):
+    first = lab.attempt("wider", WIDTH=1, HOLD="a")
+    second = lab.attempt("deeper", DEPTH=1, EVENT="hang")
+    lab.until_held(first)
+    said = lab.say("wait", 0)
+    assert "best 1.000000" not in said and f"{second}: waiting" in said
+    waiting = lab.start("wait", 50)
+    lab.go("a")
+    said, _ = waiting.communicate(timeout=20)
+    assert f"{first}: keep" in said and "best 0.990000" in said
+    assert re.search(rf"^{second}: (starting|compiling|training)", said, re.M), said
+    lab.until_held(second)
+    assert re.match(rf"{second}: training \d+%.*\nnext: edit train.py", lab.say("wait", 0))
+    lab.say("drop", second)
+    lab.until_ended(second)
+    queued, ran = lab.git("rev-parse", "refs/autoresearch/nov21/5"), lab.record(5)["commit"]
+    explained = f"queued as {queued[:7]}, ran as {ran[:7]}: the same change on the new best"
+    assert explained in lab.say("show", second)
+
+
+def test_a_message_may_hold_anything_and_the_last_line_of_every_command_says_what_comes_next(lab):
+    message = "two lines:\n# `touch wrong` $5 \"quotes\" and 'quotes'; -1e-3 < 0"
+    lab.edit(WIDTH=1, HOLD="a")
+    command = [sys.executable, "night.py", "try", "-", "--expect", "-1e-3"]
+    done = subprocess.run(
+        command, cwd=lab.root, env=lab.env, input=message, text=True, capture_output=True
+    )
+    assert done.stdout.splitlines()[-1].startswith("next: edit train.py"), done.stderr
+    lab.until_held(4)
+    lab.edit(NOTE=2)
+    said = [lab.say(*words) for words in (["bring", "best"], ["bring", "edits-1"], ["show", "4"])]
+    assert "+WIDTH = 1" in said[-1]
+    said += [lab.say("show", "4", "--diff"), lab.say("audit"), lab.say("stop")]
+    status = lab.say()
+    assert "training" not in status  # it ended, or is being ended
+    said += [status, lab.say("begin"), lab.say("bring", "best")]
+    record = lab.until_ended(4, go="a")
+    assert record["message"] == message.replace("\n", " ") and record["expect"] == -0.001
+    shown = lab.say("show", "4")
+    assert "   | val_bpb: 0.990000" in shown and "loss (its base's): 10% 2.900 (2.900)" in shown
+    runs = lab.say("runs")
+    assert re.search(rf"{record['commit'][:7]} .* 0.990000 .* 0.100 +20,000 .* two lines", runs)
+    for text in [*said, shown, runs, lab.say("wait", 0)]:
+        assert text.splitlines()[-1].startswith("next: "), text
+
+
+def test_edits_made_before_the_night_began_are_put_aside_and_brought_back(fresh, tmp_path):
+    lab = fresh.copy(tmp_path / "it")
+    before = (lab.root / "train.py").read_text()
+    lab.edit(WIDTH=1)
+    edited = (lab.root / "train.py").read_text()
+    assert lab.say("bring", "best").endswith("next: uv run night.py begin\n")
+    assert (lab.root / "train.py").read_text() == before
+    lab.say("begin")
+    lab.say("bring", "edits-1")
+    assert (lab.root / "train.py").read_text() == edited
+    lab.until_idle()
 
 
 def test_what_is_no_python_is_not_queued(lab):
@@ -176,7 +235,7 @@ HEADER = "commit\tval_bpb\tmemory_gb\tstatus\tdescription\n"
         ("fresh", no_repository, ["begin"], "is no git repository.*: git init"),
         ("fresh", unprepared, ["begin"], "nothing is prepared in .*: run `uv run prepare.py`"),
         ("fresh", put("prepare.py", "#"), ["begin"], "not committed: prepare.py: commit it"),
-        ("fresh", constants(WIDTH=1), ["begin"], "train.py has edits: git commit them as the baseline"),
+        ("fresh", constants(WIDTH=1), ["begin"], "has edits: put them aside with `uv run night.py bring best`"),
         ("fresh", put("results.tsv", "experiment,loss\n1,2\n"), ["begin"], "other columns.*: mv results.tsv"),
         ("fresh", put("results.tsv", HEADER + ROW), ["begin"], "of another night: mv results.tsv"),
         ("fresh", page("- tag: ../../x\n"), [], "setting `tag: ../../x`: it cannot name a branch"),
@@ -190,7 +249,8 @@ HEADER = "commit\tval_bpb\tmemory_gb\tstatus\tdescription\n"
         ("begun", constants(NOTE=1), ["try", " \t\n"], "say what changes"),
         ("begun", constants(NOTE=200), ["try", "x", "--simpler"], "train.py has not become shorter"),
         ("begun", None, ["bring", "9"], "no experiment 9: they go from 1 to 3"),
-        ("begun", None, ["bring", "what"], "it takes an experiment's number, or best"),
+        ("begun", None, ["bring", "what"], "it takes an experiment's number, best, or"),
+        ("begun", None, ["bring", "edits-3"], "there are no edits-3: none"),
         ("begun", None, ["bring", "2"], r"2 \(baseline\) has no change: uv run night.py bring best"),
         ("begun", None, ["drop", "3"], r"3 has ended \(discard\)"),
     ],
