@@ -235,7 +235,7 @@ HEADER = "commit\tval_bpb\tmemory_gb\tstatus\tdescription\n"
         ("fresh", no_repository, ["begin"], "is no git repository.*: git init"),
         ("fresh", unprepared, ["begin"], "nothing is prepared in .*: run `uv run prepare.py`"),
         ("fresh", put("prepare.py", "#"), ["begin"], "not committed: prepare.py: commit it"),
-        ("fresh", constants(WIDTH=1), ["begin"], "has edits: put them aside with `uv run night.py bring best`"),
+        ("fresh", constants(WIDTH=1), ["begin"], "put them aside with `uv run night.py bring best`"),
         ("fresh", put("results.tsv", "experiment,loss\n1,2\n"), ["begin"], "other columns.*: mv results.tsv"),
         ("fresh", put("results.tsv", HEADER + ROW), ["begin"], "of another night: mv results.tsv"),
         ("fresh", page("- tag: ../../x\n"), [], "setting `tag: ../../x`: it cannot name a branch"),
