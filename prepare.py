@@ -31,6 +31,7 @@ import hashlib
 import itertools
 import math
 import os
+import shutil
 import signal
 import sys
 import time
@@ -62,10 +63,18 @@ from autoresearch.corpus.cache import (
     put_in_place,
     remove_others,
     unfinished_set,
+    unpacked_dir,
 )
 from autoresearch.corpus.climbmix import TEST_SHARD, climbmix
 from autoresearch.corpus.documents import Passage, Source, cut_to_rows, well_formed
-from autoresearch.corpus.report import Progress, in_parallel, print_table, require_rows, total
+from autoresearch.corpus.report import (
+    Progress,
+    in_parallel,
+    print_nulls,
+    print_table,
+    require_rows,
+    total,
+)
 from autoresearch.corpus.text import demo, own_text
 from autoresearch.referee.clock import clock, fail
 from autoresearch.referee.leakcheck import EvalModel, LeakCheck, on_device
@@ -607,10 +616,13 @@ def prepare(corpus: str, data: Path | None, settings: dict, force: bool):
     # 3. Every document as tokens.
     row_length = settings["seq_len"] + 1
     entries = encode_all(directory, sources, tokenizer, row_length)
+    for source in sources:
+        source.require_unchanged()
 
     # 4. The rows of the score.
     eval_rows = count_rows(directory, entries, row_length, settings["eval_tokens"])
     print(how_split)
+    print_nulls(sources)
     print_table(entries, eval_rows, row_length)
     require_rows(entries, eval_rows, row_length)
 
@@ -679,8 +691,8 @@ def command_line() -> Parser:
         "--data",
         type=lambda text: Path(text).expanduser(),  # a shell leaves the ~ of --data=~/notes
         metavar="DIR",
-        help="your own *.parquet (column text), *.jsonl (field text), *.txt, *.md below DIR, "
-        "or one such file",
+        help="your own *.parquet (column text), *.jsonl (field text), *.txt, *.md below DIR, the "
+        "last three also as .gz; or one such file",
     )
     corpus.add_argument(
         "--num-shards",
@@ -719,7 +731,10 @@ def main(argv: list[str] | None = None):
         settings["num_shards"] = args.num_shards
     try:
         with lock_cache(cache_dir()):
-            prepare(corpus, args.data, settings, args.force)
+            try:
+                prepare(corpus, args.data, settings, args.force)
+            finally:
+                shutil.rmtree(unpacked_dir(), ignore_errors=True)
     except OSError as error:  # the disk is full, a folder may not be written to, ...
         problem = file_problem(error, error.filename or cache_dir())
         raise Fail(f"{problem}; downloads are kept: then run the same command again") from None

@@ -40,7 +40,7 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else " " for c in text)
 
 
-def file_name(path, most: int = 160) -> str:
+def file_name(path: Path | str, most: int = 160) -> str:
     """A file's name on one line: what does not print is escaped, the middle of a long name left out."""
 
     def escaped(c: str) -> str:

@@ -5,6 +5,7 @@ another is complete.
     manifest.json      what is prepared; written last: without it nothing is
     <key>/             the prepared set: tokenizer and tokens
     unfinished/        a set that is being made, or was until it was killed
+    unpacked/          plain text out of .gz files, while a set is made
     shards/            downloads
     autoresearch.jsonl the ledger
 """
@@ -81,6 +82,10 @@ def unfinished_set() -> Path:
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir()
     return directory
+
+
+def unpacked_dir() -> Path:
+    return cache_dir() / "unpacked"
 
 
 def put_in_place(directory: Path, described: dict):

@@ -2,24 +2,33 @@
 Readers: a file in, its documents out, or one line that names the file and the place.
 
 parquet (column `text`), jsonl (field `text`), and plain text, whose documents are passages of it.
+Jsonl and plain text may be packed by gzip.
 """
 
 from __future__ import annotations
 
 import codecs
+import contextlib
+import gzip
 import hashlib
 import json
-import mmap
 import re
+import shutil
+import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
-from autoresearch.common import Fail, sha256_of
+from autoresearch.common import Fail, file_name, file_problem, one_line, sha256_of, some
 
 # ------------------------------------------------------------------------------- parquet and jsonl
+
+SAVE_AS_UTF8 = (
+    "save it as UTF-8, by an editor or `iconv -f LATIN1 -t UTF-8 OLD > NEW` (or -f UTF-16), or "
+    "move it away"
+)
 
 
 def well_formed(text: str) -> str:
@@ -28,40 +37,103 @@ def well_formed(text: str) -> str:
 
 
 def read_parquet(path: Path):
-    """Yields (row group, text). Raises Fail, naming the file."""
+    """Yields (row group, text; None for a null). Raises Fail, naming the file."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
-        file = pq.ParquetFile(path)
-        for group in range(file.num_row_groups):
-            for rows in file.iter_batches(row_groups=[group], columns=["text"], batch_size=1024):
-                for text in rows.column("text").cast(pa.string()).to_pylist():
-                    if text:
+        with pq.ParquetFile(path) as file:
+            require_text_column(file.schema_arrow, path)
+            for group in range(file.num_row_groups):
+                for rows in file.iter_batches(
+                    row_groups=[group], columns=["text"], batch_size=1024
+                ):
+                    for text in rows.column("text").cast(pa.string()).to_pylist():
                         yield group, text
     except (pa.ArrowException, KeyError, OSError, UnicodeError) as error:
-        raise Fail(f"{path} is no readable parquet file with a column `text` ({error})") from None
+        if isinstance(error, OSError) and error.errno:
+            raise Fail(file_problem(error, path)) from None
+        name, reason = file_name(path), one_line(error, 300)
+        raise Fail(f"{name} is no readable parquet file with a column `text` ({reason})") from None
+
+
+def require_text_column(schema, path: Path):
+    """schema: pyarrow's. Raises Fail unless one column `text` holds text (or only nulls)."""
+    import pyarrow.types as of
+
+    if "text" not in schema.names:
+        columns = some(map(file_name, schema.names))
+        raise Fail(
+            f"{file_name(path)} has no column `text`, but {columns}: rename the one with text"
+        )
+    if schema.names.count("text") > 1:
+        raise Fail(f"{file_name(path)} has {schema.names.count('text')} columns `text`: rename one")
+    kind = schema.field("text").type
+    inner = kind.value_type if of.is_dictionary(kind) else kind
+    kinds = "string large_string string_view binary large_binary binary_view fixed_size_binary null"
+    if not any(getattr(of, "is_" + name)(inner) for name in kinds.split()):
+        raise Fail(
+            f"{file_name(path)}: its column `text` holds {one_line(kind, 60)}, not text: give the "
+            "column with the text that name"
+        )
 
 
 def read_jsonl(path: Path):
-    """Yields (0, text): the whole file is one row group. Raises Fail, naming the line."""
-    with open(path, "rb") as file:
+    """Yields (0, text; None for a null): the whole file is one row group. Raises Fail, naming the line."""
+    packed = path.suffix.lower() == ".gz"
+    with gzip.open(path) if packed else open(path, "rb") as file, whole_gzip(path):
         for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                text = well_formed(json.loads(line)["text"])
-            except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-                kind = type(error).__name__
-                raise Fail(
-                    f"{path}, line {number}: not a JSON object with a string `text` ({kind})"
-                ) from None
-            if text:
-                yield 0, text
+            if line.strip():
+                yield 0, text_in(line, f"{file_name(path)}, line {number}")
 
 
-READERS = {".parquet": read_parquet, ".jsonl": read_jsonl}
-PLAIN_TEXT = (".txt", ".md")
+def text_in(line: bytes, place: str) -> str | None:
+    """The field `text` of a JSON object; None for null. Raises Fail, naming the place."""
+    try:
+        try:
+            record = json.loads(line)
+        except UnicodeDecodeError:
+            raise
+        except ValueError:
+            record = json.loads(line, parse_int=float)  # an integer of over 4,300 digits
+        if record["text"] is None:
+            return None
+        return well_formed(record["text"])
+    except KeyError:
+        reason = f"no `text`, but {some(map(file_name, record))}" if record else "it is empty"
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        if isinstance(error, UnicodeDecodeError) or b"\0" in line:
+            raise Fail(f"{place}: not UTF-8: {SAVE_AS_UTF8}") from None
+        reason = f"{type(error).__name__}: {one_line(error)}"
+    raise Fail(f"{place}: not a JSON object with a string `text` ({reason})")
+
+
+# ------------------------------------------------------------------------------------ kinds of file
+
+READERS = {".parquet": read_parquet, ".jsonl": read_jsonl, ".jsonl.gz": read_jsonl}
+PLAIN_TEXT = (".txt", ".md", ".txt.gz", ".md.gz")
+PACKERS = (".gz", ".zst", ".xz", ".bz2")
+
+
+def kind_of(path: Path) -> str:
+    """The suffix in small letters, with that of a packer: `.txt`, `.jsonl.gz`."""
+    suffixes = path.suffixes[-2:] if path.suffix.lower() in PACKERS else path.suffixes[-1:]
+    return "".join(suffixes).lower()
+
+
+@contextlib.contextmanager
+def whole_gzip(path: Path):
+    """While a packed file is read: Fail where it is cut short or no gzip file."""
+    try:
+        yield
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise Fail(f"{file_name(path)} is no whole gzip file ({error}): fetch it again") from None
+
+
+def unpack(path: Path, unpacked: Path):
+    """Plain text is read in any order, so it is unpacked to a file."""
+    with gzip.open(path) as file, whole_gzip(path), open(unpacked, "wb") as out:
+        shutil.copyfileobj(file, out, 1 << 20)
 
 
 # ------------------------------------------------------------------------------------- plain text
@@ -85,21 +157,33 @@ class Passage:
     def text(self) -> str:
         with open(self.path, "rb") as file:
             file.seek(self.start)
-            return file.read(self.end - self.start).decode()
+            content = file.read(self.end - self.start)
+        try:
+            return content.decode()
+        except UnicodeDecodeError:
+            raise changed([self.path]) from None
+
+
+def changed(paths: list[Path]) -> Fail:
+    names = some(map(file_name, paths), 4)
+    return Fail(f"changed while it was read: {names}. Wait until it rests, then run the same again")
 
 
 def passages_of(path: Path) -> list[Passage]:
     """The whole file, or pieces of about PASSAGE_BYTES where it is longer. No byte order mark."""
-    if path.stat().st_size == 0:  # mmap refuses an empty file
-        return []
     passages = []
-    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
-        start = len(codecs.BOM_UTF8) if text[:3] == codecs.BOM_UTF8 else 0
-        while start < len(text):
-            end = cut_place(text, start + PASSAGE_BYTES)
-            passages.append(Passage(path, start, end, hashlib.sha256(text[start:end]).digest()))
-            start = end
-    return passages
+    with open(path, "rb") as file:
+        mark = file.read(len(codecs.BOM_UTF8)) == codecs.BOM_UTF8
+        start = len(codecs.BOM_UTF8) if mark else 0
+        while True:
+            file.seek(start)
+            text = file.read(PASSAGE_BYTES + LOOK_AHEAD)
+            if not text:
+                return passages
+            size = cut_place(text, PASSAGE_BYTES)
+            digest = hashlib.sha256(text[:size]).digest()
+            passages.append(Passage(path, start, start + size, digest))
+            start += size
 
 
 def cut_place(text, place: int) -> int:
@@ -160,6 +244,14 @@ def cut_to_rows(tokenizer, text: str, size: int) -> list[np.ndarray]:
 # ----------------------------------------------------------------------------------------- sources
 
 
+def stamp(path: Path) -> tuple | None:
+    """Changes when the file does; None where it is gone."""
+    with contextlib.suppress(FileNotFoundError):
+        found = path.stat()
+        return found.st_size, found.st_mtime_ns, found.st_ino
+    return None
+
+
 @dataclass(eq=False)
 class Source:
     """Documents that are encoded together: a parquet or jsonl file, or a bundle of plain text."""
@@ -170,10 +262,23 @@ class Source:
     passages: tuple[Passage, ...] = ()  # of a bundle
     # The split of a document, by the sha256 of its text; None leaves it out.
     split_of: Callable[[bytes], str | None] | None = None
+    stamps: dict[Path, tuple] = field(default_factory=dict)  # of its files, before they were read
+    nulls: int = 0  # documents without text, when it was read last
 
     def read(self):
         """Yields (row group, text) of a parquet or jsonl file, in its order."""
-        return READERS[self.path.suffix.lower()](self.path)
+        self.nulls = 0
+        for group, text in READERS[kind_of(self.path)](self.path):
+            if text:
+                yield group, text
+            elif text is None:
+                self.nulls += 1
+
+    def require_unchanged(self):
+        """Raises Fail where a file is no longer the one that was read."""
+        wrong = [path for path in self.stamps if stamp(path) != self.stamps[path]]
+        if wrong:
+            raise changed(wrong)
 
     def documents(self):
         """Yields (split, row group, text), in order. Raises Fail, naming file and place."""

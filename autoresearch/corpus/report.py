@@ -7,7 +7,8 @@ import threading
 import time
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 
-from autoresearch.common import Fail
+from autoresearch.common import Fail, file_name, some
+from autoresearch.corpus.documents import Source
 from autoresearch.referee.manifest import SPLITS
 
 
@@ -52,7 +53,7 @@ class Progress:
         with self.lock:
             self.done += 1
             seconds = time.monotonic() - self.began
-            self.say(f"{self.verb} {name} ({self.done}/{self.files}, {seconds:.1f} s)\n")
+            self.say(f"{self.verb} {file_name(name)} ({self.done}/{self.files}, {seconds:.1f} s)\n")
 
 
 def in_parallel(function, items: list, workers: int, verb: str) -> list:
@@ -94,6 +95,14 @@ def print_table(entries: list[dict], eval_rows: dict, row_length: int):
             f"{total(entries, 'bytes', split) / 1e6:9,.1f} {tokens:15,} "
             f"{eval_rows.get(split, tokens // row_length):10,}"
         )
+
+
+def print_nulls(sources: list[Source]):
+    """Says how many documents were skipped because their text is null."""
+    without = [source for source in sources if source.nulls]
+    if without:
+        names = some([f"{file_name(source.name)} ({source.nulls:,})" for source in without], 4)
+        print(f"skipped {sum(s.nulls for s in without):,} documents whose text is null: {names}")
 
 
 FEW_TOKENS = 100_000  # scored: below, a score's standard error is over about 0.01 nats a token

@@ -11,58 +11,107 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib.util
+import os
 import re
 from collections import Counter
 from pathlib import Path
 
-from autoresearch.common import Fail, some
+from autoresearch.common import Fail, file_name, some
+from autoresearch.corpus.cache import unpacked_dir
 from autoresearch.corpus.documents import (
     PLAIN_TEXT,
     READERS,
+    SAVE_AS_UTF8,
     Passage,
     Source,
     is_utf8,
+    kind_of,
     passages_of,
+    stamp,
+    unpack,
 )
 from autoresearch.referee.manifest import SPLITS
 
 # ------------------------------------------------------------------------------------- which files
 
 
+# What helps with a file that is not read, by how its name ends.
+CONVERT = {
+    ".zst": "unpack by `zstd -d`",
+    ".xz": "unpack by `unxz`",
+    ".bz2": "unpack by `bunzip2`",
+    ".gz": "unpack by `gunzip`",
+    ".zip": "unpack by `unzip`",
+    ".tar": "unpack by `tar -xf`",
+    ".tgz": "unpack by `tar -xf`",
+    ".json": "rename to .jsonl, if each line is an object with `text`",
+    ".json.gz": "rename to .jsonl.gz, if each line is an object with `text`",
+}
+
+
+def not_read(skipped: Counter) -> str:
+    """`3 .json (rename ...), 1 hidden`; skipped: files by kind."""
+
+    def words(kind: str, count: int) -> str:
+        ending = kind if kind in CONVERT else "." + kind.rpartition(".")[2]
+        return f"{count:,} {kind}" + (f" ({CONVERT[ending]})" if ending in CONVERT else "")
+
+    return some([words(*found) for found in skipped.most_common()], 4)
+
+
+def all_below(folder: Path) -> list[Path]:
+    """What is below a folder, in order. Links to folders are not followed.
+
+    Raises OSError for a folder that may not be read.
+    """
+
+    def refuse(error: OSError):
+        raise error
+
+    found = []
+    for place, folders, files in os.walk(folder, onerror=refuse):
+        found += [Path(place, name) for name in (*folders, *files)]
+    return sorted(found)
+
+
 def text_files(data: Path) -> tuple[dict[str, Path], Counter]:
     """({name: path} of the text files below `data`, or of `data` itself; what is skipped by kind).
 
-    Links to folders are not followed.
+    A packed plain text has the path to which it was unpacked.
     """
     if not data.exists():
-        raise Fail(f"--data {data}: there is no such file or directory")
+        raise Fail(f"--data {file_name(data)}: there is no such file or directory")
     top = data.parent if data.is_file() else data
     files = {}
     skipped = Counter()
-    for path in [data] if data.is_file() else sorted(data.rglob("*")):
+    for path in [data] if data.is_file() else all_below(data):
         name = path.relative_to(top)
-        suffix = path.suffix.lower()
         if not path.is_file():
             continue
         if any(part.startswith(".") for part in name.parts):
             skipped["hidden"] += 1
-        elif suffix in READERS or suffix in PLAIN_TEXT:
+        elif kind_of(path) in READERS or kind_of(path) in PLAIN_TEXT:
             files[name.as_posix()] = path
         else:
-            skipped[suffix or "without a suffix"] += 1
+            skipped[file_name(kind_of(path)) or "without a suffix"] += 1
     if not files:
-        raise Fail(f"{data}: there is no *.parquet, *.jsonl, *.txt or *.md that is not hidden")
-    wrong = [path for path in files.values() if is_plain(path) and not is_utf8(path)]
+        wanted = "*.parquet, *.jsonl, *.txt or *.md (the last three also with .gz)"
+        lies = f"; there is {not_read(skipped)}" if skipped else ""
+        raise Fail(f"{file_name(data)}: there is no {wanted} that is not hidden{lies}")
+    for number, (name, path) in enumerate(files.items()):
+        if path.suffix.lower() == ".gz" and is_plain(path):
+            unpacked_dir().mkdir(exist_ok=True)
+            files[name] = unpacked_dir() / f"{number}.txt"
+            unpack(path, files[name])
+    wrong = [name for name, path in files.items() if is_plain(path) and not is_utf8(path)]
     if wrong:
-        raise Fail(
-            f"not UTF-8: {some(wrong)}. Save as UTF-8, by an editor or "
-            "`iconv -f LATIN1 -t UTF-8 OLD > NEW` (or -f UTF-16), or move away"
-        )
+        names = some([file_name(name, 100) for name in wrong])
+        raise Fail(f"{file_name(data)}: not UTF-8: {names}: {SAVE_AS_UTF8}")
     return files, skipped
 
 
 def is_plain(path: Path) -> bool:
-    return path.suffix.lower() not in READERS
+    return kind_of(path) not in READERS
 
 
 def named_split(name: str) -> str | None:
@@ -120,15 +169,24 @@ def draw(sizes: dict[bytes, int], wanted: list[str]) -> dict[bytes, str]:
 
 
 def split_files(files: dict[str, Path], named: dict[str, str]) -> list[Source]:
-    """The sources of files, both by name; named: the split of the files that have one."""
+    """The sources of files, both by name; named: the split of the files that have one.
+
+    Says how many texts are copies of others.
+    """
+    stamps = {path: stamp(path) for path in files.values()}
     passages = {name: passages_of(path) for name, path in files.items() if is_plain(path)}
     sources = [
-        Source(name, named.get(name), path) for name, path in files.items() if not is_plain(path)
+        Source(name, named.get(name), path, stamps={path: stamps[path]})
+        for name, path in files.items()
+        if not is_plain(path)
     ]
     named_texts = {}  # {sha256: split} of the texts in files that are named for val or test
     sizes = {}  # {sha256: bytes} of the texts in files that are named for no split
+    seen = 0
 
     def see(file_split: str | None, digest: bytes, size: int):
+        nonlocal seen
+        seen += 1
         if file_split:
             named_texts[digest] = file_split
         else:
@@ -147,6 +205,14 @@ def split_files(files: dict[str, Path], named: dict[str, str]) -> list[Source]:
     wanted = [split for split in ("val", "test") if split not in named.values()]
     free = {digest: sizes[digest] for digest in sizes if digest not in named_texts}
     drawn = draw(free, wanted)
+    different = len(named_texts | sizes)
+    if different < seen:
+        copies = (
+            f"{seen - different:,} of {seen:,} texts are copies of others; copies share a split"
+        )
+        if wanted and len(free) <= 1:
+            raise Fail(f"{copies}, and {some(wanted)} would have none: add other text")
+        print(copies)
 
     def split_of(digest: bytes, file_split: str | None) -> str | None:
         """None leaves the text out here: it is in a file that is named for another split."""
@@ -162,7 +228,7 @@ def split_files(files: dict[str, Path], named: dict[str, str]) -> list[Source]:
             for passage in passages[name]:
                 if split_of(passage.digest, named.get(name)) == split:
                     of_split.append(passage)
-        sources += bundles(joined(of_split), split)
+        sources += bundles(joined(of_split), split, stamps)
     return sources
 
 
@@ -187,8 +253,11 @@ def joined(passages: list[Passage]) -> list[Passage]:
     return pieces
 
 
-def bundles(pieces: list[Passage], split: str) -> list[Source]:
-    """Sources of about BUNDLE_BYTES. In the order of the hashes each is a fair sample."""
+def bundles(pieces: list[Passage], split: str, stamps: dict[Path, tuple]) -> list[Source]:
+    """Sources of about BUNDLE_BYTES. In the order of the hashes each is a fair sample.
+
+    stamps: of the files.
+    """
     cut = []
     size = BUNDLE_BYTES
     for piece in sorted(pieces, key=lambda piece: piece.digest):
@@ -198,7 +267,12 @@ def bundles(pieces: list[Passage], split: str) -> list[Source]:
         cut[-1].append(piece)
         size += piece.end - piece.start
     return [
-        Source(f"plain text, {split} {number}", split, passages=tuple(bundle))
+        Source(
+            f"plain text, {split} {number}",
+            split,
+            passages=tuple(bundle),
+            stamps={piece.path: stamps[piece.path] for piece in bundle},
+        )
         for number, bundle in enumerate(cut, 1)
     ]
 
@@ -217,13 +291,12 @@ def own_text(data: Path) -> tuple[list[Source], str]:
     named = {name: named_split(name) for name in files if named_split(name)}
     lines = []
     if skipped:
-        counts = [f"{count:,} {kind}" for kind, count in skipped.most_common()]
-        lines.append(f"not read: {some(counts, 4)}")
+        lines.append(f"not read: {not_read(skipped)}")
     wanted = []
     for split in ("val", "test"):
         names = [name for name in named if named[name] == split]
         if names:
-            lines.append(f"{split} by name: {some(names, 4)}")
+            lines.append(f"{split} by name: {some(map(file_name, names), 4)}")
         else:
             wanted.append(split)
     if wanted:
