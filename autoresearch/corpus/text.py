@@ -206,7 +206,7 @@ def split_files(files: dict[str, Path], named: dict[str, str]) -> list[Source]:
     free = {digest: sizes[digest] for digest in sizes if digest not in named_texts}
     drawn = draw(free, wanted)
     different = len(named_texts | sizes)
-    if different < seen:
+    if different < 0.95 * seen:
         copies = (
             f"{seen - different:,} of {seen:,} texts are copies of others; copies share a split"
         )
