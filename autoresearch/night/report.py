@@ -4,14 +4,15 @@ All that is known of a night, read once: for the audit, the notebook, and whatev
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
 
 from autoresearch.common import ROOT, Fail, git, seconds_of
-from autoresearch.night.results import Row, read_results
-from autoresearch.night.rules import BEST_MOVED, noise_floor
+from autoresearch.night.results import STATUSES, Row, read_results
+from autoresearch.night.rules import BEST_MOVED, calibration, gain, noise_floor
 from autoresearch.night.store import Night
 from autoresearch.referee.ledger import joined, read_ledger
 
@@ -56,11 +57,83 @@ class NightReport:
             report.started = {run["id"]: run for run in runs}
         return report
 
+    @classmethod
+    def of(cls, night: Night) -> NightReport:
+        """What changes during a night, for whoever looks often: without ledger, runs and git."""
+        rows, skipped = read_results(night.results)
+        records, confirmed = night.records(), night.confirmed()
+        return cls(night.root, rows, skipped, records, confirmed, branch=night.branch)
+
+    def counts(self) -> dict[str, int]:
+        """How many experiments there are, and how many of each status."""
+        count = Counter("not_measured" if row.not_measured else row.status for row in self.rows)
+        kinds = (*STATUSES, "not_measured")
+        return {"experiments": len(self.rows), **{kind: count[kind] for kind in kinds}}
+
     def noise_floor(self) -> float | None:
         """By the night's records; of a log without them, by the rows of its baseline."""
         rows = [row for row in self.rows if row.hash and row.what.startswith("baseline")]
         repeats = [{"commit": row.hash, "score": row.score} for row in rows]
         return noise_floor(self.records or repeats)
+
+
+# ------------------------------------------------------------- in words, for notebook and page
+
+
+def count_line(report: NightReport) -> str:
+    """How many experiments came to what."""
+    count = report.counts()
+    unmeasured = f", {count['not_measured']} not measured" if count["not_measured"] else ""
+    plural = "s" * (count["experiments"] != 1)
+    return (
+        f"{count['experiments']} experiment{plural}: {count['keep']} kept, {count['discard']} discarded, "
+        f"{count['crash']} crashed{unmeasured}"
+    )
+
+
+def noise_line(floor: float | None) -> str:
+    return "noise floor: " + ("not measured" if floor is None else f"{floor:.6f}")
+
+
+def change_words(before: float, after: float, floor: float | None) -> str:
+    """`-0.012000 (-1.20%, 30.0 times the noise floor)`"""
+    times = f", {gain(after, before) / floor:.1f} times the noise floor" if floor else ""
+    return f"{after - before:+.6f} ({after / before - 1:+.2%}{times})"
+
+
+def prediction_line(records: list[dict], floor: float | None) -> str:
+    count, direction, size = calibration(records, floor)
+    said = f"{direction} right in direction, {size} in size"
+    return f"{count} predictions (night.py try --expect): {said}"
+
+
+def cost_of(sessions: list[dict], records: list[dict]) -> dict | None:
+    """What the agent's sessions brought and cost, of Night.sessions(); None where there are none.
+
+    Dollars are those of the sessions that report them, or None.
+    """
+    if not sessions:
+        return None
+    dollars = [s["dollars"] for s in sessions if s.get("dollars") is not None]
+    kept = sum(record["status"] == "keep" and record["kind"] == "try" for record in records)
+    brought = sum(session.get("experiments") or 0 for session in sessions)
+    return {
+        "sessions": len(sessions),
+        "experiments_a_session": brought / len(sessions),
+        "dollars": sum(dollars) if dollars else None,
+        "dollars_a_kept_change": sum(dollars) / kept if dollars and kept else None,
+    }
+
+
+def cost_line(cost: dict) -> str:
+    """What `cost_of` found, in words."""
+    sessions, each = cost["sessions"], cost["experiments_a_session"]
+    line = f"{sessions} session{'s' * (sessions > 1)} of the agent, {each:.1f} experiments each"
+    if cost["dollars"] is None:
+        return line
+    a_change = cost["dollars_a_kept_change"]
+    per = "no change kept" if a_change is None else f"${a_change:.2f} a kept change"
+    return f"{line}; ${cost['dollars']:.2f}, {per}"
 
 
 # -------------------------------------------------------------------------- where the hours went

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from autoresearch.common import one_line, some, write_atomically
-from autoresearch.night.rules import CONFLICT, CUT_OFF, gain
+from autoresearch.night.rules import CONFLICT, CUT_OFF, NOT_MEASURED, gain
 from autoresearch.night.settings import BASELINE_SEEDS, TARGET
 
 COLUMNS = ["commit", TARGET.metric, "memory_gb", "status", "description"]
@@ -80,6 +80,11 @@ class Row:
     def hash(self) -> str | None:
         """The commit, where the row names one that git may know."""
         return self.commit.lower() if re.fullmatch("[0-9a-fA-F]{7,40}", self.commit) else None
+
+    @property
+    def not_measured(self) -> bool:
+        """Whether the machine, not the code, is why there is no score."""
+        return self.status == "crash" and f"[{NOT_MEASURED}" in self.what
 
 
 def read_results(path: Path) -> tuple[list[Row], list[str]]:

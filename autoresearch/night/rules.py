@@ -28,6 +28,7 @@ SLOW = "slow"
 CUT_OFF = "cut off"
 STOPPED = "stopped"
 CONFLICT = "rejected (conflict)"
+NOT_MEASURED = "not measured"
 
 # What the ledger says of a run that changes its score without being its code; and why the machine
 # took something slower than the best.
