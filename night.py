@@ -12,9 +12,11 @@ night.py: the night's command line. Nobody edits it; its mechanics are in autore
     uv run night.py runs [COUNT]       prints the ledger as a table
     uv run night.py audit              checks results.tsv against the ledger and git
     uv run night.py confirm            compares baseline and best on the test split
+    uv run night.py page               writes night.html; --serve PORT offers it on 127.0.0.1
 
-A command changes files and git, and starts the supervisor (`night.py supervise`), a detached process
-that runs what is queued. Standard library only, Ray apart. Linux and macOS.
+Status, runs, audit and page take --json. A command changes files and git, and starts the supervisor
+(`night.py supervise`), a detached process that runs what is queued. Standard library only, Ray
+apart. Linux and macOS.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # PYTHONSAFEPATH leaves it out
 
 from autoresearch.common import Fail, Parser, escape_output, file_problem
-from autoresearch.night import audit, commands, confirm, status, supervisor
+from autoresearch.night import audit, commands, confirm, objects, page, status, supervisor
 from autoresearch.night.ray_engine import RayEngine
 from autoresearch.night.settings import cluster_address
 from autoresearch.night.store import Night
@@ -50,6 +52,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         description="Runs a night of experiments.",
         allow_abbrev=False,
     )
+    as_object = {"action": "store_true", "help": "print one JSON object"}
+    parser.add_argument("--json", **as_object)
+    as_object["default"] = argparse.SUPPRESS  # a command's own default would hide the one above
     adding = parser.add_subparsers(dest="command")
 
     def add(name: str, **more) -> argparse.ArgumentParser:
@@ -72,9 +77,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("stop", help="end all runs; begin continues")
     option = add("runs", help="print the ledger as a table").add_argument
     option("count", type=int, nargs="?", default=30)
-    add("audit", help="check results.tsv against the ledger and git")
+    option("--json", **as_object)
+    option = add("audit", help="check results.tsv against the ledger and git").add_argument
+    option("--json", **as_object)
     option = add("confirm", help="compare baseline and best on the test split").add_argument
     option("--seeds", type=int, metavar="N", help="runs of each (default 3)")
+    option = add("page", help="write night.html, the night to look at").add_argument
+    option("--serve", type=int, metavar="PORT", help="offer it on 127.0.0.1 until Ctrl-C")
+    option("--json", **as_object)
     add("supervise")  # started by the other commands
     return parser.parse_args(joined_numbers(sys.argv[1:] if argv is None else argv))
 
@@ -98,11 +108,11 @@ def make_engine(night: Night):
 def main(argv: list[str] | None = None):
     args = parse(argv)
     if args.command == "supervise":
-        return supervisor.supervise(make_engine)
+        return supervisor.supervise(make_engine, page.Refresher)
     if args.command == "runs":
-        return commands.list_runs(args.count)
+        return objects.say_runs(args.count) if args.json else commands.list_runs(args.count)
     if args.command == "audit":
-        return audit.say_audit()
+        return objects.say_audit() if args.json else audit.say_audit()
     night = Night()
     before_begin = args.command in (None, "begin") or vars(args).get("what") == "best"
     if not before_begin and not night.begun():
@@ -111,13 +121,15 @@ def main(argv: list[str] | None = None):
         return commands.wait(night, args.seconds)
     if args.command == "confirm":
         return confirm.confirm(night, args.seeds)
+    if args.command == "page":
+        return page.say_page(night, args.serve, args.json)
     if args.command == "try" and args.message == "-":
         args.message = sys.stdin.read()
     with night.command():
         if night.begun():
             supervisor.wake(night)  # even if the command then fails
         if args.command is None:
-            status.print_status(night)
+            objects.say_status(night) if args.json else status.print_status(night)
         elif args.command == "begin":
             commands.begin(night)
         elif args.command == "try":
@@ -130,6 +142,7 @@ def main(argv: list[str] | None = None):
             commands.drop(night, args.n)
         elif args.command == "stop":
             commands.stop(night)
+            page.write_page(night)
 
 
 if __name__ == "__main__":

@@ -57,13 +57,16 @@ def say_audit():
 def audit_lines(report: NightReport) -> list[str]:
     """The findings, and a summary as the last line."""
     findings = list(audit(report))
+    return [*map(str, findings), summary_of(report, findings)]
+
+
+def summary_of(report: NightReport, findings: list[Finding]) -> str:
     doubts = sum(not finding.fine for finding in findings)
-    summary = "Nothing found that speaks against these numbers."
     if not report.rows:
-        summary = "No row was read, so nothing was checked."
-    elif doubts:
-        summary = f"{doubts} thing{'s' if doubts > 1 else ''} to look at"
-    return [*map(str, findings), summary]
+        return "No row was read, so nothing was checked."
+    if doubts:
+        return f"{doubts} thing{'s' if doubts > 1 else ''} to look at"
+    return "Nothing found that speaks against these numbers."
 
 
 def audit(report: NightReport) -> Iterator[Finding]:

@@ -437,20 +437,25 @@ def bring_edits(night: Night, name: str):
 RUNS_TABLE = "{:16} {:>4} {:8} {:5} {:>9} {:>6} {:>8} {:>9} {:>4} {:10} {}"
 
 
-def list_runs(count: int):
-    """The ledger's last runs as a table; a start without an end was cut off, or is running."""
+def last_runs(count: int) -> list[dict]:
+    """The ledger's last runs; a start without an end was cut off, or is running."""
     ledger = ledger_path()
     size = ledger.stat().st_size if ledger.is_file() else 0
     records, _ = read_ledger(max(0, size - 4096 * count))  # the end: all of 10,000 runs takes 0.8 s
     last = {record.get("run"): record for record in records}  # the end replaces the start
-    runs = list(last.values())[-count:]
+    return list(last.values())[-count:]
+
+
+def list_runs(count: int):
+    """The ledger's last runs as a table."""
+    runs = last_runs(count)
     heads = "time (UTC),n,commit,split,score,s,M tokens,tokens/s,seed,status,description".split(",")
     print(RUNS_TABLE.format(*heads))
     ideas = subjects([run.get("commit") or "" for run in runs])
     for run in runs:
         idea = ideas.get(run.get("commit"), "-")
         print(cut(printable(RUNS_TABLE.format(*map(str, [*run_cells(run), idea]))), 160))
-    print(f"from {ledger}; n is the experiment; * has uncommitted changes")
+    print(f"from {ledger_path()}; n is the experiment; * has uncommitted changes")
     print("next: uv run night.py says where the night stands")
 
 

@@ -12,7 +12,7 @@ from autoresearch.night import rules
 from autoresearch.night.experiment import Experiment
 from autoresearch.night.results import row_of
 from autoresearch.night.settings import TARGET, cluster_address, cluster_problem
-from autoresearch.night.store import Night
+from autoresearch.night.store import PAGE_LOG, Night
 from autoresearch.night.supervisor import capacity
 from autoresearch.night.worker import log_text, read_progress
 
@@ -123,6 +123,7 @@ def standing_lines(night: Night) -> list[str]:
     """What is the matter with the engine, if anything; the best. It changes when a run is decided."""
     problem = cluster_problem(cluster_address())
     lines = [problem] if problem else night.engine_state()["lines"]
+    lines = [*lines, *end_of_log(night.folder / PAGE_LOG, 1)]
     return lines + best_lines(night.records())
 
 

@@ -32,9 +32,11 @@ from autoresearch.night.store import POLL_SECONDS, Night
 class Supervisor:
     """Starts what waits where a slot is free, and records what has ended."""
 
-    def __init__(self, night: Night, engine):
+    def __init__(self, night: Night, engine, refresh: Callable[[bool], None]):
+        """refresh: called after each look at the queue, with whether anything changed."""
         self.night = night
         self.engine = engine
+        self.refresh = refresh
         self.limit = time_limit()
 
     def work(self):
@@ -42,7 +44,9 @@ class Supervisor:
         self.night.recover()
         pause = 0.0
         while True:
-            if self.poll_once():
+            changed = self.poll_once()
+            self.refresh(changed)
+            if changed:
                 pause = 0.0
             elif not self.may_continue():
                 return
@@ -196,9 +200,12 @@ def capacity(night: Night) -> int:
     return max(2, slots)
 
 
-def supervise(make_engine: Callable[[Night], object]):
+def supervise(
+    make_engine: Callable[[Night], object], make_refresh: Callable[[Night], Callable[[bool], None]]
+):
     """Holds the lock and works; checks once more after releasing it, for what was queued meanwhile."""
     night = Night()
+    refresh = make_refresh(night)
     while True:
         # A command holds this lock briefly while it checks for a supervisor.
         with night.lock("supervisor", 1) as ours:
@@ -210,7 +217,7 @@ def supervise(make_engine: Callable[[Night], object]):
                 night.write_engine_state(1, [str(problem).removeprefix("FAIL: ")])
                 raise
             try:
-                Supervisor(night, engine).work()
+                Supervisor(night, engine, refresh).work()
             finally:
                 engine.close()
         if not night.can_work():

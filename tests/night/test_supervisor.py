@@ -39,5 +39,5 @@ def test_what_is_queued_while_the_supervisor_releases_its_lock_is_worked_off(lab
         engines.append(SimpleNamespace(slots=list, status_lines=list, close=close))
         return engines[-1]
 
-    supervisor.supervise(make_engine)
+    supervisor.supervise(make_engine, lambda night: lambda changed: None)
     assert len(engines) == 2 and night.records()[-1]["why"] == "dropped while it waited"
