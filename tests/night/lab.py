@@ -131,6 +131,7 @@ class Lab:
         self.state_dir = self.root / ".night"
         # torch names its compiler's cache in the environment of a process that has compiled
         other = ("TORCHINDUCTOR", "TRITON", "GIT_", "EMAIL", "AUTORESEARCH", "RAY_ADDRESS")
+        other += ("PYTHONDONTWRITEBYTECODE",)  # each command would compile all of night/
         clean = {k: v for k, v in os.environ.items() if not k.startswith(other)}
         self.env = {**clean, "AUTORESEARCH_CACHE": str(self.cache), "CUDA_VISIBLE_DEVICES": ""}
         self.env |= {"GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_SYSTEM": os.devnull}
