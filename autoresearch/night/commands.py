@@ -15,6 +15,7 @@ from pathlib import Path
 from autoresearch.common import (
     Fail,
     cut,
+    file_problem,
     git,
     one_line,
     printable,
@@ -23,7 +24,7 @@ from autoresearch.common import (
     write_atomically,
     write_json,
 )
-from autoresearch.night import rules
+from autoresearch.night import failures, rules
 from autoresearch.night.experiment import Experiment
 from autoresearch.night.repo import merged
 from autoresearch.night.results import COLUMNS
@@ -92,6 +93,7 @@ def begin(night: Night):
             night.enqueue("baseline", baseline, baseline, "baseline", seed)
     night.sync_branch()
     (night.folder / "stop").unlink(missing_ok=True)
+    failures.forget(night)
     wake(night)
     named = ("corpus", "seq_len", "vocab_size", "time_budget")
     fixed = ", ".join(f"{key} {prepared[key]}" for key in named if key in prepared)
@@ -104,11 +106,8 @@ def check_ledger():
     try:
         open(ledger_path(), "ab").close()
     except OSError as error:
-        raise Fail(
-            f"the ledger {ledger_path()} cannot be written ({error.strerror}), so no run would have "
-            "a score: make it writable, or set AUTORESEARCH_CACHE to a folder of your own and "
-            "prepare there"
-        ) from None
+        problem = file_problem(error, ledger_path())
+        raise Fail(f"no run could write its score into the ledger: {problem}") from None
 
 
 def check_results(night: Night):
@@ -212,8 +211,7 @@ def wait(night: Night, seconds: float):
     Then, for a moment, until what waits has started: what it prints holds for longer than the print.
     """
     began = time.monotonic()
-    log = night.state_dir / "supervisor.log"
-    log_size = log.stat().st_size if log.is_file() else 0
+    failure = failures.last(night)
     reported = read_json(night.folder / "reported.json") or {}
     known = reported.get("records", 0)
     with night.command():
@@ -223,7 +221,7 @@ def wait(night: Night, seconds: float):
     end = began + min(seconds, LONGEST_WAIT)
     failed = settling = False
     while time.monotonic() < end and night.can_work():
-        failed = log.is_file() and log.stat().st_size > log_size
+        failed = failures.last(night) != failure
         news = len(night.records()) > known
         if news and not settling:
             settling = True
@@ -234,14 +232,16 @@ def wait(night: Night, seconds: float):
     with night.command():
         night.sync_branch()
         wake(night)
-        lines = []
-        if failed:
-            lines.append(f"the supervisor ended and starts again: {end_of_log(log, 1)[-1]}")
+        given_up = failures.given_up(night)
+        lines = [given_up] if given_up else []
+        if failed and not given_up:
+            why = failures.last(night)["why"]
+            lines.append(f"the supervisor ended and starts again: {why}")
         records = night.records()
         lines += news_lines(night, records[known:])
         now = open_lines(night)
         present = standing_lines(night) + now
-        lines += [line for line in present if line not in reported.get("said", [])]
+        lines += [line for line in present if line not in (*lines, *reported.get("said", []))]
         print_lines(lines or now or ["nothing waits and nothing runs"])
         print("next:", what_next(night))
         write_json(night.folder / "reported.json", {"records": len(records), "said": present})

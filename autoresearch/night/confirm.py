@@ -15,9 +15,10 @@ from dataclasses import dataclass
 from statistics import mean, variance
 
 from autoresearch.common import Fail, some
+from autoresearch.night import failures
 from autoresearch.night.rules import gain, spread
 from autoresearch.night.settings import TARGET
-from autoresearch.night.status import end_of_log, record_lines, title_of
+from autoresearch.night.status import record_lines, title_of
 from autoresearch.night.store import Night
 from autoresearch.night.supervisor import wake
 from autoresearch.referee.ledger import read_ledger
@@ -179,6 +180,7 @@ def confirm(night: Night, seeds: int | None):
         raise Fail("confirm --seeds: an interval needs at least 2 seeds")
     with night.command():
         confirmation, numbers = queue_confirmation(night, seeds)
+        failures.forget(night)
         wake(night)
     measured = 2 * len(confirmation.seeds) - len(numbers)
     print(f"{len(numbers)} runs on the test split to wait for, {measured} are measured already")
@@ -225,8 +227,7 @@ def queue_confirmation(night: Night, seeds: int | None) -> tuple[Confirmation, s
 
 def follow(night: Night, numbers: set[int]):
     """Prints how each of these runs ended; returns when all have. Raises Fail with the supervisor."""
-    log = night.state_dir / "supervisor.log"
-    logged = log.stat().st_size if log.is_file() else 0
+    failure = failures.last(night)
     left = set(numbers)
     last_poll = time.monotonic()
     while left:
@@ -234,9 +235,9 @@ def follow(night: Night, numbers: set[int]):
             if record["n"] in left:
                 left.remove(record["n"])
                 print(*record_lines(record), sep="\n", flush=True)
-        if log.is_file() and log.stat().st_size > logged:
-            last = end_of_log(log, 1)[-1]
-            raise Fail(f"the supervisor ended: {last}; `uv run night.py confirm` continues")
+        if failures.last(night) != failure:
+            why = failures.last(night)["why"]
+            raise Fail(f"the supervisor ended: {why}; `uv run night.py confirm` continues")
         if time.monotonic() > last_poll + 2:  # a supervisor that was killed is started again
             last_poll = time.monotonic()
             wake(night)

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 from autoresearch.common import cut, one_line, seconds_of
-from autoresearch.night import rules
+from autoresearch.night import failures, rules
 from autoresearch.night.experiment import Experiment
 from autoresearch.night.results import row_of
 from autoresearch.night.settings import TARGET, cluster_address, cluster_problem
@@ -121,7 +121,7 @@ def baseline_is_pending(experiments: list[Experiment]) -> bool:
 
 def standing_lines(night: Night) -> list[str]:
     """What is the matter with the engine, if anything; the best. It changes when a run is decided."""
-    problem = cluster_problem(cluster_address())
+    problem = failures.given_up(night) or cluster_problem(cluster_address())
     lines = [problem] if problem else night.engine_state()["lines"]
     lines = [*lines, *end_of_log(night.folder / PAGE_LOG, 1)]
     return lines + best_lines(night.records())
@@ -190,6 +190,8 @@ def what_next(night: Night) -> str:
     records, experiments = night.records(), night.open()
     if night.stopped():
         return "the night was stopped: whoever stopped it continues with uv run night.py begin"
+    if failures.given_up(night):
+        return "mend what ended the supervisor (see above), then uv run night.py begin"
     if rules.best_of(records) is None and not any(e.is_baseline for e in experiments):
         return "the baseline gave no score (see above): tell the human, or fix it and run begin"
     waiting = [e for e in experiments if e.asked["kind"] == "try" and e.state() == "waiting"]

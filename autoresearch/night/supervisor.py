@@ -7,6 +7,7 @@ killed, the next one continues. The engine that starts the runs is handed in.
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
 import time
@@ -14,7 +15,7 @@ import uuid
 from collections.abc import Callable
 
 from autoresearch.common import ROOT, Fail, inherited_environment, utc
-from autoresearch.night import rules
+from autoresearch.night import failures, rules
 from autoresearch.night.experiment import Experiment
 from autoresearch.night.notify import notify
 from autoresearch.night.repo import merged
@@ -211,13 +212,17 @@ def supervise(
         with night.lock("supervisor", 1) as ours:
             if not ours:
                 return
+            # A cluster that does not answer is asked again and again.
+            noted = contextlib.nullcontext() if cluster_address() else failures.noted(night)
             try:
-                engine = make_engine(night)
+                with noted:
+                    engine = make_engine(night)
             except Fail as problem:
                 night.write_engine_state(1, [str(problem).removeprefix("FAIL: ")])
                 raise
             try:
-                Supervisor(night, engine, refresh).work()
+                with failures.noted(night):
+                    Supervisor(night, engine, refresh).work()
             finally:
                 engine.close()
         if not night.can_work():
@@ -227,8 +232,8 @@ def supervise(
 def wake(night: Night) -> str | None:
     """Starts a supervisor where there is work and none; it outlives command, terminal and agent.
 
-    Returns the problem where its cluster does not answer. Raises Fail on a setting that cannot be
-    used: whoever typed the command reads it.
+    Returns the problem where its cluster does not answer, or where supervisors end by an error.
+    Raises Fail on a setting that cannot be used: whoever typed the command reads it.
     """
     time_limit()
     capacity(night)
@@ -243,7 +248,7 @@ def wake(night: Night) -> str | None:
     with night.lock("supervisor", 0) as free:
         if not free:
             return None
-    problem = cluster_problem(address)
+    problem = failures.given_up(night) or cluster_problem(address)
     if problem:
         return problem
     with open(night.state_dir / "supervisor.log", "ab") as log:

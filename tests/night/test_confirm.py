@@ -1,9 +1,11 @@
 """Is the gain real? The interval against scipy's numbers, the table, the queue."""
 
+import contextlib
+
 import pytest
 
 from autoresearch.common import Fail
-from autoresearch.night import confirm, rules
+from autoresearch.night import confirm, failures, rules
 from autoresearch.night.confirm import Confirmation, is_it_real, queue_confirmation, welch
 from autoresearch.night.store import Night
 
@@ -140,9 +142,12 @@ def test_within_chance_it_names_the_command_for_more_seeds(measured, capsys):
 
 def test_a_supervisor_that_failed_ends_the_waiting_with_its_words(measured, monkeypatch):
     keep(measured, 0.9)
-    log = measured.state_dir / "supervisor.log"
-    log.write_text("of another day\n")
-    ends = lambda _: log.write_text("of another day\ndisk full\n")
+
+    def ends(_):
+        with contextlib.suppress(Fail), failures.noted(measured):
+            raise Fail("disk full")
+
+    ends(0)  # of another day
     monkeypatch.setattr(confirm.time, "sleep", ends)
     words = "the supervisor ended: disk full; `uv run night.py confirm` continues"
     with pytest.raises(Fail, match=words):

@@ -100,7 +100,7 @@ def test_a_relative_cache_means_the_folder_where_it_was_typed(fresh_lab):
 def test_a_ledger_that_cannot_be_written_is_said_before_the_first_run(fresh_lab):
     (fresh_lab.cache / "autoresearch.jsonl").unlink()
     (fresh_lab.cache / "autoresearch.jsonl").mkdir()
-    assert "autoresearch.jsonl cannot be written (Is a directory)" in fresh_lab.refused("begin")
+    assert "autoresearch.jsonl: Is a directory" in fresh_lab.refused("begin")
 
 
 def test_a_reader_that_has_read_enough_is_no_failure(lab):

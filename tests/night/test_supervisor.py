@@ -41,3 +41,15 @@ def test_what_is_queued_while_the_supervisor_releases_its_lock_is_worked_off(lab
 
     supervisor.supervise(make_engine, lambda night: lambda changed: None)
     assert len(engines) == 2 and night.records()[-1]["why"] == "dropped while it waited"
+
+
+def test_a_supervisor_that_ends_twice_for_the_same_reason_is_news_and_starts_no_more(lab):
+    (lab.root / ".git/worktrees").touch()  # no run can get its worktree
+    n = lab.attempt("wider", WIDTH=1)
+    lab.until((lab.state_dir / "nov21/failure.json").is_file)
+    for said in (lab.say("wait", 20), lab.say(), lab.say("wait", 20)):
+        assert "nothing runs: the supervisor ended 2 times: git worktree add: fatal: " in said
+        assert said.endswith("(see above), then uv run night.py begin\n")
+    (lab.root / ".git/worktrees").unlink()
+    lab.say("begin")
+    assert lab.until_ended(n)["status"] == "keep"
