@@ -14,9 +14,9 @@ night.py: the night's command line. Nobody edits it; its mechanics are in autore
     uv run night.py confirm            compares baseline and best on the test split
     uv run night.py page               writes night.html; --serve PORT offers it on 127.0.0.1
 
-Status, runs, audit and page take --json. A command changes files and git, and starts the supervisor
-(`night.py supervise`), a detached process that runs what is queued. Standard library only, Ray
-apart. Linux and macOS.
+Status, runs, audit and page take --json (docs/night-json.md). A command changes files and git, and
+starts the supervisor (`night.py supervise`), a detached process that runs what is queued. Standard
+library only, Ray apart. Linux and macOS.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ from statistics import mean, variance
 
 from autoresearch.common import Fail, some
 from autoresearch.night import failures
+from autoresearch.night.notify import notify
 from autoresearch.night.rules import gain, spread
 from autoresearch.night.settings import TARGET
 from autoresearch.night.status import record_lines, title_of
@@ -189,6 +190,7 @@ def confirm(night: Night, seeds: int | None):
     confirmation = Confirmation.of(night.records(), night.confirmed(), len(confirmation.seeds))
     lines = confirmation.lines(read_ledger()[0])
     print(*lines, sep="\n")
+    notify(night, f"night {night.tag}, on the test split: {lines[-1]}")
     more = f"uv run night.py confirm --seeds {2 * len(confirmation.seeds)}"
     if lines[-1].endswith("within chance"):
         print(f"next: more seeds detect smaller gains: {more}")

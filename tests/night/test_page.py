@@ -96,20 +96,28 @@ def test_the_page_says_what_journal_and_ledger_say(lab):
     assert "1 predictions (night.py try --expect): 1 right in direction, 1 in size" in shown.text
     assert ["4", "-0.0200", "-0.0100"] in [row[:3] for row in shown.rows]
     assert not {"script", "img"} & {*shown.tags} and "<script>document.title" in shown.text
-    # the objects of --json say the same
+    # the objects of --json say the same, also of what runs
+    held = lab.attempt("held", HOLD="x", DEPTH=1)
+    lab.until_held(held)
     drawn = json.loads(lab.say("page", "--json"))
+    [running] = drawn["open"]
+    assert (running["n"], running["percent"]) == (7, 40)
+    assert running["loss"] == running["best_loss"] == pytest.approx(2.6)
+    lab.say("page")
+    assert "7: training 40%, loss 2.6 (best at 40%: 2.6)" in (lab.root / "night.html").read_text()
     assert [row["score"] for row in drawn["rows"]] == [r["score"] for r in lab.records()]
     status = json.loads(lab.say("--json"))
     assert status["best"] == drawn["best"] and status["best"]["score"] == lab.best()["score"]
     assert status["next"] in lab.say() and len(status["rows"]) == 5
-    runs = json.loads(lab.say("runs", "2", "--json"))["runs"]
-    assert [run["run"] for run in runs] == [record["run"] for record in lab.records()[-2:]]
+    runs = json.loads(lab.say("runs", "3", "--json"))["runs"]
+    assert [run["run"] for run in runs[:2]] == [record["run"] for record in lab.records()[-2:]]
     audit = json.loads(lab.say("audit", "--json"))
     lines = [f"{' ' if f['fine'] else '!'} {f['words']}" for f in audit["findings"]]
     assert [*lines, audit["summary"]] == lab.say("audit").splitlines()[: len(lines) + 1]
     documented = (ROOT / "docs/night-json.md").read_text()
-    objects = [drawn, status, audit, *drawn["rows"], *drawn["kept"], drawn["counts"]]
+    objects = [drawn, status, audit, running, *drawn["rows"], *drawn["kept"], drawn["counts"]]
     assert all(f"`{key}`" in documented for each in objects for key in each)
+    lab.until_ended(held, go="x")
 
 
 @pytest.mark.parametrize("count", [0, 1, 3, 20, 500])
