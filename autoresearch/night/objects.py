@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 
 from autoresearch.common import utc
-from autoresearch.night import results, rules
+from autoresearch.night import failures, results, rules
 from autoresearch.night.audit import audit, summary_of
 from autoresearch.night.commands import last_runs
 from autoresearch.night.confirm import confirmation_lines
@@ -38,12 +38,13 @@ def page_object(night: Night, report: NightReport) -> dict:
     best = rules.best_of(records) or {}
     predictions = rules.calibration(records, noise)
     ledger = read_ledger()[0] if report.confirmed else []
+    given_up = failures.given_up(night)
     return {
         **named(night),
         "written": utc(),
         "metric": TARGET.metric,
         "lower_is_better": TARGET.lower_is_better,
-        "warnings": [*night.engine_state()["lines"], *report.skipped],
+        "warnings": [*([given_up] if given_up else night.engine_state()["lines"]), *report.skipped],
         "counts": report.counts(),
         "noise": noise,
         "baseline": next((row for row in rows if row["status"] == "keep"), None),

@@ -112,8 +112,9 @@ def server(night: Night, port: int):
         taken = error.errno == errno.EADDRINUSE
         problem = "is taken" if taken else f"cannot be used ({error.strerror})"
     except OverflowError:
-        problem = "is no port: they go to 65535"
-    raise Fail(f"port {port} {problem}: another one, such as uv run night.py page --serve 8377")
+        problem = "is no port (they go to 65535)"
+    other = port + 1 if 0 < port < 65535 else 8377
+    raise Fail(f"port {port} {problem}: another one, such as uv run night.py page --serve {other}")
 
 
 # --------------------------------------------------------------------------------------- the page

@@ -225,6 +225,7 @@ def supervise(
                     Supervisor(night, engine, refresh).work()
             finally:
                 engine.close()
+                refresh(True)  # how it ended
         if not night.can_work():
             return
 
