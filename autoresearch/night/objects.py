@@ -128,6 +128,18 @@ def row_objects(report: NightReport) -> list[dict]:
     return found
 
 
+def better_lines(report: NightReport, most: int = 5) -> list[str]:
+    """Of the scores better than the best's that were not kept, the best first: why they were not."""
+    rows = {row["row"]: row for row in row_objects(report)}
+    found = [rows[row.n] for row in better_than_best(report.rows)]
+    lines = [
+        f"{row['n'] or row['row']} is better than the best and not kept: {row['score']:.6f}, "
+        f"{row['why'] or 'for no reason that is known'}"
+        for row in found[:most]
+    ]
+    return lines + [f"and {len(found) - most} more are better than the best"] * (len(found) > most)
+
+
 def open_objects(night: Night) -> list[dict]:
     """What runs, waits, or is not decided yet."""
     records = night.records()

@@ -14,7 +14,7 @@ import traceback
 from datetime import datetime
 
 from autoresearch.common import Fail, one_line, seconds_of, write_atomically
-from autoresearch.night.objects import page_object, say
+from autoresearch.night.objects import better_lines, page_object, say
 from autoresearch.night.picture import Picture
 from autoresearch.night.report import (
     NightReport,
@@ -231,18 +231,13 @@ def _picture(now: dict, report: NightReport) -> str:
         marks.append('<li class="best">best so far</li>')
         if picture.band:
             marks.append(f'<li class="floor">{noise_line(picture.band)}</li>')
-    unexplained = [row for row in now["rows"] if row["n"] in now["better_not_kept"]]
-    explained = [
-        _line(f"{_number(row)} is better than the best and not kept: {_score(row)}, {row['why']}")
-        for row in unexplained
-    ]
     narrow, wide = FRAMES
     return _section(
         picture.title,
         svg(picture, narrow, hours, {}),
         svg(picture, wide, hours, said),
         f'<ul class="legend">{"".join(marks)}</ul>',
-        *explained,
+        *map(_line, better_lines(report)),
     )
 
 

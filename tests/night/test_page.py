@@ -52,7 +52,9 @@ def on_paper(night, count: int):
     chance, best, records = random.Random(count), 1.9, []
     for n in range(1, count + 1):
         record = dict(n=n, kind="try", seed=42, message=f"idea {n} {UGLY}", simpler=False)
-        record |= dict(commit=f"{n:040x}", base="a" * 40, status="discard", why="worse", score=best)
+        record |= dict(
+            commit=f"{n:040x}", base="a" * 40, status="discard", why=f"worse {UGLY}", score=best
+        )
         record |= dict(
             expect=-0.01, got=0.01, memory_gb=2.0, k=1, ended=f"2026-03-05T0{n % 10}:00:00Z"
         )
@@ -69,7 +71,7 @@ def on_paper(night, count: int):
             record["score"] += chance.choice([0.9, 0.03, 0.02, 0.01, -0.001])
         records.append(record)
     night.journal.write_text("".join(json.dumps(record) + "\n" for record in records))
-    rows = ["\t".join(results.COLUMNS), *map(results.row_of, records)]
+    rows = ["\t".join(results.COLUMNS), *map(results.row_of, records), f"{UGLY}\tx\n"]
     night.results.write_text("\n".join(rows) + "\n")
     night.enqueue("try", night.tip(), night.tip(), UGLY, 42)
     return records
@@ -136,6 +138,11 @@ def test_a_night_of_any_length_is_drawn_whole_and_quickly(night, count):
         lost = [r["why"] for r in records if r["score"] is None]
         assert marks.count("crash") == lost.count("exit 1")
         assert marks.count("unmeasured") == len(lost) - lost.count("exit 1")
+    best = next((r["score"] for r in records[::-1] if r["status"] == "keep"), 0)
+    better = [r for r in records if r["score"] and r["score"] < best]
+    assert bool(better) == (count == 500)
+    for record in sorted(better, key=lambda record: record["score"])[:5]:
+        assert f"{record['n']} is better than the best and not kept: {record['score']:.6f}" in text
     assert len(re.findall("<svg", text)) == (2 if count else 0)
 
 
