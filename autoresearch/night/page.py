@@ -45,7 +45,8 @@ def say_page(night: Night, port: int | None, as_json: bool):
     problem = end_of_log(night.folder / PAGE_LOG, 1)
     if problem:
         raise Fail(problem[0])
-    print(f"{night.root / NAME}: open it in a browser, or uv run night.py page --serve 8377")
+    print(f"written: {night.root / NAME}")
+    print("next: open it in a browser, or uv run night.py page --serve 8377 offers it on 127.0.0.1")
 
 
 def write_page(night: Night):
@@ -57,7 +58,8 @@ def write_page(night: Night):
     except (Exception, Fail) as error:
         words = one_line(f"{NAME} is not up to date: {type(error).__name__}: {error}", 200)
         with contextlib.suppress(OSError):
-            log.write_text(f"{traceback.format_exc()}{words} ({log.relative_to(night.root)})\n")
+            said = f"{traceback.format_exc()}{words} ({log.relative_to(night.root)})\n"
+            log.write_bytes(said.encode(errors="backslashreplace"))
 
 
 class Refresher:

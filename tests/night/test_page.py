@@ -23,6 +23,7 @@ from autoresearch.night.picture import Labels, ticks
 UGLY = (
     "<script>document.title = 'pwned'</script> <img src=x onerror=alert(1)> & \"it's\" \u202eback"
 )
+UGLY += " long" + "er" * 60
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "chrome"))), None)
 
 
