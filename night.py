@@ -29,7 +29,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # PYTHONSAFEPATH leaves it out
 
-from autoresearch.common import Fail, Parser, escape_output, file_problem
+from autoresearch.common import Fail, Parser, file_problem, prepare_output
 from autoresearch.night import audit, commands, confirm, objects, page, status, supervisor
 from autoresearch.night.ray_engine import RayEngine
 from autoresearch.night.settings import cluster_address
@@ -147,7 +147,7 @@ def main(argv: list[str] | None = None):
 
 if __name__ == "__main__":
     try:
-        escape_output()
+        prepare_output()
         main()
         sys.stdout.flush()
     except BrokenPipeError:  # `| head -1` has read enough

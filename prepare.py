@@ -48,9 +48,11 @@ from autoresearch.common import (
     Parser,
     cache_dir,
     canonical,
-    escape_output,
+    cores,
     file_name,
     file_problem,
+    open_ours,
+    prepare_output,
     seed,  # noqa: F401  (train.py imports it from here)
     sha256_of,
     split_name,
@@ -272,7 +274,7 @@ def write_tokens(path: Path, encoded, tokenizer: Tokenizer) -> dict:
     bos = [tokenizer.get_bos_token_id()]
     index = []
     count = {what: dict.fromkeys(SPLITS, 0) for what in ("documents", "bytes", "tokens")}
-    with open(path.with_suffix(".bin"), "wb") as file:
+    with open_ours(path.with_suffix(".bin"), "wb") as file:
         for split, group, ids in encoded:
             file.write(np.concatenate([bos, ids]).astype(np.uint16).data)
             index.append((SPLITS.index(split), group, len(ids) + 1))
@@ -294,7 +296,7 @@ def encode_all(
     directory: Path, sources: list[Source], tokenizer: Tokenizer, row_length: int
 ) -> list[dict]:
     """Encodes every source once, in threads; returns the manifest's `tokens`."""
-    workers = os.cpu_count() or 1
+    workers = cores()
     pool = ThreadPoolExecutor(workers)
     paths = {source: directory / f"{number:05d}" for number, source in enumerate(sources)}
 
@@ -717,7 +719,7 @@ def command_line() -> Parser:
 
 
 def main(argv: list[str] | None = None):
-    escape_output()
+    prepare_output()
     args = command_line().parse_args(argv)
     if args.num_shards == 0:
         raise Fail("--num-shards 0: give at least 1, or -1 for all")
@@ -734,9 +736,12 @@ def main(argv: list[str] | None = None):
             try:
                 prepare(corpus, args.data, settings, args.force)
             finally:
-                shutil.rmtree(unpacked_dir(), ignore_errors=True)
+                for directory in (unpacked_dir(), cache_dir() / "unfinished"):
+                    shutil.rmtree(directory, ignore_errors=True)
     except OSError as error:  # the disk is full, a folder may not be written to, ...
-        problem = file_problem(error, error.filename or cache_dir())
+        problem = file_problem(error)
+        if isinstance(error, BrokenPipeError):
+            problem = "the program that reads the output has ended (`| head`?): leave it out"
         raise Fail(f"{problem}; downloads are kept: then run the same command again") from None
 
 

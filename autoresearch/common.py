@@ -12,6 +12,7 @@ import errno
 import fcntl
 import hashlib
 import json
+import math
 import os
 import re
 import resource
@@ -55,8 +56,11 @@ def file_name(path: Path | str, most: int = 160) -> str:
     return text if len(text) <= most else f"{text[: half - 3]}...{text[-half:]}"
 
 
-def escape_output():
-    """Standard output escapes what its encoding lacks, as standard error does; no UnicodeEncodeError."""
+def prepare_output():
+    """Standard output takes any line: it escapes what its encoding lacks, and is there if closed."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))
     with contextlib.suppress(AttributeError):  # somebody's own object
         sys.stdout.reconfigure(errors="backslashreplace")
 
@@ -136,6 +140,40 @@ def split_name() -> str:
     return environment("AUTORESEARCH_SPLIT", "val", "val|test")
 
 
+# ------------------------------------------------------------------------------------- processors
+
+
+def cores() -> int:
+    """Those that this process may use, by its affinity and by its container's quota.
+
+    Processes in a container see all of the machine's; macOS counts all.
+    """
+    seen = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min([seen, *map(math.ceil, cpu_quotas())]))
+
+
+def cpu_quotas(root: Path = Path("/")) -> list[float]:
+    """The processors that each of this process's control groups may use; none without limits."""
+    quotas = []
+    with contextlib.suppress(OSError, ValueError):
+        for line in (root / "proc/self/cgroup").read_text().splitlines():
+            _, controllers, place = line.split(":", 2)
+            top = root / "sys/fs/cgroup"
+            files = ["cpu.max"]  # `QUOTA PERIOD` or `max PERIOD`
+            if controllers:  # version 1: a tree for each controller
+                top /= "cpu"
+                files = ["cpu.cfs_quota_us", "cpu.cfs_period_us"]  # -1 without a limit
+                if "cpu" not in controllers.split(","):
+                    continue
+            group = top / place.lstrip("/")  # not there where only the container's own is mounted
+            for folder in (group, *group.parents):
+                with contextlib.suppress(OSError, ValueError):
+                    words = " ".join((folder / file).read_text() for file in files).split()
+                    if int(words[0]) > 0:
+                        quotas.append(int(words[0]) / int(words[1]))
+    return quotas
+
+
 # -------------------------------------------------------------------------------------------- time
 
 
@@ -160,8 +198,9 @@ def file_problem(error: OSError, path: Path | str | None = None, missing: str = 
 
     path: where the error names none. missing: what to type where there is no such file.
     """
-    path = Path(path or os.fsdecode(error.filename or ROOT))
-    name = file_name(path)
+    path = path or error.filename
+    name = file_name(path) if path else "writing"  # errors of write() name no file
+    path = Path(os.fsdecode(path or cache_dir()))
     if error.errno in (errno.EMFILE, errno.ENFILE):
         limit, most = resource.getrlimit(resource.RLIMIT_NOFILE)
         wanted = 65536 if most == resource.RLIM_INFINITY else min(most, 65536)
@@ -169,17 +208,19 @@ def file_problem(error: OSError, path: Path | str | None = None, missing: str = 
         return f"{name}: too many files are open (the limit is {limit}): {more}"
     if error.errno == errno.ENOENT:
         return f"{name} is missing" + (missing and f": {missing}")
-    other_cache = ""
+    elsewhere = ""
     with contextlib.suppress(Fail):
-        if path.is_relative_to(cache_dir()):
-            other_cache = ", or set AUTORESEARCH_CACHE to another folder"
+        if path.is_relative_to(cache_dir()) or cache_dir().is_relative_to(path):
+            elsewhere = "set AUTORESEARCH_CACHE to another folder"
     if error.errno in (errno.EACCES, errno.EPERM):
-        return f"{name}: {_forbidden(path)}{other_cache}"
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f"{name}: the disk, or your share of it, is full: free some space{other_cache}"
-    if error.errno == errno.EROFS:
-        return f"{name}: the file system is read-only: mount it writable{other_cache}"
-    return f"{name}: {error.strerror or error}{other_cache}"
+        what = _forbidden(path)
+    elif error.errno in (errno.ENOSPC, errno.EDQUOT):
+        what = "the disk, or your share of it, is full: free some space"
+    elif error.errno == errno.EROFS:
+        what = "the file system is read-only: mount it writable"
+    else:
+        return f"{name}: {error.strerror or error}" + (elsewhere and f": {elsewhere}")
+    return f"{name}: {what}" + (elsewhere and f", or {elsewhere}")
 
 
 def _forbidden(path: Path) -> str:

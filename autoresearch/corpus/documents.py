@@ -84,11 +84,11 @@ def read_jsonl(path: Path):
     with gzip.open(path) if packed else open(path, "rb") as file, whole_gzip(path):
         for number, line in enumerate(file, 1):
             if line.strip():
-                yield 0, text_in(line, f"{file_name(path)}, line {number}")
+                yield 0, text_in(line, path, number)
 
 
-def text_in(line: bytes, place: str) -> str | None:
-    """The field `text` of a JSON object; None for null. Raises Fail, naming the place."""
+def text_in(line: bytes, path: Path, number: int) -> str | None:
+    """The field `text` of a JSON object; None for null. Raises Fail, naming file and line."""
     try:
         try:
             record = json.loads(line)
@@ -103,8 +103,9 @@ def text_in(line: bytes, place: str) -> str | None:
         reason = f"no `text`, but {some(map(file_name, record))}" if record else "it is empty"
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
         if isinstance(error, UnicodeDecodeError) or b"\0" in line:
-            raise Fail(f"{place}: not UTF-8: {SAVE_AS_UTF8}") from None
+            raise Fail(f"{file_name(path)}, line {number}: not UTF-8: {SAVE_AS_UTF8}") from None
         reason = f"{type(error).__name__}: {one_line(error)}"
+    place = f"{file_name(path)}, line {number}"
     raise Fail(f"{place}: not a JSON object with a string `text` ({reason})")
 
 

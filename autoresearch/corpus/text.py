@@ -16,7 +16,7 @@ import re
 from collections import Counter
 from pathlib import Path
 
-from autoresearch.common import Fail, file_name, some
+from autoresearch.common import Fail, cache_dir, file_name, some
 from autoresearch.corpus.cache import unpacked_dir
 from autoresearch.corpus.documents import (
     PLAIN_TEXT,
@@ -81,6 +81,8 @@ def text_files(data: Path) -> tuple[dict[str, Path], Counter]:
     """
     if not data.exists():
         raise Fail(f"--data {file_name(data)}: there is no such file or directory")
+    if not (data.is_file() or data.is_dir()):
+        raise Fail(f"--data {file_name(data)}: it is neither a file nor a folder")
     top = data.parent if data.is_file() else data
     files = {}
     skipped = Counter()
@@ -88,7 +90,9 @@ def text_files(data: Path) -> tuple[dict[str, Path], Counter]:
         name = path.relative_to(top)
         if not path.is_file():
             continue
-        if any(part.startswith(".") for part in name.parts):
+        if path.absolute().is_relative_to(cache_dir()) and not data.is_file():
+            skipped["of the cache"] += 1
+        elif any(part.startswith(".") for part in name.parts):
             skipped["hidden"] += 1
         elif kind_of(path) in READERS or kind_of(path) in PLAIN_TEXT:
             files[name.as_posix()] = path
@@ -210,8 +214,8 @@ def split_files(files: dict[str, Path], named: dict[str, str]) -> list[Source]:
         copies = (
             f"{seen - different:,} of {seen:,} texts are copies of others; copies share a split"
         )
-        if wanted and len(free) <= 1:
-            raise Fail(f"{copies}, and {some(wanted)} would have none: add other text")
+        if "val" in wanted and "val" not in drawn.values():
+            raise Fail(f"{copies}, and none is left for val: add other text")
         print(copies)
 
     def split_of(digest: bytes, file_split: str | None) -> str | None:

@@ -19,7 +19,7 @@ import traceback
 from collections.abc import Callable
 from typing import NoReturn
 
-from autoresearch.common import Fail, escape_output, file_problem, seed, split_name
+from autoresearch.common import Fail, cores, file_problem, prepare_output, seed, split_name
 from autoresearch.kit.errors import first_line, out_of_memory
 from autoresearch.referee.clock import clock, fail
 from autoresearch.referee.manifest import fingerprint
@@ -37,7 +37,9 @@ def begin():
             "train.py takes no options: its settings are the constants in it, and a run's seconds "
             "are what `uv run prepare.py ... --time-budget N` prepared"
         )
-    escape_output()
+    prepare_output()
+    if cores() < (os.cpu_count() or 1):  # OpenMP does not see a container's quota
+        os.environ.setdefault("OMP_NUM_THREADS", str(cores()))
     # Looking for cycles costs a second while importing and compiling, and stalls a training step.
     gc.disable()
     os.environ.setdefault("TORCH_DYNAMO_RUN_GC_AFTER_COMPILE", "0")

@@ -17,7 +17,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 
-from autoresearch.common import ROOT, Fail, one_line
+from autoresearch.common import ROOT, Fail, cores, one_line
 from autoresearch.night.rules import LOWER_IS_BETTER
 
 PROGRAM = ROOT / "program.md"
@@ -109,13 +109,6 @@ def visible_gpus() -> list[str]:
             break  # CUDA ignores what follows the first entry that names no GPU
         names.append(name)
     return list(dict.fromkeys(names))
-
-
-def cores() -> int:
-    """Those that this process may use; macOS counts all."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def cluster_address() -> str | None:
