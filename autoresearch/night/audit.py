@@ -100,6 +100,8 @@ def audit(report: NightReport) -> Iterator[Finding]:
         yield from _sameness([*val, *confirming])
     elif report.rows:
         yield Finding(False, "the ledger holds no run of this night: no score can be checked")
+    for words in report.slower:
+        yield Finding(True, words)
     if report.damaged:
         yield Finding(False, f"{report.damaged} lines of the ledger are damaged")
     if report.damaged_records:

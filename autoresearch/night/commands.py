@@ -28,7 +28,13 @@ from autoresearch.night import failures, rules
 from autoresearch.night.experiment import Experiment
 from autoresearch.night.repo import merged
 from autoresearch.night.results import COLUMNS
-from autoresearch.night.settings import BASELINE_SEEDS, CLUSTER_TIMEOUT, TARGET, time_limit
+from autoresearch.night.settings import (
+    BASELINE_SEEDS,
+    CLUSTER_TIMEOUT,
+    TARGET,
+    cluster_address,
+    time_limit,
+)
 from autoresearch.night.status import (
     WIDTH,
     end_of_log,
@@ -45,6 +51,7 @@ from autoresearch.night.status import (
 )
 from autoresearch.night.store import POLL_SECONDS, Night
 from autoresearch.night.supervisor import capacity, wake
+from autoresearch.night.worker import LocalEngine
 from autoresearch.referee.ledger import ledger_path, read_ledger
 from autoresearch.referee.manifest import fingerprint, manifest
 
@@ -94,6 +101,9 @@ def begin(night: Night):
     night.sync_branch()
     (night.folder / "stop").unlink(missing_ok=True)
     failures.forget(night)
+    if not cluster_address():  # what this machine lacks is said now, not after the first run
+        engine = LocalEngine(night)
+        night.write_engine_state(len(engine.slots()), engine.status_lines())
     wake(night)
     named = ("corpus", "seq_len", "vocab_size", "time_budget")
     fixed = ", ".join(f"{key} {prepared[key]}" for key in named if key in prepared)

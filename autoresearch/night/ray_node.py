@@ -22,7 +22,7 @@ import tempfile
 from pathlib import Path
 
 from autoresearch.common import cache_dir
-from autoresearch.night import worker
+from autoresearch.night import compiler, worker
 
 DEVICE_TIMEOUT = 300  # seconds to name the device in; importing torch alone may take a minute
 MIN_FREE_BYTES = 256 << 20  # that the node's temporary folder must have
@@ -122,7 +122,7 @@ def run_job(job: dict, folder: Path) -> dict:
     isolation = worker.Isolation.here()
     ended, records = worker.run_to_its_end(
         folder,
-        Path("~/.cache/autoresearch-compiled").expanduser(),
+        compiler.place(Path("~/.cache/autoresearch-compiled").expanduser()),
         job["asked"],
         job["run"],
         folder / "log",

@@ -13,6 +13,7 @@ from pathlib import Path
 from autoresearch.common import ROOT, Fail, git, seconds_of
 from autoresearch.night.results import STATUSES, Row, read_results
 from autoresearch.night.rules import BEST_MOVED, calibration, gain, noise_floor
+from autoresearch.night.slower import baseline_lines
 from autoresearch.night.store import Night
 from autoresearch.referee.ledger import joined, read_ledger
 
@@ -30,6 +31,7 @@ class NightReport:
     ledger: list[dict] = field(default_factory=list)
     damaged: int = 0  # lines of the ledger
     damaged_records: int = 0  # lines of the journal
+    slower: list[str] = field(default_factory=list)  # what all its runs did without
     branch: str = "HEAD"  # the night's
     problem: str = ""  # why the night's own files could not be read
 
@@ -51,6 +53,7 @@ class NightReport:
             report.records, report.confirmed = night.records(), night.confirmed()
             lines = night.journal.read_bytes().split(b"\n") if night.journal.is_file() else []
             report.damaged_records = len(lines) - lines.count(b"") - len(night.ended())
+            report.slower = baseline_lines(night.baseline_conditions())
             # A run counts as the night's while its experiment is open or in the journal.
             known = {record["n"] for record in night.ended()} | {e.n for e in night.open()}
             runs = [run for run in night.timed_runs() if run["n"] in known]

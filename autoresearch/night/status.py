@@ -12,6 +12,7 @@ from autoresearch.night import failures, rules
 from autoresearch.night.experiment import Experiment
 from autoresearch.night.results import row_of
 from autoresearch.night.settings import TARGET, cluster_address, cluster_problem
+from autoresearch.night.slower import baseline_lines
 from autoresearch.night.store import PAGE_LOG, Night
 from autoresearch.night.supervisor import capacity
 from autoresearch.night.worker import log_text, read_progress
@@ -124,7 +125,7 @@ def standing_lines(night: Night) -> list[str]:
     problem = failures.given_up(night) or cluster_problem(cluster_address())
     lines = [problem] if problem else night.engine_state()["lines"]
     lines = [*lines, *end_of_log(night.folder / PAGE_LOG, 1)]
-    return lines + best_lines(night.records())
+    return [*lines, *baseline_lines(night.baseline_conditions()), *best_lines(night.records())]
 
 
 def open_lines(night: Night) -> list[str]:

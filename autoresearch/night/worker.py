@@ -12,6 +12,7 @@ import getpass
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,9 +23,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from autoresearch.common import cache_dir, inherited_environment, lock, seconds_of, utc, write_json
-from autoresearch.night import rules
+from autoresearch.night import compiler, rules
 from autoresearch.night.experiment import Experiment, split_of
 from autoresearch.night.settings import TARGET, local_slots
+from autoresearch.night.slower import allow_isolation, machine_lines
 from autoresearch.night.store import Night
 from autoresearch.referee.ledger import ledger_path, read_ledger
 
@@ -109,15 +111,14 @@ class Isolation:
                     return cls(prefix, "")
         return cls(
             [],
-            "runs here are not cut off from the network, and can write the cache "
-            "(Linux's unshare is needed, and not permitted or not there)",
+            f"runs here are not cut off from the network and the cache: {allow_isolation()}",
         )
 
 
 def run_environment(folder: Path, compiled: Path, asked: dict, run: dict, progress: Path) -> dict:
     """The user's variables, with HOME and TMPDIR of the run's own in `folder`."""
-    home, temporary = folder / "home", folder / "tmp"
-    for path in (home, temporary, compiled):
+    home, temporary = folder / "home", compiler.place(folder / "tmp")
+    for path in (home, compiled):
         path.mkdir(parents=True, exist_ok=True)
     environment = {
         **inherited_environment(),
@@ -220,6 +221,8 @@ def run_to_its_end(
                 kill_group(process.pid)
     kill_group(process.pid)
     kill_children()
+    if not Path(environment["TMPDIR"]).is_relative_to(folder):
+        shutil.rmtree(environment["TMPDIR"], ignore_errors=True)
     phases = [line["phase"] for line in read_progress(progress_path)]
     if code < 0 and "training" not in phases:  # killed while it compiled
         delete_half_compiled(compiled, time.time() - COMPILER_WRITES)
@@ -282,7 +285,7 @@ class LocalEngine:
 
     def __init__(self, night: Night):
         self.night = night
-        self.compiled = night.state_dir / "compiled"
+        self.compiled = compiler.place(night.state_dir / "compiled")
         self._slots = local_slots()
         self._isolation = Isolation.here()
 
@@ -291,7 +294,7 @@ class LocalEngine:
         return list(self._slots)
 
     def status_lines(self) -> list[str]:
-        return [self._isolation.warning] if self._isolation.warning else []
+        return [*filter(None, [self._isolation.warning]), *machine_lines()]
 
     def start(self, experiment: Experiment, k: int, run: dict, limit: int):
         """Adds a worktree, writes run-K.json, and leaves the run to a process that holds the lock."""
