@@ -13,6 +13,7 @@ night.py: the night's command line. Nobody edits it; its mechanics are in autore
     uv run night.py audit              checks results.tsv against the ledger and git
     uv run night.py confirm            compares baseline and best on the test split
     uv run night.py page               writes night.html; --serve PORT offers it on 127.0.0.1
+    uv run night.py agent claude       starts a coding agent again and again, all night
 
 Status, runs, audit and page take --json (docs/night-json.md). A command changes files and git, and
 starts the supervisor (`night.py supervise`), a detached process that runs what is queued. Standard
@@ -30,7 +31,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # PYTHONSAFEPATH leaves it out
 
 from autoresearch.common import Fail, Parser, file_problem, prepare_output
-from autoresearch.night import audit, commands, confirm, objects, page, status, supervisor
+from autoresearch.night import agent, audit, commands, confirm, objects, page, status, supervisor
+from autoresearch.night.clients import CLIENTS
 from autoresearch.night.ray_engine import RayEngine
 from autoresearch.night.settings import cluster_address
 from autoresearch.night.store import Night
@@ -85,8 +87,18 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     option = add("page", help="write night.html, the night to look at").add_argument
     option("--serve", type=int, metavar="PORT", help="offer it on 127.0.0.1 until Ctrl-C")
     option("--json", **as_object)
+    option = add("agent", help="start a coding agent again and again").add_argument
+    option("client", nargs="?", choices=CLIENTS, help="or any other: agent -- COMMAND...")
+    option("--until", metavar="HH:MM", help="local time at which it ends")
+    option("--hours", type=finite, metavar="H")
+    option("--experiments", type=int, metavar="N", help="of the whole night, without the baseline")
+    option("--usd", type=finite, metavar="X", help="of the whole night, where the client tells")
     add("supervise")  # started by the other commands
-    return parser.parse_args(joined_numbers(sys.argv[1:] if argv is None else argv))
+    words = joined_numbers(sys.argv[1:] if argv is None else argv)
+    cut = words.index("--") if words[:1] == ["agent"] and "--" in words else len(words)
+    args = parser.parse_args(words[:cut])
+    args.words = words[cut + 1 :]
+    return args
 
 
 def joined_numbers(argv: list[str]) -> list[str]:
@@ -114,6 +126,8 @@ def main(argv: list[str] | None = None):
     if args.command == "audit":
         return objects.say_audit() if args.json else audit.say_audit()
     night = Night()
+    if args.command == "agent":
+        return agent.agent(night, args.client, args.words, args)
     before_begin = args.command in (None, "begin") or vars(args).get("what") == "best"
     if not before_begin and not night.begun():
         raise Fail("no night has begun: uv run night.py begin")

@@ -113,16 +113,18 @@ def prediction_line(records: list[dict], floor: float | None) -> str:
 def cost_of(sessions: list[dict], records: list[dict]) -> dict | None:
     """What the agent's sessions brought and cost, of Night.sessions(); None where there are none.
 
-    Dollars are those of the sessions that report them, or None.
+    Tokens and dollars are those of the sessions that report them, or None.
     """
     if not sessions:
         return None
+    tokens = [s["tokens"] for s in sessions if s.get("tokens") is not None]
     dollars = [s["dollars"] for s in sessions if s.get("dollars") is not None]
     kept = sum(record["status"] == "keep" and record["kind"] == "try" for record in records)
     brought = sum(session.get("experiments") or 0 for session in sessions)
     return {
         "sessions": len(sessions),
         "experiments_a_session": brought / len(sessions),
+        "tokens": sum(tokens) if tokens else None,
         "dollars": sum(dollars) if dollars else None,
         "dollars_a_kept_change": sum(dollars) / kept if dollars and kept else None,
     }
@@ -132,6 +134,8 @@ def cost_line(cost: dict) -> str:
     """What `cost_of` found, in words."""
     sessions, each = cost["sessions"], cost["experiments_a_session"]
     line = f"{sessions} session{'s' * (sessions > 1)} of the agent, {each:.1f} experiments each"
+    if cost["tokens"] is not None:
+        line += f"; {cost['tokens'] / 1e6:.2f} M tokens"
     if cost["dollars"] is None:
         return line
     a_change = cost["dollars_a_kept_change"]

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from autoresearch.common import cut, one_line, seconds_of
 from autoresearch.night import failures, rules
+from autoresearch.night.agent import agent_lines
 from autoresearch.night.experiment import Experiment
 from autoresearch.night.results import row_of
 from autoresearch.night.settings import TARGET, cluster_address, cluster_problem
@@ -217,7 +218,7 @@ def print_status(night: Night):
         return
     print(f"night {night.tag} on {night.branch}")
     night.sync_branch()
-    lines = standing_lines(night) + open_lines(night)
+    lines = standing_lines(night) + open_lines(night) + agent_lines(night)
     recent = [f"  {cut(row_of(record), WIDTH)}" for record in night.records()[-5:]]
     if recent:
         lines += ["last rows of results.tsv:", *recent]

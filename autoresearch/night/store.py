@@ -41,7 +41,7 @@ POLL_SECONDS = 0.05  # seconds between two looks at files that others write
 COMMAND_TIMEOUT = 10  # seconds a command waits for another one
 PAGE_LOG = "page.log"  # why night.html could not be written; gone once it is
 # Our own names in .night.
-RESERVED_TAGS = "command compiled engine.json ray.log supervisor supervisor.log".split()
+RESERVED_TAGS = "agent command compiled engine.json ray.log supervisor supervisor.log".split()
 
 
 def parsed(lines: list[bytes]) -> list[dict]:

@@ -234,10 +234,11 @@ class Lab:
         return [json.loads(line) for line in lines]
 
     def records(self) -> list[dict]:
-        return [record for record in self.journal() if record["kind"] != "confirm"]
+        others = ("confirm", "session")
+        return [record for record in self.journal() if record["kind"] not in others]
 
     def record(self, n: int) -> dict:
-        [record] = [record for record in self.journal() if record["n"] == n]
+        [record] = [record for record in self.journal() if record.get("n") == n]
         return record
 
     def best(self) -> dict:
