@@ -284,6 +284,11 @@ class Night:
     @contextlib.contextmanager
     def command(self):
         """One command at a time touches the agent's tree."""
+        if not os.access(self.root / ".git", os.W_OK):
+            raise Fail(
+                f"{self.root}/.git cannot be written, as in an agent's sandbox. There, type the night's "
+                "command alone, on one line: no redirection, no <<, no comment"
+            )
         with self.lock("command", COMMAND_TIMEOUT) as ours:
             if not ours:
                 raise Fail("another night.py command has been at work for 10 s: run it again")
