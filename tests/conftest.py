@@ -15,6 +15,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # Begun first, so that the other processes have something to do until the end.
 LONGEST = [
+    "test_claude.py",
+    "test_codex.py",
     "test_ray_engine.py",
     "test_kills.py",
     "test_train.py",
