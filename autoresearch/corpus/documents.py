@@ -12,6 +12,7 @@ import contextlib
 import gzip
 import hashlib
 import json
+import os
 import re
 import shutil
 import zlib
@@ -21,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
-from autoresearch.common import Fail, file_name, file_problem, one_line, sha256_of, some
+from autoresearch.common import Fail, file_name, one_line, sha256_of, some
 
 # ------------------------------------------------------------------------------- parquet and jsonl
 
@@ -37,7 +38,7 @@ def well_formed(text: str) -> str:
 
 
 def read_parquet(path: Path):
-    """Yields (row group, text; None for a null). Raises Fail, naming the file."""
+    """Yields (row group, text; None for a null). Raises Fail or OSError, naming the file."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -51,8 +52,8 @@ def read_parquet(path: Path):
                     for text in rows.column("text").cast(pa.string()).to_pylist():
                         yield group, text
     except (pa.ArrowException, KeyError, OSError, UnicodeError) as error:
-        if isinstance(error, OSError) and error.errno:
-            raise Fail(file_problem(error, path)) from None
+        if isinstance(error, OSError) and error.errno:  # of the system: the file may be whole
+            raise OSError(error.errno, os.strerror(error.errno), str(path)) from None
         name, reason = file_name(path), one_line(error, 300)
         raise Fail(f"{name} is no readable parquet file with a column `text` ({reason})") from None
 

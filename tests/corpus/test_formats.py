@@ -12,6 +12,7 @@ from miniature import put, put_jsonl, put_parquet, words, write_texts
 import prepare
 from autoresearch.common import Fail
 from autoresearch.corpus import text
+from autoresearch.corpus.climbmix import check_shard
 from autoresearch.corpus.documents import Source
 
 SMALL = "--seq-len 32 --vocab-size 280 --eval-tokens 512".split()
@@ -132,6 +133,18 @@ def test_a_parquet_file_without_the_column_names_those_it_has(tmp_path):
     put_parquet(tmp_path / "a.parquet", ["x"], column="content")
     with pytest.raises(Fail, match="a.parquet has no column `text`, but content: rename"):
         texts_in(tmp_path / "a.parquet")
+
+
+def test_what_the_system_refuses_is_not_blamed_on_the_file(tmp_path, monkeypatch):
+    def too_many(path):
+        raise OSError(24, "Failed to open local file. Detail: [errno 24] Too many open files")
+
+    put_parquet(tmp_path / "shard.parquet.part", ["a text"])
+    whole = (tmp_path / "shard.parquet.part").read_bytes()
+    monkeypatch.setattr(pq, "ParquetFile", too_many)
+    with pytest.raises(OSError, match="Too many open files: '.*shard.parquet.part'"):
+        check_shard(tmp_path / "shard.parquet.part", None)
+    assert (tmp_path / "shard.parquet.part").read_bytes() == whole
 
 
 # ---- copies, folders, changes, names

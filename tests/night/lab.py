@@ -1,7 +1,6 @@
 """A real git repository with night.py and a train.py that scores by arithmetic within milliseconds."""
 
 import contextlib
-import fcntl
 import itertools
 import json
 import os
@@ -16,7 +15,7 @@ from pathlib import Path
 import pytest
 from miniature import ROOT
 
-from autoresearch.common import signed
+from autoresearch.common import lock, signed
 
 LINUX = sys.platform.startswith("linux")
 needs_proc = pytest.mark.skipif(not LINUX, reason="looks for processes in /proc")
@@ -279,8 +278,7 @@ class Lab:
 
     def until_idle(self):
         """No supervisor: its lock can be taken."""
-        with open(self.state_dir / "supervisor", "a") as file:
-            self.until(lambda: taken(file))
+        self.until(lambda: is_free(self.state_dir / "supervisor"))
 
     # processes
 
@@ -350,12 +348,9 @@ class Lab:
         assert self.git("fsck", "--connectivity-only", "--no-dangling") == ""
 
 
-def taken(file) -> bool:
-    with contextlib.suppress(BlockingIOError):
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        fcntl.flock(file, fcntl.LOCK_UN)
-        return True
-    return False
+def is_free(path: Path) -> bool:
+    held = lock(path, wait=False)
+    return held is not None and held.close() is None
 
 
 def parent_of(pid: int) -> int:
