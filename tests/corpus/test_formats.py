@@ -46,9 +46,10 @@ def test_a_packed_folder_gives_the_rows_of_the_unpacked_one(tmp_path, cache):
 
 
 @pytest.mark.parametrize("name", ["a.jsonl.gz", "a.txt.gz"])
-@pytest.mark.parametrize("content", [b"no gzip", gzip.compress(b'{"text": "cut"}\n' * 99)[:-9]])
-def test_a_packed_file_that_is_cut_short_is_named(tmp_path, name, content):
-    put(tmp_path / "data" / name, content)
+@pytest.mark.parametrize("cut", [0, 9])
+def test_a_packed_file_that_is_cut_short_is_named(tmp_path, name, cut):
+    content = gzip.compress(b'{"text": "cut"}\n' * 99)
+    put(tmp_path / "data" / name, content[:-cut] if cut else b"no gzip")
     with pytest.raises(Fail, match=rf"{name} is no whole gzip file .*: fetch it again"):
         text.own_text(tmp_path / "data")
 
