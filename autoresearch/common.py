@@ -19,6 +19,7 @@ import resource
 import stat
 import subprocess
 import sys
+import time
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -188,6 +189,24 @@ def utc(seconds: float | None = None) -> str:
 def seconds_of(time_of_day: str) -> float:
     """Seconds since 1970 of what `utc` wrote."""
     return datetime.strptime(time_of_day, "%Y-%m-%dT%H:%M:%S%z").timestamp()
+
+
+def stamp() -> list:
+    """[id of this boot, or "" where the system has none; seconds]: for durations between processes.
+
+    The time of day will not do: somebody may set it meanwhile.
+    """
+    boot = ""
+    with contextlib.suppress(OSError):
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return [boot, time.monotonic()]
+
+
+def seconds_between(began: list | None, ended: list | None) -> float | None:
+    """The seconds between two stamps; None where they are of two boots, or one is missing."""
+    if not began or not ended or began[0] != ended[0] or began[1] > ended[1]:
+        return None
+    return ended[1] - began[1]
 
 
 # ------------------------------------------------------------------------------------------- files

@@ -113,7 +113,7 @@ class RayEngine:
             self.nodes = [node for node in self.ray.nodes() if node["Alive"] and gpus_of(node)]
             self.last_poll = time.monotonic()
         for node_id, (until, _, _) in list(self.excluded_nodes.items()):
-            if time.time() > until:
+            if time.monotonic() > until:
                 del self.excluded_nodes[node_id]
         usable = [node for node in self.nodes if node["NodeID"] not in self.excluded_nodes]
         return [node for node in usable if self.accelerator in (None, accelerator_of(node))]
@@ -130,7 +130,8 @@ class RayEngine:
             join = f"uv run --group cluster ray start --address={self.address}"
             lines.append(f"no node can take a run: on a machine with such GPUs type {join}")
         for until, host, why in self.excluded_nodes.values():
-            again = time.strftime("%H:%M", time.localtime(until))
+            left = until - time.monotonic()
+            again = time.strftime("%H:%M", time.localtime(time.time() + left))
             lines.append(f"node {host} gets no run before {again}: {why}")
         if self.isolation_warning:
             lines.append(self.isolation_warning)
@@ -198,7 +199,7 @@ class RayEngine:
         """What the task answered: a run, or why its node could not run it."""
         if "excluded" in answer:
             why, host = answer["excluded"], answer["host"]
-            self.excluded_nodes[answer["node"]] = time.time() + EXCLUDE_SECONDS, host, why
+            self.excluded_nodes[answer["node"]] = time.monotonic() + EXCLUDE_SECONDS, host, why
             experiment.again(f"sent back by node {host}: {why}")
         else:
             self.collect(experiment, run, answer)

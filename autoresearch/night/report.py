@@ -5,12 +5,12 @@ All that is known of a night, read once: for the audit, the notebook, and whatev
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
 
-from autoresearch.common import ROOT, Fail, git, seconds_of
+from autoresearch.common import ROOT, Fail, git, seconds_between, seconds_of
 from autoresearch.night.results import STATUSES, Row, read_results
 from autoresearch.night.rules import BEST_MOVED, calibration, gain, noise_floor
 from autoresearch.night.slower import baseline_lines
@@ -177,8 +177,10 @@ def _timed(report: NightReport) -> Iterator[tuple[float, float, float, bool]]:
     """(began, first batch, ended, wasted) of each run, in seconds since 1970.
 
     The night knows when the process began and ended, the ledger when the first batch was drawn. Of
-    a night without night.py the ledger tells all, for the runs that have a row.
+    a night without night.py the ledger tells all, for the runs that have a row. Durations are those
+    of the stamps where there are any: the time of day may have been set meanwhile.
     """
+    zeros = _zeros(report.started.values())
     measured = {run["run"]: run for run in joined(report.ledger) if run.get("split") == "val"}
     claimed = {row.hash[:7] for row in report.rows if row.hash}
     by_hand = [i for i, run in measured.items() if (run.get("commit") or "")[:7] in claimed]
@@ -194,7 +196,23 @@ def _timed(report: NightReport) -> Iterator[tuple[float, float, float, bool]]:
             continue
         ended = run.get("ended") or line.get("time")
         ended = seconds_of(ended) if ended else began
+        boot, seconds = run.get("stamp") or ("", 0.0)
+        if boot in zeros:
+            lasted = seconds_between(run["stamp"], run.get("ended_stamp"))
+            lasted = max(0, ended - began) if lasted is None else lasted
+            started = 0 if batch is None else batch - began
+            if not 0 <= started <= lasted:
+                started = min(line.get("startup_seconds") or 0, lasted)
+            began = zeros[boot] + seconds
+            batch, ended = None if batch is None else began + started, began + lasted
         again = run.get("again", BEST_MOVED)  # a second run on a new best was no waste
         wasted = i in slow or not again.startswith(BEST_MOVED)
         if run.get("kind") != "confirm":
             yield began, ended if batch is None else min(batch, ended), ended, wasted
+
+
+def _zeros(runs: Iterable[dict]) -> dict[str, float]:
+    """{boot: when its stamps were 0, in seconds since 1970}, by the first run that began on it."""
+    stamped = [run for run in runs if run.get("stamp") and run["stamp"][0]]
+    stamped.sort(key=lambda run: run["stamp"][1], reverse=True)
+    return {run["stamp"][0]: seconds_of(run["began"]) - run["stamp"][1] for run in stamped}

@@ -4,10 +4,9 @@ What the commands print: the state of the night, the result of an experiment, th
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 
-from autoresearch.common import cut, one_line, seconds_of
+from autoresearch.common import cut, one_line, seconds_between, stamp
 from autoresearch.night import failures, rules
 from autoresearch.night.agent import agent_lines
 from autoresearch.night.experiment import Experiment
@@ -96,7 +95,8 @@ def loss_at(curve: list[tuple[float, float]], percent: float) -> float | None:
 def progress(experiment: Experiment, best_curve: list[tuple[float, float]]) -> str:
     """`compiling, 20 s so far`, or `training 40%, loss 2.41 (best at 40%: 2.2), 9,100 tokens/s`."""
     run = experiment.runs()[-1]
-    so_far = f"{time.time() - seconds_of(run['began']):.0f} s so far"
+    seconds = seconds_between(run.get("stamp"), stamp())
+    so_far = f"{seconds or 0:.0f} s so far"
     if "cluster" in run:
         return f"on the cluster, {so_far}"  # its losses come back with its score
     path = experiment.path("progress.jsonl")

@@ -14,7 +14,7 @@ import time
 import uuid
 from collections.abc import Callable
 
-from autoresearch.common import ROOT, Fail, inherited_environment, utc
+from autoresearch.common import ROOT, Fail, inherited_environment, stamp, utc
 from autoresearch.night import failures, rules
 from autoresearch.night.experiment import Experiment
 from autoresearch.night.notify import notify
@@ -162,7 +162,7 @@ class Supervisor:
             return
         run = {"id": uuid.uuid4().hex[:12], "commit": commit, "base": base, "slot": slot}
         k = len(experiment.runs()) + 1
-        self.engine.start(experiment, k, {**run, "began": utc()}, self.limit)
+        self.engine.start(experiment, k, {**run, "began": utc(), "stamp": stamp()}, self.limit)
 
     def rebase(self, experiment: Experiment, base: str) -> tuple[str | None, str]:
         """The experiment's commit, or the same change as a commit on `base`; or None and why not."""

@@ -22,7 +22,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from autoresearch.common import cache_dir, inherited_environment, lock, seconds_of, utc, write_json
+from autoresearch.common import (
+    cache_dir,
+    inherited_environment,
+    lock,
+    seconds_between,
+    seconds_of,
+    stamp,
+    utc,
+    write_json,
+)
 from autoresearch.night import compiler, rules
 from autoresearch.night.experiment import Experiment, split_of
 from autoresearch.night.settings import TARGET, local_slots
@@ -245,6 +254,7 @@ def outcome(ended: dict, records: list[dict], log: str, split: str) -> dict:
     return {
         "code": code,
         "ended": utc(),
+        "ended_stamp": stamp(),
         "wall_seconds": ended["wall_seconds"],
         "score": score,
         "failure": why_it_failed(code, ended["stopped"], measured, log) if score is None else None,
@@ -348,7 +358,9 @@ class LocalEngine:
             return state, ""
         run = experiment.runs()[-1]  # its watcher died, by a kill or a power cut
         kill_leftovers(run["id"])
-        delete_half_compiled(self.compiled, seconds_of(run["began"]))
+        lasted = seconds_between(run.get("stamp"), stamp())
+        began = seconds_of(run["began"])  # or, where the time of day was set meanwhile, earlier
+        delete_half_compiled(self.compiled, min(began, time.time() - (lasted or 0)))
         return "lost", rules.CUT_OFF
 
     def close(self):

@@ -64,6 +64,17 @@ def night(tmp_path, *runs: dict) -> NightReport:
 WHOLE = {"began": 0, "batch": 40, "ended": 360, "scored": 350}
 
 
+def set_back(seconds: int, began: int, lasted: int, batch: int) -> dict:
+    """A run during which the time of day is set, by so many seconds."""
+    stamps = {"stamp": ["boot", 5000.0 + began], "ended_stamp": ["boot", 5000.0 + began + lasted]}
+    ends = {"ended": began + lasted + seconds, "scored": began + lasted + seconds - 10}
+    return {"began": began, "batch": began + batch, **ends, **stamps}
+
+
+AFTER = {"began": 180_400, "batch": 180_440, "ended": 180_760}
+AFTER |= {"stamp": ["boot", 5400.0], "ended_stamp": ["boot", 5760.0]}
+
+
 @pytest.mark.parametrize(
     "runs, line",
     [
@@ -73,6 +84,9 @@ WHOLE = {"began": 0, "batch": 40, "ended": 360, "scored": 350}
         ([WHOLE, {"began": 180, "batch": 190, "ended": 540}], (0.1, 2, 67, 50, 0, 360)),
         ([{**WHOLE, "again": "slow (40%)"}], (0.1, 1, 100, 0, 360, 0)),
         ([WHOLE, {**WHOLE, "kind": "confirm"}], (0.1, 1, 100, 40, 0, 0)),
+        ([set_back(-7200, 0, 360, 40)], (0.1, 1, 100, 40, 0, 0)),
+        ([set_back(-7200, 0, 360, -7160)], (0.1, 1, 100, 30, 0, 0)),  # the ledger's startup_seconds
+        ([set_back(180_000, 0, 360, 40), AFTER], (0.2, 1, 95, 80, 0, 40)),
     ],
 )
 def test_the_hours_in_one_line(tmp_path, runs, line):
