@@ -378,7 +378,10 @@ POLAR_EXPRESS = (  # arXiv 2505.16932, five steps
 
 
 def orthogonalize(g: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    """The polar factor, roughly, of each matrix in g (n, rows, columns), by Polar Express."""
+    """The polar factor, roughly, of each matrix in g (n, rows, columns), by Polar Express.
+
+    dtype: bf16 is enough, but a CPU without it takes ten times as long as in float32.
+    """
     tall = g.size(-2) > g.size(-1)
     x = (g.mT if tall else g).to(dtype)
     x = x / (1.02 * x.norm(dim=(-2, -1), keepdim=True) + 1e-6)
@@ -397,6 +400,7 @@ def muon_update(
     momentum: Tensor,
     lr: Tensor,
     weight_decay: Tensor,
+    dtype: torch.dtype = torch.bfloat16,
 ) -> Tensor:
     """One Muon step on equal-shaped matrices p (n, rows, columns): returns the new p.
 
@@ -407,7 +411,7 @@ def muon_update(
     rows, columns = p.shape[-2:]
     grad = grad.float()
     momentum_buffer.lerp_(grad, 1 - momentum)
-    g = orthogonalize(grad.lerp(momentum_buffer, momentum)).float()
+    g = orthogonalize(grad.lerp(momentum_buffer, momentum), dtype).float()
 
     mean_square = g.square().mean(dim=-1 if rows >= columns else -2, keepdim=True)
     second_momentum.lerp_(mean_square, 0.05)
@@ -475,6 +479,7 @@ class Muon:
         self.params = params
         self.lr = torch.tensor(float(lr), device=device)
         self.weight_decay = torch.tensor(float(weight_decay), device=device)
+        self.dtype = compute_dtype(device)
         self.state = {
             "momentum_buffer": torch.zeros((n, rows, columns), device=device),
             "second_momentum": torch.zeros(second, device=device),
@@ -488,6 +493,7 @@ class Muon:
             momentum=momentum,
             lr=lr,
             weight_decay=self.weight_decay * decay_multiplier,
+            dtype=self.dtype,
         )
         torch._foreach_copy_(self.params, new.unbind())  # one kernel, not one for each
 

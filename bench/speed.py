@@ -3,6 +3,7 @@ The figures that README and docs/measurements.md quote, on the prepared set.
 
     uv run bench/speed.py            matrix product, encoding, loader, training step, evaluation
     uv run bench/speed.py --edits    seconds before the first step, after each of ten edits of train.py
+    uv run bench/speed.py --card     all that a new card has to answer, in at most 40 minutes at a time
 
 Nothing here is a test. Two ways of doing one thing run in turn, in one process, and are compared as
 a ratio: machines are noisy.
@@ -187,7 +188,18 @@ def edits():
 def main():
     parser = argparse.ArgumentParser(description="Measures this machine.")
     parser.add_argument("--edits", action="store_true", help="start-up after ten edits of train.py")
+    parser.add_argument(
+        "--card", nargs="*", metavar="PART", help="a card's page, see bench/card.py"
+    )
+    parser.add_argument(
+        "--minutes", type=float, default=40, help="for --card, at most (default 40)"
+    )
     args = parser.parse_args()
+    if args.card is not None:
+        import card
+
+        card.measure(args.card, args.minutes)
+        return
     device = training_device()
     dtype = compute_dtype(device)
     print(

@@ -129,7 +129,9 @@ def polar_express(g):
 
 def test_whole_steps_are_those_of_a_float64_transcription(monkeypatch):
     orthogonalize = train.orthogonalize  # in bf16 it has its own test, above
-    monkeypatch.setattr(train, "orthogonalize", lambda g: orthogonalize(g, torch.float32))
+    monkeypatch.setattr(
+        train, "orthogonalize", lambda g, dtype=None: orthogonalize(g, torch.float32)
+    )
     model = small(
         N_LAYER=2,
         LR_WIDTH_POWER=-0.5,

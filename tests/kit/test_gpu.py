@@ -214,10 +214,11 @@ def test_train_as_it_is_compiles_fits_learns_and_starts_warm_the_second_time(ful
     assert ended[-1]["attention"] == second["attention"] and ended[-1]["compiled"] is True
 
 
-def test_an_isolated_run_of_the_night_sees_its_card():
+def test_an_isolated_run_of_the_night_sees_its_card(tmp_path, monkeypatch):
     from autoresearch.night.settings import local_slots
     from autoresearch.night.worker import Isolation
 
+    monkeypatch.setenv("AUTORESEARCH_CACHE", str(tmp_path))
     isolation = Isolation.here()
     code = "import torch; print(torch.ones(4, device='cuda').sum().item())"
     done = subprocess.run(
