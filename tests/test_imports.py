@@ -11,10 +11,11 @@ from miniature import ROOT
 # autoresearch/, or a file at the top.
 ROOMS = {
     "common": set(),
+    "compiler": set(),
     "referee": {"common"},
     "corpus": {"common", "referee"},
-    "kit": {"common", "referee"},
-    "night": {"common", "referee.manifest", "referee.ledger"},
+    "kit": {"common", "compiler", "referee"},
+    "night": {"common", "compiler", "referee.manifest", "referee.ledger"},
     "prepare": {"common", "referee", "corpus"},
     "train": {"common", "referee", "kit", "prepare"},
     "night.py": {"common", "night"},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import re
 
 
@@ -17,6 +18,18 @@ def root_cause(error: BaseException) -> str:
     if "Traceback (most recent call last)" in str(error):  # of a worker process
         return str(error).strip().splitlines()[-1][:300]
     return first_line(error)
+
+
+REFUSALS = "ENOSPC EDQUOT EMFILE ENFILE EACCES EPERM EROFS".split()
+
+
+def refusal(error: BaseException) -> OSError | None:
+    """The error of the system below a compiler's: a full disk, a forbidden folder. Not damage."""
+    while error:
+        if isinstance(error, OSError) and errno.errorcode.get(error.errno) in REFUSALS:
+            return error
+        error = getattr(error, "inner_exception", None) or error.__cause__
+    return None
 
 
 def out_of_memory(error: BaseException) -> bool:

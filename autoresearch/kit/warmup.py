@@ -22,8 +22,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from autoresearch import compiler
+from autoresearch.common import file_problem
 from autoresearch.kit.attention import shrink_blocks
-from autoresearch.kit.errors import out_of_memory, root_cause
+from autoresearch.kit.errors import out_of_memory, refusal, root_cause
 from autoresearch.referee.clock import fail
 
 
@@ -176,8 +178,12 @@ class _Fitting:
         from torch._inductor.utils import clear_caches
 
         reason = root_cause(error)
-        if self.fresh_cache is None:
-            caches = compiler_caches()
+        caches = compiler_caches()
+        refused = refusal(error)  # another folder beside it would meet the same
+        if refused:
+            problem = file_problem(refused, refused.filename or caches[-1])
+            reason = f"{problem}, or set TORCHINDUCTOR_CACHE_DIR to another folder"
+        if self.fresh_cache is None and not refused:
             self.fresh_cache = Path(f"{caches[0]}-fresh-{len(caches)}")
             self.fresh_cache.mkdir(exist_ok=True)  # another run may have made it just now
             use_compiler_cache(self.fresh_cache)
@@ -189,7 +195,8 @@ class _Fitting:
                 flush=True,
             )
         else:
-            shutil.rmtree(self.fresh_cache, ignore_errors=True)  # it was not the cache
+            if self.fresh_cache:
+                shutil.rmtree(self.fresh_cache, ignore_errors=True)  # it was not the cache
             print(f"not compiled, because compiling failed: {reason}", flush=True)
             torch.compiler.set_stance("force_eager")
             self.uncompiled = reason
@@ -214,7 +221,7 @@ def compiler_caches() -> list[Path]:
     """The compiler's cache folder, and fresh ones made beside it where the one before was damaged."""
     from torch._inductor.runtime.cache_dir_utils import cache_dir
 
-    first = Path(re.sub(r"-fresh-\d+$", "", cache_dir()))
+    first = compiler.place(Path(re.sub(r"-fresh-\d+$", "", cache_dir())))
     caches = [first]
     while (following := Path(f"{first}-fresh-{len(caches)}")).is_dir():
         caches.append(following)

@@ -21,8 +21,9 @@ import tarfile
 import tempfile
 from pathlib import Path
 
+from autoresearch import compiler
 from autoresearch.common import cache_dir
-from autoresearch.night import compiler, worker
+from autoresearch.night import worker
 
 DEVICE_TIMEOUT = 300  # seconds to name the device in; importing torch alone may take a minute
 MIN_FREE_BYTES = 256 << 20  # that the node's temporary folder must have

@@ -22,6 +22,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from autoresearch import compiler
 from autoresearch.common import (
     cache_dir,
     inherited_environment,
@@ -32,7 +33,7 @@ from autoresearch.common import (
     utc,
     write_json,
 )
-from autoresearch.night import compiler, rules
+from autoresearch.night import rules
 from autoresearch.night.experiment import Experiment, split_of
 from autoresearch.night.settings import TARGET, local_slots
 from autoresearch.night.slower import allow_isolation, machine_lines

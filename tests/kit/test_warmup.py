@@ -1,6 +1,7 @@
 """Warming up: the batch that fits, no trace left, and a compiler that fails."""
 
 import itertools
+import os
 import re
 
 import pytest
@@ -221,3 +222,21 @@ def test_what_does_not_compile_runs_uncompiled(warmed_up, tmp_path):
     assert said.startswith("not compiled, because compiling failed: InvalidCxxCompiler")
     assert outcome.startswith("compiled: False fell back: InvalidCxxCompiler")
     assert not (tmp_path / "cache-fresh-1").exists()  # it was not the cache's fault
+
+
+def test_a_full_disk_is_no_damaged_cache(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    stances = []
+    monkeypatch.setattr(torch.compiler, "set_stance", stances.append)
+    wrapped = RuntimeError("backend failed")
+    wrapped.inner_exception = OSError(28, "No space left on device")
+    fitting = warmup._Fitting([], None)
+    fitting.recompile_or_not(wrapped)
+    assert stances == ["force_eager"] and os.listdir(tmp_path) == ["cache"]
+    for said in (
+        f"{tmp_path}/cache: the disk",
+        "free some space",
+        "or set TORCHINDUCTOR_CACHE_DIR",
+    ):
+        assert said in fitting.uncompiled
+    assert fitting.uncompiled in capsys.readouterr().out

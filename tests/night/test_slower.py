@@ -2,7 +2,8 @@
 
 import pytest
 
-from autoresearch.night import compiler, slower
+from autoresearch import compiler
+from autoresearch.night import slower
 
 FLASH = "FlashAttention 3 is not usable: no network"
 BF16 = "model name\t: Xeon 6\nflags\t\t: fpu amx_bf16\n"

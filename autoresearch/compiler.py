@@ -1,5 +1,6 @@
 """
 Where the compilers of a run may write: a folder of plain letters, whose files may be executed.
+Standard library only: the night uses it, and the kit.
 """
 
 from __future__ import annotations
