@@ -454,6 +454,7 @@ GIT_VARIABLES = re.compile(
 GIT_SETTINGS = (
     "core.hooksPath=/dev/null",  # the user's hooks are for the user's commits
     "core.fsmonitor=false",  # a hook, too; or a daemon in each run's worktree
+    "core.fileMode=false",  # a chmod is no edit
     "core.quotePath=false",
     "i18n.commitEncoding=UTF-8",
 )

@@ -37,6 +37,7 @@ def test_a_night_runs_none_of_the_users_hooks(fresh_lab):
         hook = fresh_lab.root / ".git/hooks" / name
         hook.write_text(REFUSES.format(log=log))
         hook.chmod(0o755)
+    (fresh_lab.root / "train.py").chmod(0o755)  # no edit either
     fresh_lab.say("begin")
     fresh_lab.until_ended(3)
     fresh_lab.say()
