@@ -15,7 +15,11 @@ V1 = "4:memory:/docker/abc\n3:cpu,cpuacct:{}\n0::/\n"
         ("0::/a/b\n", {"a/b/cpu.max": "max 100000\n", "a/cpu.max": "400000 100000\n"}, [4]),
         ("0::/not/mounted/here\n", {"cpu.max": "200000 100000\n"}, [2]),
         (V1.format("/a"), {"cpu/a/cpu.cfs_quota_us": "-1", "cpu/a/cpu.cfs_period_us": "9"}, []),
-        (V1.format("/far"), {"cpu/cpu.cfs_quota_us": "50000", "cpu/cpu.cfs_period_us": "100000"}, [0.5]),
+        (
+            V1.format("/far"),
+            {"cpu/cpu.cfs_quota_us": "50000", "cpu/cpu.cfs_period_us": "100000"},
+            [0.5],
+        ),
         ("nonsense", {}, []),
     ],
 )
