@@ -306,6 +306,8 @@ def measure(kinds: list[str], minutes: float):
     kept = folder / f"card-{slug}.json"
     known = read_json(kept) or {}
     began = time.monotonic()
+    page = ROOT / "docs" / "cards" / f"{slug}.md"
+    page.parent.mkdir(exist_ok=True)
     parts = parts_of(device, list(kinds) or list(PARTS), folder)
     for name, (expected, function) in parts.items():
         if name in known:
@@ -319,8 +321,7 @@ def measure(kinds: list[str], minutes: float):
         commit = git("rev-parse", "--short", "HEAD", at=ROOT, check=False)
         known[name] = {"date": utc(), "commit": commit, "torch": torch.__version__, **result}
         write_json(kept, known)
-    page = ROOT / "docs" / "cards" / f"{slug}.md"
-    page.parent.mkdir(exist_ok=True)
+        page.write_text(as_page(device_name(device), known))
     page.write_text(as_page(device_name(device), known))
     print(f"\n{page.read_text()}\nThis is {page.relative_to(ROOT)}; what was measured: {kept}")
 
