@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,20 +24,26 @@ def _path(night: Night) -> Path:
 
 
 @contextlib.contextmanager
-def noted(night: Night) -> Iterator[None]:
+def noted(night: Night, counted: bool = True) -> Iterator[None]:
     """Writes down the error that ends the block, which is the supervisor's work."""
     try:
         yield
     except BaseException as error:
         kind = "" if isinstance(error, SystemExit) else f"{type(error).__name__}: "
-        why = one_line(kind + str(error).removeprefix("FAIL: "), 400)
-        ended = len(night.ended())
-        before = last(night)
-        same = ended == before.get("ended") and _shape(why) == _shape(before["why"])
-        times = 1 + (before["times"] if same else 0)
-        with contextlib.suppress(OSError):  # the disk is full: the commands find that, too
-            write_json(_path(night), {"why": why, "times": times, "ended": ended})
+        note(night, kind + str(error).removeprefix("FAIL: "), counted)
         raise
+
+
+def note(night: Night, why: str, counted: bool = True):
+    """Writes down why a supervisor ends. counted: no more are started after the second time."""
+    why = one_line(why, 400)
+    ended = len(night.ended())
+    before = last(night)
+    same = ended == before.get("ended") and _shape(why) == _shape(before["why"])
+    times = 1 + (before["times"] if same else 0) if counted else 1
+    failure = {"why": why, "times": times, "ended": ended, "at": time.time()}
+    with contextlib.suppress(OSError):  # the disk is full: the commands find that, too
+        write_json(_path(night), failure)
 
 
 def _shape(why: str) -> str:
@@ -45,7 +52,7 @@ def _shape(why: str) -> str:
 
 
 def last(night: Night) -> dict:
-    """The last failure: why, times, ended (how many experiments had); empty where there is none."""
+    """The last failure: why, times, ended (how many experiments had), at; empty where there is none."""
     return read_json(_path(night)) or {}
 
 

@@ -30,7 +30,7 @@ from autoresearch.common import (
     write_atomically,
     write_json,
 )
-from autoresearch.night import ray_node
+from autoresearch.night import failures, ray_node
 from autoresearch.night.experiment import Experiment
 from autoresearch.night.rules import CUT_OFF, STOPPED
 from autoresearch.night.settings import number_setting
@@ -86,6 +86,7 @@ class RayEngine:
         """Ends this process, because Ray's connecting cannot be interrupted."""
         problem = self.no_connection(f"no answer within {CONNECT_TIMEOUT} s")
         self.night.write_engine_state(1, [problem])
+        failures.note(self.night, problem, counted=False)
         print(f"FAIL: {problem}", file=sys.stderr, flush=True)
         os._exit(1)
 

@@ -7,7 +7,6 @@ killed, the next one continues. The engine that starts the runs is handed in.
 
 from __future__ import annotations
 
-import contextlib
 import subprocess
 import sys
 import time
@@ -213,9 +212,8 @@ def supervise(
             if not ours:
                 return
             # A cluster that does not answer is asked again and again.
-            noted = contextlib.nullcontext() if cluster_address() else failures.noted(night)
             try:
-                with noted:
+                with failures.noted(night, counted=not cluster_address()):
                     engine = make_engine(night)
             except Fail as problem:
                 night.write_engine_state(1, [str(problem).removeprefix("FAIL: ")])

@@ -200,7 +200,9 @@ def test_a_killed_run_is_a_crash_a_killed_watcher_a_repeat_and_a_killed_command_
 def test_stop_ends_what_runs_and_begin_runs_it_again(lab):
     held, waits = lab.attempt("wider", WIDTH=1, HOLD="a"), lab.attempt("deeper", DEPTH=1)
     lab.until_held(held)
-    assert "stopped: nothing starts; uv run night.py begin continues" in lab.say("stop")
+    stopped = lab.say("stop")
+    assert "stopped: what runs is being ended, and nothing starts" in stopped
+    assert "next: uv run night.py begin continues" in stopped
     lab.until_idle()
     lab.until(lambda: not lab.running())
     for said in (lab.say("wait", 40), lab.say()):
