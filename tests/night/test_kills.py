@@ -150,7 +150,7 @@ def test_the_supervisor_killed_at_any_line_loses_nothing_and_runs_nothing_twice(
     queued_only(lab, "deeper still, in conflict with that", DEPTH=4, WIDTH=0)
     ended_on_paper(lab, 6, 0.985)
     queued_only(lab, "to be put on top of both", COMMENT=1, DEPTH=0)
-    for it in killed_everywhere(lab, tmp_path / "killed", ["supervise"], 35):
+    for it in killed_everywhere(lab, tmp_path / "killed", ["supervise"], 24):
         it.check()
         ended = {r["n"]: (r["status"], r["score"]) for r in it.records()[3:]}
         scores = [pytest.approx(score) for score in (0.97, 0.98, 0.985, 0.97)]
@@ -164,11 +164,11 @@ def test_the_supervisor_killed_at_any_line_loses_nothing_and_runs_nothing_twice(
 
 
 def test_a_command_killed_at_any_line_is_finished_by_the_next(fresh, lab, tmp_path):
-    for it in killed_everywhere(fresh, tmp_path / "begin", ["begin"], 10):
+    for it in killed_everywhere(fresh, tmp_path / "begin", ["begin"], 7):
         it.check()
         assert [(r["n"], r["seed"]) for r in it.records()] == [(1, 42), (2, 43), (3, 44)]
     lab.edit(WIDTH=1)
-    for it in killed_everywhere(lab, tmp_path / "try", ["try", "wider"], 13):
+    for it in killed_everywhere(lab, tmp_path / "try", ["try", "wider"], 9):
         it.check()
         [record] = it.records()[3:]
         assert (record["n"], record["status"], record["message"]) == (4, "keep", "wider")
