@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -158,8 +158,11 @@ def honest_models(count: int) -> dict:
     return {"models": count, "refused": found["refused"], **largest}
 
 
-def one_step(batch: int, backend: str) -> dict:
-    """Seconds of a training step with this many rows at a time, and of each kind of kernel in it."""
+def one_step(batch: int, backend: str) -> Iterator[dict]:
+    """Figures of a training step with this many rows at a time; then once more, with its parts.
+
+    A profiler that may not look at the card ends the process: what was measured before is kept.
+    """
     from speed import matrix_product, seconds_in_turn
 
     device = training_device()
@@ -188,7 +191,7 @@ def one_step(batch: int, backend: str) -> dict:
     rate = hp.TOKENS_PER_STEP / seconds
     peak = peak_tflops(device_name(device))
     memory = torch.cuda.max_memory_allocated() / 2**20 if device.type == "cuda" else 0
-    return {
+    figures = {
         "batch": batch,
         "attention": attention.describe(attend)[0],
         "ms": 1e3 * seconds,
@@ -198,8 +201,9 @@ def one_step(batch: int, backend: str) -> dict:
         "matrix_product_tflops": ceiling,
         "memory_mib": memory,
         "first_step_s": compiling,
-        "parts_ms": step_by_part(step, device),
     }
+    yield figures
+    yield {**figures, "parts_ms": step_by_part(step, device)}
 
 
 def step_by_part(step: Callable, device: torch.device) -> dict[str, float]:
@@ -258,10 +262,13 @@ def in_a_process(*words: str) -> dict:
     """A part in a process of its own: what it compiled and holds on the card goes with it."""
     command = [sys.executable, str(ROOT / "bench/card.py"), *words]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    lines = done.stdout.strip().splitlines()
-    if done.returncode == 0 and lines:
-        return json.loads(lines[-1])
-    return {"failed": (done.stderr.strip().splitlines() or ["nothing was printed"])[-1][:300]}
+    results = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    if results:
+        return json.loads(results[-1])
+    said = [
+        line for line in done.stderr.splitlines() if re.match(r"FAIL: |\w+(Error|Exception)", line)
+    ]
+    return {"failed": said[-1][:300] if said else f"it ended with code {done.returncode}"}
 
 
 def parts_of(device: torch.device, kinds: list[str], folder: Path) -> dict[str, tuple]:
@@ -421,10 +428,11 @@ def main():
     parser.add_argument("--step", nargs=2)
     args = parser.parse_args()
     if args.honest:
-        result = honest_models(args.honest)
+        results = [honest_models(args.honest)]
     else:
-        result = one_step(int(args.step[0]), args.step[1])
-    print(json.dumps(result))
+        results = one_step(int(args.step[0]), args.step[1])
+    for result in results:
+        print(json.dumps(result), flush=True)
 
 
 if __name__ == "__main__":
