@@ -7,6 +7,7 @@ night.py: the night's command line. Nobody edits it; its mechanics are in autore
     uv run night.py wait [SECONDS]     returns when an experiment has ended, after 45 s at most
     uv run night.py show N             prints the diff, the losses and the end of the log of N
     uv run night.py bring N|best       puts the change of N, or the best train.py, into train.py
+    uv run night.py again N            runs an experiment that has no score once more
     uv run night.py drop N             gives up an experiment that waits or runs
     uv run night.py stop               ends all runs; `begin` continues and runs them again
     uv run night.py runs [COUNT]       prints the ledger as a table
@@ -75,6 +76,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     option("--diff", action="store_true", help="the whole diff and nothing else")
     option = add("bring", help="put a change back into train.py").add_argument
     option("what", metavar="N|best|edits-N", help="an experiment's change; the best; saved edits")
+    add("again", help="run an experiment that has no score once more").add_argument("n", type=int)
     add("drop", help="give up an experiment that waits or runs").add_argument("n", type=int)
     add("stop", help="end all runs; begin continues")
     option = add("runs", help="print the ledger as a table").add_argument
@@ -152,6 +154,8 @@ def main(argv: list[str] | None = None):
             commands.show(night, args.n, args.diff)
         elif args.command == "bring":
             commands.bring(night, args.what)
+        elif args.command == "again":
+            commands.again(night, args.n)
         elif args.command == "drop":
             commands.drop(night, args.n)
         elif args.command == "stop":

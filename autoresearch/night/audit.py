@@ -11,12 +11,15 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
+from statistics import fmean
 
 from autoresearch.common import Fail, git, git_bytes, one_line, printable, some
+from autoresearch.night.doubts import FEW_STEPS
 from autoresearch.night.report import NightReport
 from autoresearch.night.results import Row
-from autoresearch.night.rules import best_of, displaced_by
+from autoresearch.night.rules import best_of, displaced_by, seed_of
 from autoresearch.night.settings import BASELINE_SEEDS, TARGET
 from autoresearch.referee.ledger import joined
 
@@ -94,7 +97,8 @@ def audit(report: NightReport) -> Iterator[Finding]:
     confirming = [run for run in test if run["run"] in report.started]
     if val:
         matched = _match(report.rows, val)
-        known = {run["run"] for run in matched.values()} | report.started.keys()
+        known = {run["run"] for several in matched.values() for run in several}
+        known |= report.started.keys()
         yield from _scores(report.rows, val, matched)
         yield from _runs_left_out([r for r in val if r["run"] in own_ids - known])
         yield from _sameness([*val, *confirming])
@@ -137,43 +141,46 @@ def _is_own(run: dict, report: NightReport, claimed: set[str]) -> bool:
     return here and (run.get("branch") == report.branch or _commit(run) in claimed)
 
 
-def _match(rows: list[Row], runs: list[dict]) -> dict[int, dict]:
-    """{row's n: the run that measured it}, no run twice. A crash may have a run without a score."""
+def _match(rows: list[Row], runs: list[dict]) -> dict[int, list[dict]]:
+    """{row's n: the runs that measured it}, no run twice. A crash may have a run without a score."""
     by_commit: dict[str, list[dict]] = {}
     for run in runs:
         by_commit.setdefault(_commit(run), []).append(run)
     matched = {}
     for row in rows:
         candidates = by_commit.get(row.hash[:7], []) if row.hash else []
-        for run in candidates:
-            score = run.get("score")
-            if row.score is None or score is None:
-                matches = row.score is score
-            else:
-                matches = abs(score - row.score) < 1.5e-6  # a row has six decimals
-            if matches:
-                matched[row.n] = run
-                candidates.remove(run)
+        for several in combinations(candidates, row.runs):
+            if _is_mean(row.score, [run.get("score") for run in several]):
+                matched[row.n] = [*several]
+                for run in several:
+                    candidates.remove(run)
                 break
     return matched
 
 
-def _scores(rows: list[Row], runs: list[dict], matched: dict[int, dict]) -> Iterator[Finding]:
+def _is_mean(score: float | None, measured: list[float | None]) -> bool:
+    """Whether a row's score is the mean of these, as far as its six decimals go."""
+    if score is None or None in measured:
+        return measured == [score]
+    return abs(fmean(measured) - score) < 1.5e-6
+
+
+def _scores(rows: list[Row], runs: list[dict], matched: dict[int, list[dict]]) -> Iterator[Finding]:
     """Each claimed score against what the ledger has of its commit."""
     mismatched = []
     edited = []
     other_seed = []
     scored = [row for row in rows if row.score is not None]
     for row in scored:
-        run = matched.get(row.n)
-        if run is None:
+        measuring = matched.get(row.n)
+        if measuring is None:
             same = [other for other in runs if row.hash and _commit(other) == row.hash[:7]]
             measured = [f"{other['score']:.6f}" for other in same if other.get("score") is not None]
             claim = f"{row.score:.6f} claimed, {some(measured) or 'nothing'} measured"
             mismatched.append(f"experiment {row.n} ({one_line(row.commit, 20)}: {claim})")
-        elif run.get("changed"):
+        elif any(run.get("changed") for run in measuring):
             edited.append(row.n)
-        elif row.status == "keep" and run.get("seed", BASELINE_SEEDS[0]) != BASELINE_SEEDS[0]:
+        elif row.status == "keep" and BASELINE_SEEDS[0] not in map(seed_of, measuring):
             other_seed.append(row.n)
     yield from matching("scores", len(scored), mismatched)
     yield from doubt(f"{TARGET.file} had uncommitted changes in experiments", edited)
@@ -242,11 +249,23 @@ def _journal(report: NightReport) -> Iterator[Finding]:
         return
     rows = [(row.commit[:7], f"{row.score or 0:.6f}", row.status) for row in report.rows]
     records = [(r["commit"][:7], f"{r['score'] or 0:.6f}", r["status"]) for r in report.records]
+    yield from _weak_verdicts(report.records)
     recorded, told = set(records), set(rows)
     unknown = [row.n for row, key in zip(report.rows, rows) if key not in recorded]
     lost = [record["n"] for record, key in zip(report.records, records) if key not in told]
     yield from doubt("rows that the night did not write so", unknown)
     yield from doubt("experiments without the row that the night wrote", lost)
+
+
+def _weak_verdicts(records: list[dict]) -> Iterator[Finding]:
+    """What was decided on runs that measured the machine as much as the idea."""
+    decided = [record for record in records if record["score"] is not None]
+    few = [r["n"] for r in decided if 0 < (r.get("steps") or 0) < FEW_STEPS]
+    slow = [r["n"] for r in decided if r.get("slow")]
+    busy = [r["n"] for r in decided if r.get("busy")]
+    yield from doubt(f"decided on fewer than {FEW_STEPS} steps of training: experiments", few)
+    yield from doubt("decided on a run that was slowed: experiments", slow)
+    yield from doubt("decided on a machine that others used, too: experiments", busy)
 
 
 # ------------------------------------------------------------------------------------------- git

@@ -25,6 +25,7 @@ from autoresearch.common import (
     write_json,
 )
 from autoresearch.night import failures, rules
+from autoresearch.night.doubts import rate
 from autoresearch.night.experiment import Experiment
 from autoresearch.night.repo import merged
 from autoresearch.night.results import COLUMNS
@@ -157,12 +158,7 @@ def try_(night: Night, message: str, simpler: bool, expect: float | None):
             f"{TARGET.file} has no edits: change it first, "
             "or bring an experiment's change back: uv run night.py bring N"
         )
-    waiting = [e for e in night.open() if e.asked["kind"] == "try" and e.state() == "waiting"]
-    if len(waiting) >= capacity(night):
-        raise Fail(
-            f"{len(waiting)} experiments wait already, and more would be stale when they start: "
-            "uv run night.py wait, then try again"
-        )
+    check_room(night)
     mistake = syntax_error(content)
     if mistake:
         raise Fail(f"{TARGET.file} is not Python ({mistake}): fix it, then try again")
@@ -184,6 +180,39 @@ def try_(night: Night, message: str, simpler: bool, expect: float | None):
     place = f"the best, {best['commit'][:7]}" if best else f"the baseline, {night.tip()[:7]}"
     print(f"{n}: queued as {commit[:7]}; {TARGET.file} is {place} again")
     print("next:", what_next(night))
+
+
+def again(night: Night, n: int):
+    """Queues an experiment that has no score as a new one: the same change, on the best."""
+    record, _ = find(night, n)
+    if record["kind"] != "try":
+        raise Fail(
+            f"{n} ({record['kind']}) is no experiment of yours: uv run night.py says what is"
+        )
+    if "status" not in record:
+        raise Fail(f"{n} has not ended: uv run night.py wait")
+    if record["score"] is not None:
+        came = f"{record['status']}, {record['score']:.6f}"
+        raise Fail(f"{n} has its score ({came}): bring {n}, change it, then try")
+    check_room(night)
+    commit = record["commit"]
+    base = night.repo.git("rev-parse", f"{commit}^")
+    check_new(night, record["change"], base)
+    same = {key: record[key] for key in ("simpler", "expect", "change")}
+    new = night.enqueue("try", commit, base, record["message"], BASELINE_SEEDS[0], **same)
+    wake(night)
+    print(f"{new}: queued, the change of {n} once more")
+    print("next:", what_next(night))
+
+
+def check_room(night: Night):
+    """Raises Fail where as many experiments wait as may."""
+    waiting = [e for e in night.open() if e.asked["kind"] == "try" and e.state() == "waiting"]
+    if len(waiting) >= capacity(night):
+        raise Fail(
+            f"{len(waiting)} experiments wait already, and more would be stale when they start: "
+            "uv run night.py wait, then try again"
+        )
 
 
 def check_new(night: Night, change: str, base: str):
@@ -480,7 +509,7 @@ def subjects(commits: list[str]) -> dict[str, str]:
 def run_cells(record: dict) -> list:
     """One line of the table of runs, without the description."""
     score, tokens = record.get("score"), record.get("tokens")
-    rate = rules.rate(record)
+    per_second = rate(record)
     # A run of a night stands in the folder of its experiment.
     number = re.search(r"/\.night/[^/]+/queue/(\d+)/tree$", record.get("repo") or "")
     status = record.get("failure") or ("scored" if score is not None else "no end")
@@ -492,7 +521,7 @@ def run_cells(record: dict) -> list:
         "-" if score is None else f"{score:.6f}",
         "-" if record.get("training_seconds") is None else f"{record['training_seconds']:.0f}",
         "-" if tokens is None else f"{tokens / 1e6:.3f}",
-        "-" if rate is None else f"{rate:,.0f}",
+        "-" if per_second is None else f"{per_second:,.0f}",
         record.get("seed", "-"),
         one_line(status, 40),
     ]

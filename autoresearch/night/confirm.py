@@ -174,7 +174,7 @@ def confirm(night: Night, seeds: int | None):
     """Queues what is not measured yet, waits until it is, and prints what it means.
 
     Ctrl-C ends only the waiting; the same command continues, and nothing that has its score runs
-    again. Three seeds detect a gain of three noise floors, eight that of a single one
+    again. Three seeds detect a gain of five standard deviations of a run, eight one of two
     (docs/decisions.md). Raises Fail where there is nothing to confirm.
     """
     if seeds is not None and seeds < 2:
@@ -202,7 +202,7 @@ def confirm(night: Night, seeds: int | None):
 def queue_confirmation(night: Night, seeds: int | None) -> tuple[Confirmation, set[int]]:
     """(what is compared, the numbers of its runs that wait or run); missing runs are queued."""
     ended = {record["n"] for record in night.ended()}
-    experiments = [e for e in night.open() if e.n not in ended]
+    experiments = [e for e in night.open() if e.n not in ended and not e.is_repeat]
     others = [e.n for e in experiments if not e.is_confirm]
     if others:
         raise Fail(

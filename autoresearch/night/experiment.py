@@ -21,8 +21,8 @@ def split_of(asked: dict) -> str:
 class Experiment:
     """One folder of the queue. Its files, each written once, are:
 
-    experiment.json   what was asked for: n, kind (baseline, try, confirm), commit, base, seed, ...
-    run-K.json        the K-th run: its id, the commit that runs, the best it is based on, its slot
+    experiment.json   what was asked for: n, kind (baseline, try, confirm, repeat), commit, base, seed, ...
+    run-K.json        the K-th run: its id, the commit that runs, the best it is based on, its slot and seed
     run-K.log         all that it printed
     progress-K.jsonl  its phases and losses, by the locked clock
     end-K.json        how it ended, and what the ledger says of it
@@ -51,6 +51,15 @@ class Experiment:
     @property
     def is_confirm(self) -> bool:
         return self.asked["kind"] == "confirm"
+
+    @property
+    def is_repeat(self) -> bool:
+        """Whether it measures the best again."""
+        return self.asked["kind"] == "repeat"
+
+    @property
+    def has_no_row(self) -> bool:
+        return self.is_confirm or self.is_repeat
 
     @property
     def split(self) -> str:

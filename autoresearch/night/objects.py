@@ -32,7 +32,7 @@ LAST_ROWS = 5  # of the status
 
 def page_object(night: Night, report: NightReport) -> dict:
     """All that night.html says. report: NightReport.of(night)."""
-    records, noise = report.records, report.noise_floor()
+    records, noise = report.records, report.noise()
     rows = row_objects(report)
     by_place = {row["row"]: row for row in rows}
     best = rules.best_of(records) or {}
@@ -47,6 +47,7 @@ def page_object(night: Night, report: NightReport) -> dict:
         "warnings": [*([given_up] if given_up else night.engine_state()["lines"]), *report.skipped],
         "counts": report.counts(),
         "noise": noise,
+        "band": report.band(),
         "baseline": next((row for row in rows if row["status"] == "keep"), None),
         "best": next((row for row in rows if row["n"] == best.get("n")), None),
         "open": open_objects(night),

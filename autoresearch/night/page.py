@@ -217,7 +217,7 @@ def _open(now: dict) -> str:
 def _picture(now: dict, report: NightReport) -> str:
     if not report.rows:
         return _section("Picture", _line("nothing has ended yet", "quiet"))
-    picture = Picture.of(report.rows, now["noise"])
+    picture = Picture.of(report.rows, now["band"])
     ended = {row["row"]: row["ended"] for row in now["rows"] if row["ended"]}
     hours = {place: _time(utc)[:5] for place, utc in ended.items()}
     said = {
@@ -232,7 +232,9 @@ def _picture(now: dict, report: NightReport) -> str:
     if picture.kept:
         marks.append('<li class="best">best so far</li>')
         if picture.band:
-            marks.append(f'<li class="floor">{noise_line(picture.band)}</li>')
+            marks.append(
+                f'<li class="floor">one standard error of the best: {picture.band:.6f}</li>'
+            )
     narrow, wide = FRAMES
     return _section(
         picture.title,

@@ -35,7 +35,9 @@ class Picture:
         low, high = score_axis(kept or [row for row in rows if row.score is not None], band)
         others = [row for row in rows if row.status == "discard"]
         crashes = [row for row in rows if row.status == "crash"]
-        title = f"{len(rows)} experiment{'s' * (len(rows) != 1)}, {len(kept)} kept"
+        tried = [row for row in rows if not row.is_baseline]
+        changes = [row for row in kept if not row.is_baseline]
+        title = f"{len(tried)} experiment{'s' * (len(tried) != 1)}, {len(changes)} kept"
         steps = [(float(row.n), best) for row, _, best in found]
         if steps:
             (_, first), (_, best) = steps[0], steps[-1]

@@ -4,6 +4,7 @@ All that is known of a night, read once: for the audit, the notebook, and whatev
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -12,7 +13,15 @@ from pathlib import Path
 
 from autoresearch.common import ROOT, Fail, git, seconds_between, seconds_of
 from autoresearch.night.results import STATUSES, Row, read_results
-from autoresearch.night.rules import BEST_MOVED, calibration, gain, noise_floor
+from autoresearch.night.rules import (
+    BEST_MOVED,
+    PROMISING,
+    best_of,
+    calibration,
+    gain,
+    noise,
+    scores_of_commit,
+)
 from autoresearch.night.slower import baseline_lines
 from autoresearch.night.store import Night
 from autoresearch.referee.ledger import joined, read_ledger
@@ -29,6 +38,7 @@ class NightReport:
     confirmed: list[dict] = field(default_factory=list)  # the records of confirmation runs
     started: dict[str, dict] = field(default_factory=dict)  # run id: what the night knows of it
     ledger: list[dict] = field(default_factory=list)
+    repeats: list[dict] = field(default_factory=list)  # of runs that measured a best again
     damaged: int = 0  # lines of the ledger
     damaged_records: int = 0  # lines of the journal
     slower: list[str] = field(default_factory=list)  # what all its runs did without
@@ -51,6 +61,7 @@ class NightReport:
             report.branch = night.branch
         if night.begun():
             report.records, report.confirmed = night.records(), night.confirmed()
+            report.repeats = night.repeats()
             lines = night.journal.read_bytes().split(b"\n") if night.journal.is_file() else []
             report.damaged_records = len(lines) - lines.count(b"") - len(night.ended())
             report.slower = baseline_lines(night.baseline_conditions())
@@ -65,19 +76,30 @@ class NightReport:
         """What changes during a night, for whoever looks often: without ledger, runs and git."""
         rows, skipped = read_results(night.results)
         records, confirmed = night.records(), night.confirmed()
-        return cls(night.root, rows, skipped, records, confirmed, branch=night.branch)
+        found = cls(night.root, rows, skipped, records, confirmed, branch=night.branch)
+        found.repeats = night.repeats()
+        return found
 
     def counts(self) -> dict[str, int]:
-        """How many experiments there are, and how many of each status."""
-        count = Counter("not_measured" if row.not_measured else row.status for row in self.rows)
+        """How many experiments there are, and how many of each status; without the baseline."""
+        tried = [row for row in self.rows if not row.is_baseline]
+        count = Counter("not_measured" if row.not_measured else row.status for row in tried)
         kinds = (*STATUSES, "not_measured")
-        return {"experiments": len(self.rows), **{kind: count[kind] for kind in kinds}}
+        return {"experiments": len(tried), **{kind: count[kind] for kind in kinds}}
 
-    def noise_floor(self) -> float | None:
-        """By the night's records; of a log without them, by the rows of its baseline."""
+    def noise(self) -> float | None:
+        """One standard deviation of a run, by the night's records; of other logs by the baseline's rows."""
         rows = [row for row in self.rows if row.hash and row.what.startswith("baseline")]
         repeats = [{"commit": row.hash, "score": row.score} for row in rows]
-        return noise_floor(self.records or repeats)
+        return noise([*self.records, *self.repeats] or repeats)
+
+    def band(self) -> float | None:
+        """One standard error of the best: by its runs."""
+        deviation, best = self.noise(), best_of(self.records)
+        if deviation is None:
+            return None
+        runs = len(scores_of_commit(best["commit"], self.records, self.repeats)) if best else 1
+        return deviation / math.sqrt(max(1, runs))
 
 
 # ------------------------------------------------------------- in words, for notebook and page
@@ -94,18 +116,21 @@ def count_line(report: NightReport) -> str:
     )
 
 
-def noise_line(floor: float | None) -> str:
-    return "noise floor: " + ("not measured" if floor is None else f"{floor:.6f}")
+def noise_line(deviation: float | None) -> str:
+    """`noise: 0.000400 (one standard deviation of a run)`"""
+    if deviation is None:
+        return "noise: not measured"
+    return f"noise: {deviation:.6f} (one standard deviation of a run)"
 
 
-def change_words(before: float, after: float, floor: float | None) -> str:
-    """`-0.012000 (-1.20%, 30.0 times the noise floor)`"""
-    times = f", {gain(after, before) / floor:.1f} times the noise floor" if floor else ""
+def change_words(before: float, after: float, deviation: float | None) -> str:
+    """`-0.012000 (-1.20%, 30.0 times the noise)`"""
+    times = f", {gain(after, before) / deviation:.1f} times the noise" if deviation else ""
     return f"{after - before:+.6f} ({after / before - 1:+.2%}{times})"
 
 
-def prediction_line(records: list[dict], floor: float | None) -> str:
-    count, direction, size = calibration(records, floor)
+def prediction_line(records: list[dict], deviation: float | None) -> str:
+    count, direction, size = calibration(records, deviation)
     said = f"{direction} right in direction, {size} in size"
     return f"{count} predictions (night.py try --expect): {said}"
 
@@ -205,9 +230,9 @@ def _timed(report: NightReport) -> Iterator[tuple[float, float, float, bool]]:
                 started = min(line.get("startup_seconds") or 0, lasted)
             began = zeros[boot] + seconds
             batch, ended = None if batch is None else began + started, began + lasted
-        again = run.get("again", BEST_MOVED)  # a second run on a new best was no waste
-        wasted = i in slow or not again.startswith(BEST_MOVED)
-        if run.get("kind") != "confirm":
+        again = run.get("again", BEST_MOVED)  # a second run on a new best or seed was no waste
+        wasted = i in slow or not again.startswith((BEST_MOVED, PROMISING))
+        if run.get("kind") not in ("confirm", "repeat"):
             yield began, ended if batch is None else min(batch, ended), ended, wasted
 
 

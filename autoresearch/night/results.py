@@ -38,6 +38,8 @@ def _description(record: dict) -> str:
         text = "baseline" if first else f"baseline, seed {record['seed']}"
     if record["simpler"]:
         text = "simpler: " + text
+    if len(record.get("scores") or []) > 1:
+        text += f" [mean of {len(record['scores'])} runs]"
     if record["score"] is None or record["why"].startswith(CONFLICT):
         text += f" [{record['why']}]"
     if record.get("displaced"):
@@ -80,6 +82,17 @@ class Row:
     def hash(self) -> str | None:
         """The commit, where the row names one that git may know."""
         return self.commit.lower() if re.fullmatch("[0-9a-fA-F]{7,40}", self.commit) else None
+
+    @property
+    def is_baseline(self) -> bool:
+        """Whether it measured what all else is compared with, and is no experiment."""
+        return self.what.lower().startswith("baseline")
+
+    @property
+    def runs(self) -> int:
+        """How many runs its score is the mean of."""
+        found = re.search(r" \[mean of (\d+) runs\]", self.what)
+        return int(found[1]) if found else 1
 
     @property
     def not_measured(self) -> bool:

@@ -1,8 +1,7 @@
 """
 The rules of the night: pure functions of plain values, which read and write nothing.
 
-- noise_floor and decide: what is kept
-- slow_share and not_comparable: which runs are doubted, and run once more
+- noise, level_of_best and decide: what is kept, what gets one more run (evidence.py has the arithmetic)
 - next_step: what happens to an experiment whose run has ended, was lost, or cannot start
 
 A record is the journal's line of an experiment that has ended; a run is what its run-K.json,
@@ -12,28 +11,36 @@ end-K.json and again-K.json hold together (see store.py).
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from statistics import fmean
+
+from autoresearch.night import evidence
+from autoresearch.night.doubts import (
+    MIN_THROUGHPUT_RATIO,
+    VERY_SLOW_RATIO,
+    not_comparable,
+    rate,
+    slow_share,
+)
+from autoresearch.night.evidence import Ideas, Level, Seen
 
 LOWER_IS_BETTER = True  # the metric's direction; read by `gain` alone
 
-MIN_THROUGHPUT_RATIO = 2 / 3  # of the expected tokens a second; below it a run is slow
-VERY_SLOW_RATIO = 1 / 3  # of the best's tokens a second; below it a change is measured twice
-UNMEASURED_FLOOR = 0.002  # of the score, while no commit has two scores
+UNMEASURED_NOISE = 0.001  # of the score, while no commit has two scores
+RUN_SEEDS = (42, 43, 44, 142, 143)  # of a commit's runs, in turn; `confirm` takes 45 and on
+MAX_SLOW = 3  # an experiment that others slowed so often is not measured
 MAX_CUT_OFFS = 3  # an experiment that was cut off so often is given up
 
 # How reasons begin: why a run is done again, or why an experiment was not run.
 BEST_MOVED = "the best moved"
+PROMISING = "promising"
 NOT_COMPARABLE = "not comparable"
 SLOW = "slow"
 CUT_OFF = "cut off"
+DROPPED = "dropped"
 STOPPED = "stopped"
 CONFLICT = "rejected (conflict)"
 NOT_MEASURED = "not measured"
-
-# What the ledger says of a run that changes its score without being its code; and why the machine
-# took something slower than the best.
-CONDITIONS = ("fingerprint", "device", "attention", "compiled", "dtype", "torch", "driver")
-FELL_BACK = "fell_back"
 
 
 # ----------------------------------------------------------------------------------------- scores
@@ -48,19 +55,29 @@ def spread(scores: list[float]) -> float:
     return max(scores) - min(scores)
 
 
-def noise_floor(records: list[dict]) -> float | None:
-    """The smallest difference that means anything: the widest range of one commit's scores.
+def scores_of(record: dict) -> list[float]:
+    """The comparable scores of its commit that a record holds: none of a run that was doubted."""
+    if record["score"] is None or record.get("slow") or record.get("not_comparable"):
+        return []
+    return record.get("scores") or [record["score"]]
 
-    The baseline's seeds are runs of one commit, and every later repeat of a commit may only widen
-    the floor. Slow runs and runs that are not comparable do not count. None until a commit has two
-    scores.
+
+def scores_of_commit(commit: str, *of: list[dict]) -> list[float]:
+    """All comparable scores of a commit in these records."""
+    return [
+        score for records in of for r in records if r["commit"] == commit for score in scores_of(r)
+    ]
+
+
+def noise(records: list[dict]) -> float | None:
+    """One standard deviation of a run's score, from every commit that ran more than once.
+
+    records: repeats of the best may be among them. None until a commit has two scores.
     """
-    scores: dict[str, list[float]] = {}
+    groups: dict[str, list[float]] = {}
     for record in records:
-        doubtful = record.get("slow") or record.get("not_comparable")
-        if record["score"] is not None and not doubtful:
-            scores.setdefault(record["commit"], []).append(record["score"])
-    return max((spread(known) for known in scores.values() if len(known) > 1), default=None)
+        groups.setdefault(record["commit"], []).extend(scores_of(record))
+    return evidence.noise_of(groups.values())
 
 
 def best_of(records: list[dict]) -> dict | None:
@@ -74,34 +91,61 @@ def kept_as(commit: str, records: list[dict]) -> dict:
     return found[-1] if found else {}
 
 
-def decide(
-    score: float | None,
-    best: float | None,
-    floor: float | None,
-    simpler: bool,
-    record: float | None = None,
-) -> tuple[str, str]:
-    """(keep, discard or crash; why) for a score against the best one. The only place with this rule.
+@dataclass(frozen=True)
+class Verdict:
+    """keep, discard, crash or again, and why; of a score, what it showed beside the best."""
 
-    record: the best score ever kept, where simpler code with a slightly worse score is the best now.
-    Simpler code is compared with that, so that many small losses cannot add up.
+    status: str
+    why: str
+    seen: Seen | None = None
+    level: Level | None = None  # of what is kept
+
+
+def decide(
+    scores: list[float],
+    level: Level,
+    ideas: Ideas,
+    simpler: bool = False,
+    record: float | None = None,
+) -> Verdict:
+    """What is done with a change. The only place with this rule.
+
+    scores: those of its comparable runs, as gains over 0 (higher is better), like all values here.
+    level: the best's. record: the highest level ever kept, where simpler code that is slightly worse is
+    the best now; simpler code is compared with that, so that small losses cannot add up.
     """
-    if score is None:
-        return "crash", "no score"
-    if best is None:
-        return "keep", "the baseline"
-    if floor is None:
-        floor = UNMEASURED_FLOOR * abs(best)
-    better = gain(score, best)
-    if better > floor:
-        return "keep", f"better by {better:.6f}, the noise floor is {floor:.6f}"
-    if simpler and gain(score, best if record is None else record) >= -floor:
-        return "keep", f"simpler, and equal within the noise floor of {floor:.6f}"
-    if better == 0:
-        return "discard", "equal to the best"
-    words = f"{'better' if better > 0 else 'worse'} by {abs(better):.6f}"
-    within = "which is within" if abs(better) <= floor else "more than"
-    return "discard", f"{words}, {within} the noise floor of {floor:.6f}"
+    runs = len(scores)
+    seen = Seen(fmean(scores) - level.mean, level.variance + ideas.noise**2 / runs)
+    if not ideas.noise:  # all repeats gave one score: there is nothing to doubt
+        expected = seen.gain
+    else:
+        expected = ideas.expected(seen.gain, seen.variance)
+    words = compared(seen, runs)
+    if ideas.noise and evidence.worth_another_run(ideas, level, seen, runs):
+        return Verdict("again", f"{PROMISING}, {words}: run {runs + 1} is queued", seen)
+    if seen.gain > 0 and expected > 0:
+        known = Level(fmean(scores), 0.0)
+        if ideas.noise:
+            known = evidence.kept_level(ideas, level, seen, runs)
+        return Verdict("keep", words, seen, known)
+    over_record = seen.gain + level.mean - (level.mean if record is None else record)
+    if simpler and over_record >= -ideas.noise:
+        return Verdict("keep", f"simpler, and {words}", seen, Level.of(scores, ideas.noise))
+    luck = ", which is more likely luck" if seen.gain > 0 else ""
+    return Verdict("discard", words + luck, seen)
+
+
+def compared(seen: Seen, runs: int) -> str:
+    """`0.004100 better (2 runs, about 2.4 standard errors)`"""
+    if seen.gain == 0:
+        return "equal to the best"
+    size = f"{abs(seen.gain):.6f} {'better' if seen.gain > 0 else 'worse'}"
+    count = f"{runs} run{'s' * (runs > 1)}"
+    if not seen.variance:
+        return f"{size} ({count})"
+    errors = abs(seen.errors)
+    far = f"about {errors:.1f}" if errors < 10 else "over 10"
+    return f"{size} ({count}, {far} standard errors)"
 
 
 def displaced_by(record: dict, records: list[dict]) -> list[dict]:
@@ -117,10 +161,10 @@ def displaced_by(record: dict, records: list[dict]) -> list[dict]:
     return found
 
 
-def calibration(records: list[dict], floor: float | None) -> tuple[int, int, int]:
+def calibration(records: list[dict], deviation: float | None) -> tuple[int, int, int]:
     """(predictions, right in direction, right in size) of the experiments with `--expect`.
 
-    A size is right within the noise floor, or within a factor of two.
+    A size is right with the right sign, and within the noise or a factor of two. deviation: the noise.
     """
     predictions = direction = size = 0
     for record in records:
@@ -128,58 +172,11 @@ def calibration(records: list[dict], floor: float | None) -> tuple[int, int, int
         if expect is None or got is None or record.get("slow"):
             continue
         predictions += 1
-        direction += got * expect > 0
-        near = abs(got - expect) <= (floor or 0)
-        size += near or (expect != 0 and 0.5 <= got / expect <= 2)
+        same_sign = got * expect > 0
+        direction += same_sign
+        near = abs(got - expect) <= (deviation or 0)
+        size += same_sign and (near or 0.5 <= got / expect <= 2)
     return predictions, direction, size
-
-
-# ------------------------------------------------------------------------------- doubts about a run
-
-
-def rate(run: dict) -> float | None:
-    """Tokens a second of training, from the ledger's exact counts; None where there are none."""
-    if run.get("tokens") and run.get("training_seconds"):
-        return run["tokens"] / run["training_seconds"]
-    return None
-
-
-def slow_share(run: dict, same_code: list[float]) -> float | None:
-    """The share of its expected rate that a slow run reached; None of a run that was not slow.
-
-    Expected is the best rate of the same code in any run (same_code: tokens a second), or of any
-    quarter of the run itself (pace: [seconds, tokens] about every 5% of the budget).
-    """
-    own = rate(run)
-    if own is None:
-        return None
-    expected = list(same_code)
-    pace = run.get("pace") or []
-    quarter = len(pace) // 4
-    if quarter >= 2:
-        for (began, before), (ended, after) in zip(pace, pace[quarter:]):
-            if ended > began:
-                expected.append((after - before) / (ended - began))
-    share = own / max(expected, default=own)
-    return share if share < MIN_THROUGHPUT_RATIO else None
-
-
-def not_comparable(conditions: dict, baseline: dict) -> str | None:
-    """In words, what the machine did otherwise than for the baseline; or None.
-
-    conditions, baseline: CONDITIONS and FELL_BACK of the two runs. What one of them does not name
-    is not compared. Where both fell back alike, or not at all, another attention or an uncompiled
-    run is the change's own doing.
-    """
-    known = [key for key in CONDITIONS if key in conditions and key in baseline]
-    differ = [key for key in known if conditions[key] != baseline[key]]
-    reasons = sorted({*conditions.get(FELL_BACK, [])} ^ {*baseline.get(FELL_BACK, [])})
-    chosen = [] if reasons else ["attention", "compiled", "dtype"]
-    differ = [key for key in differ if key not in chosen]
-    if not differ:
-        return None
-    words = [f"{key} {conditions[key]}, not {baseline[key]} as the baseline" for key in differ]
-    return "; ".join([*words, *reasons])
 
 
 # -------------------------------------------------------------------------------- what happens next
@@ -190,6 +187,7 @@ class History:
     """What a decision depends on besides the experiment's own runs."""
 
     records: list[dict]  # of the experiments that have ended, oldest first; no confirmations
+    repeats: list[dict]  # of the runs that measured a best again
     rates: dict[str, list[float]]  # commit: tokens a second of each of its runs so far
     baseline: dict  # the conditions under which the baseline ran
 
@@ -200,7 +198,9 @@ class Record:
 
     status: str  # keep, discard, crash; scored for a run of a confirmation
     why: str
-    run: dict | None = None  # the run that counts
+    run: dict | None = None  # the run that counts, the first of them
+    runs: tuple[dict, ...] = ()  # all that count; the score is their mean
+    verdict: Verdict | None = None
     slow: float | None = None  # the share of its expected rate, where it was slow
     not_comparable: str | None = None
     displaced: str | None = None  # commit of the best that it replaces, not builds on
@@ -226,7 +226,7 @@ def next_step(
     last = runs[-1] if runs else {}
     if asked.get("dropped"):
         if "code" in last and "again" not in last:
-            return Record("crash", "dropped", last)
+            return Record("crash", DROPPED, last)
         return Record("crash", "dropped while it waited")
     if conflict:
         return _after_conflict(runs, history, conflict)
@@ -255,49 +255,114 @@ def _after_conflict(runs: list[dict], history: History, conflict: str) -> Record
     won = [run for run in runs if run.get("again", "").startswith(BEST_MOVED)]
     if not won:
         return Record("crash", why)
-    run = _counted(runs, won[-1]["commit"], history)
-    slow = slow_share(run, history.rates.get(run["commit"], []))
+    counted = _counted(runs, won[-1]["commit"], history)
+    run, scores = counted[0], [gain(r["score"], 0) for r in counted]
     best, base = best_of(history.records), kept_as(run["base"], history.records)
-    status, beside = decide(run["score"], best["score"], noise_floor(history.records), False)
-    if status == "keep":
-        words = f"{beside}; displaces the best {best['commit'][:7]}, with which it conflicts"
-        return Record("keep", words, run, slow, displaced=best["commit"])
-    on_base = gain(run["score"], base["score"])
+    verdict = _verdict(scores, history)
+    shared = dict(run=run, runs=tuple(counted), verdict=verdict)
+    if verdict.seen.gain > 0 and verdict.status in ("keep", "again"):
+        words = f"{compared(verdict.seen, len(scores))}; displaces the best {best['commit'][:7]}, "
+        level = verdict.level or Level.of(scores, night_noise(history))
+        shared["verdict"] = replace(verdict, level=level)
+        return Record("keep", f"{words}with which it conflicts", **shared, displaced=best["commit"])
+    on_base = fmean(scores) - gain(base["score"], 0)
     better = "better" if on_base >= 0 else "simpler, and worse"
     words = f"{why} (on {run['base'][:7]} it was {better} by {abs(on_base):.6f})"
-    return Record("discard", words, run, slow)
+    return Record("discard", words, **shared)
 
 
 def _after_end(asked: dict, runs: list[dict], history: History) -> Record | Again:
     last = runs[-1]
-    run = _counted(runs, last["commit"], history)
-    if run is None:
+    here = [run for run in runs if run["commit"] == last["commit"]]
+    same_seed = [run for run in here if seed_of(run) == seed_of(last)]
+    run = _fastest(same_seed, history)
+    others = [r for r in _counted(here, last["commit"], history) if seed_of(r) != seed_of(last)]
+    if run is None and not others:
         return Record("crash", last["failure"], last)
     # A run is doubted once for each reason, and once more on each best that it is based on.
-    before = [r["again"] for r in runs if "again" in r and r["commit"] == last["commit"]]
-    other = not_comparable(run.get("conditions", {}), history.baseline)
+    before = [r["again"] for r in same_seed if "again" in r]
+    other = run and not_comparable(run.get("conditions", {}), history.baseline)
     if other:
         why = f"{NOT_COMPARABLE}: {other}"
         if not any(earlier.startswith(NOT_COMPARABLE) for earlier in before):
             return Again(why)
-        status = "crash" if asked["kind"] == "confirm" else "discard"
-        return Record(status, f"twice {why}", run, not_comparable=why)
-    slow = slow_share(run, history.rates.get(run["commit"], []))
-    doubt = _doubted_rate(run, history, slow)
-    if doubt and not any(earlier.startswith(SLOW) for earlier in before):
+        if not others:
+            status = "crash" if asked["kind"] == "confirm" else "discard"
+            return Record(status, f"twice {why}", run, not_comparable=why)
+        run = None
+    slow = run and _slowed(run, history)
+    doubt = run and _doubted_rate(run, history, slow)
+    tries = 1 + sum(earlier.startswith(SLOW) for earlier in before)
+    if doubt and tries < (MAX_SLOW if slow else 2):
         return Again(doubt)
+    if slow and asked["kind"] == "try":
+        if not others:
+            why = f"{NOT_MEASURED}: machine busy ({slow:.0%} of its expected rate, {tries} tries)"
+            return Record("crash", why, run, slow=slow)
+        run = None
     if asked["kind"] == "confirm":
-        return Record("scored", "on the test split", run, slow)
-    return _against_best(asked, run, history, slow)
+        return Record("scored", "on the test split", run, (run,), slow=slow)
+    if asked["kind"] == "repeat":
+        return Record("scored", "measures the best again", run, (run,), slow=slow)
+    counted = [*others, run] if run else others
+    return _against_best(asked, counted, history, slow, enough=run is None)
 
 
-def _counted(runs: list[dict], commit: str, history: History) -> dict | None:
-    """Of a commit's runs with a score, the fastest comparable one; None where none has a score."""
-    scored = [run for run in runs if run["commit"] == commit and run.get("score") is not None]
+def next_seed(asked: dict, runs: list[dict], commit: str) -> int:
+    """The seed of an experiment's next run: another where it was promising, the first on a new best."""
+    here = [run for run in runs if run["commit"] == commit]
+    if asked["kind"] != "try":
+        return asked["seed"]
+    if not here:
+        return RUN_SEEDS[0]
+    if not here[-1].get("again", "").startswith(PROMISING):
+        return seed_of(here[-1])
+    return next(seed for seed in RUN_SEEDS if seed not in map(seed_of, here))
+
+
+def repeat_seed(best: dict, history: History, wanted: int) -> int | None:
+    """The seed of one more run of the best.
+
+    None where it has `wanted` runs, where its runs fail, or where all runs of a commit score the same.
+    """
+    own = scores_of_commit(best["commit"], history.records)
+    repeats = [r for r in history.repeats if r["commit"] == best["commit"] and r["why"] != DROPPED]
+    used = {*RUN_SEEDS[: len(own)], *(record["seed"] for record in repeats)}
+    left = [seed for seed in RUN_SEEDS[:wanted] if seed not in used]
+    return left[0] if left and noise([*history.records, *history.repeats]) else None
+
+
+def seed_of(run: dict) -> int:
+    return run.get("seed", RUN_SEEDS[0])
+
+
+def _counted(runs: list[dict], commit: str, history: History) -> list[dict]:
+    """Of each seed of a commit the run that counts, in the order of running."""
+    here = [run for run in runs if run["commit"] == commit]
+    seeds = dict.fromkeys(seed_of(run) for run in here)
+    found = [_fastest([r for r in here if seed_of(r) == seed], history) for seed in seeds]
+    return [run for run in found if run]
+
+
+def _fastest(runs: list[dict], history: History) -> dict | None:
+    """Of some runs with a score, the fastest comparable one; None where none has a score."""
+    scored = [run for run in runs if run.get("score") is not None]
     comparable = [
         run for run in scored if not not_comparable(run.get("conditions", {}), history.baseline)
     ]
     return max(comparable or scored, key=lambda run: rate(run) or 0, default=None)
+
+
+def _slowed(run: dict, history: History) -> float | None:
+    """The share of its expected rate that a run reached which others slowed; None of any other.
+
+    Beside other programs (`busy`) it is expected to be nearly as fast as what it stands on.
+    """
+    share = slow_share(run, history.rates.get(run["commit"], []))
+    if share is None and run.get("busy"):
+        beside = (rate(run) or 0) / (rate(kept_as(run["base"], history.records)) or math.inf)
+        share = beside if 0 < beside < MIN_THROUGHPUT_RATIO else None
+    return share
 
 
 def _doubted_rate(run: dict, history: History, slow: float | None) -> str | None:
@@ -311,25 +376,84 @@ def _doubted_rate(run: dict, history: History, slow: float | None) -> str | None
     return None
 
 
-def _against_best(asked: dict, run: dict, history: History, slow: float | None) -> Record | Again:
+def _against_best(
+    asked: dict, counted: list[dict], history: History, slow: float | None, enough: bool
+) -> Record | Again:
+    """counted: the runs that count. enough: whether no more are to be made."""
     records = history.records
-    best, base = best_of(records), kept_as(run["base"], records)
-    # Only the bests up to its own base: later ones are met by its run on top of them.
-    known = records[: records.index(base) + 1] if base else []
-    scores = [record["score"] for record in known if record["status"] == "keep"]
-    best_ever = max(scores, key=lambda score: gain(score, 0), default=None)
-    floor = noise_floor(records)
-    status, why = decide(run["score"], base.get("score"), floor, asked["simpler"], best_ever)
+    best, run = best_of(records), counted[0]
+    scores = [gain(r["score"], 0) for r in counted]
+    shared = dict(run=run, runs=tuple(counted), slow=slow)
     if asked["kind"] == "baseline":
-        if best:
-            status, why = "discard", "measures the noise floor"
-    elif not best:
-        status, why = "discard", "the baseline has no score to compare with"
-    elif best["commit"] != run["base"]:
-        why = f"{BEST_MOVED}; on {run['base'][:7]} it was {why}"
-        if status == "keep":
+        words = "measures the noise" if best else "the baseline"
+        return Record("discard" if best else "keep", words, **shared)
+    base = kept_as(run["base"], records)
+    if not best or not base:
+        return Record("discard", "the baseline has no score to compare with", **shared)
+    verdict = decide(scores, *_known_of(base, history), asked["simpler"], _best_ever(base, records))
+    if verdict.status == "again" and enough:
+        status = "keep" if verdict.seen.gain > 0 else "discard"
+        verdict = replace(verdict, status=status, why=compared(verdict.seen, len(scores)))
+    if best["commit"] != run["base"]:
+        why = f"{BEST_MOVED}; on {run['base'][:7]} it was {compared(verdict.seen, len(scores))}"
+        if verdict.status in ("keep", "again"):
             return Again(why)
-    return Record(status, why, run, slow)
+        return Record("discard", why, **shared, verdict=verdict)
+    if verdict.status == "again":
+        return Again(verdict.why)
+    return Record(verdict.status, verdict.why, **shared, verdict=verdict)
+
+
+# ----------------------------------------------------------------------------- what is known so far
+
+
+def night_noise(history: History) -> float:
+    """The noise, or a guess while no commit has two scores."""
+    known = noise([*history.records, *history.repeats])
+    if known is None:
+        scores = [abs(record["score"]) for record in history.records if record["score"] is not None]
+        return UNMEASURED_NOISE * (scores[0] if scores else 1.0)
+    return known
+
+
+def level_of(kept: dict, history: History) -> Level:
+    """The level of a commit that was kept, as a gain over 0."""
+    return _known_of(kept, history)[0]
+
+
+def _known_of(kept: dict, history: History) -> tuple[Level, Ideas]:
+    """(level of a commit that was kept, by all that is known; what gains the night's changes bring)."""
+    deviation = night_noise(history)
+    tried = [record for record in history.records if record.get("seen")]
+    ideas = Ideas(deviation)
+    if deviation:
+        ideas = Ideas.learned([Seen(*record["seen"]) for record in tried], deviation)
+    own = scores_of_commit(kept["commit"], history.records)
+    repeats = scores_of_commit(kept["commit"], history.repeats)
+    if kept.get("level"):
+        mean, error = kept["level"]
+        level = Level(gain(mean, 0), error**2)
+    else:
+        level = Level.of([gain(score, 0) for score in own or [kept["score"]]], deviation)
+    for score in repeats:
+        level = level.measured(gain(score, 0), deviation)
+    left = [r for r in tried if r["base"] == kept["commit"] and r["status"] == "discard"]
+    if deviation:
+        changes = [(gain(record["score"], 0), len(scores_of(record))) for record in left]
+        level = evidence.level_beside(level, ideas, [c for c in changes if c[1]])
+    return level, ideas
+
+
+def _verdict(scores: list[float], history: History) -> Verdict:
+    """Against the present best."""
+    return decide(scores, *_known_of(best_of(history.records), history))
+
+
+def _best_ever(base: dict, records: list[dict]) -> float:
+    """The highest level kept up to a base; later bests are met by the run on top of them."""
+    known = records[: records.index(base) + 1]
+    levels = [(r.get("level") or [r["score"]])[0] for r in known if r["status"] == "keep"]
+    return max(gain(level, 0) for level in levels)
 
 
 def gained(runs: list[dict], records: list[dict]) -> float:

@@ -18,7 +18,7 @@ import sys
 from dataclasses import dataclass
 
 from autoresearch.common import ROOT, Fail, cores, one_line
-from autoresearch.night.rules import LOWER_IS_BETTER
+from autoresearch.night.rules import LOWER_IS_BETTER, RUN_SEEDS
 
 PROGRAM = ROOT / "program.md"
 CLUSTER_TIMEOUT = 3  # seconds in which something must listen at the cluster's address
@@ -42,7 +42,7 @@ TARGET = Target(
     test_metric="test_bpb",
     lower_is_better=LOWER_IS_BETTER,
 )
-BASELINE_SEEDS = (42, 43, 44)  # the first is the seed of every experiment
+BASELINE_SEEDS = RUN_SEEDS[:3]
 
 
 def setting(name: str, default: str | None = None) -> str:
@@ -71,6 +71,16 @@ def number_setting(name: str, default: str) -> int:
 def time_limit() -> int:
     """Seconds for one run from start to end."""
     return number_setting("limit", "1200")
+
+
+def wanted_repeats() -> int:
+    """How many runs of the best there shall be: a slot with nothing to do makes those that lack."""
+    return number_setting("repeats", "5")
+
+
+def calm_limit() -> int | None:
+    """Seconds that a run waits for a machine which others use; None: it does not look."""
+    return None if setting("calm", "600").startswith("off") else number_setting("calm", "600")
 
 
 # --------------------------------------------------------------------- where the runs go: slots

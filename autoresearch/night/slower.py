@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 
 from autoresearch.common import one_line
-from autoresearch.night.rules import FELL_BACK
+from autoresearch.night.doubts import FELL_BACK
 from autoresearch.night.settings import visible_gpus
 
 SLOWER = "slower than it could be"

@@ -4,11 +4,13 @@ What the commands print: the state of the night, the result of an experiment, th
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 from autoresearch.common import cut, one_line, seconds_between, stamp
 from autoresearch.night import failures, rules
 from autoresearch.night.agent import agent_lines
+from autoresearch.night.doubts import FEW_STEPS, rate
 from autoresearch.night.experiment import Experiment
 from autoresearch.night.results import row_of
 from autoresearch.night.settings import TARGET, cluster_address, cluster_problem
@@ -18,7 +20,6 @@ from autoresearch.night.supervisor import capacity
 from autoresearch.night.worker import log_text, read_progress
 
 SCREEN, WIDTH = 36, 110  # lines and columns of what a command prints before its last line
-FEW_STEPS = 50  # a score after fewer measures the machine more than the idea
 
 
 def print_lines(lines: list[str]):
@@ -42,16 +43,21 @@ def title_of(experiment: dict) -> str:
 def record_lines(record: dict) -> list[str]:
     """An experiment's result, in a few lines."""
     metric = TARGET.test_metric if record["kind"] == "confirm" else TARGET.metric
+    again = [why for why in record["again"] if not why.startswith(rules.PROMISING)]
     score = "" if record["score"] is None else f"  {metric} {record['score']:.6f}"
     status = record["status"] if record["run"] else "not run"
     lines = [f"{record['n']}: {status}{score}: {record['why']}  ({title_of(record)})"]
     if record["expect"] is not None and record["got"] is not None:
         lines.append(f"   expected {record['expect']:+.6f}, got {record['got']:+.6f}")
-    if record["slow"]:
+    if rules.NOT_MEASURED in record["why"]:
+        lines.append(
+            f"   it was never fairly tried: uv run night.py again {record['n']}, when calm"
+        )
+    elif record["slow"]:
         share = f"{record['slow']:.0%} of its expected rate"
-        lines.append(f"   SLOW twice ({share}): the faster run counts")
-    lines += [f"   ran again: {why}" for why in record["again"]]
-    per_second = rules.rate(record)
+        lines.append(f"   SLOW again and again ({share}): the fastest run counts")
+    lines += [f"   ran again: {why}" for why in again]
+    per_second = rate(record)
     if per_second:
         best = f" (the best before: {record['base_rate']:,.0f})" if record["base_rate"] else ""
         done = f"{record['steps'] or '?'} steps, {record['wall_seconds']:.0f} s in all"
@@ -126,7 +132,11 @@ def standing_lines(night: Night) -> list[str]:
     problem = failures.given_up(night) or cluster_problem(cluster_address())
     lines = [problem] if problem else night.engine_state()["lines"]
     lines = [*lines, *end_of_log(night.folder / PAGE_LOG, 1)]
-    return [*lines, *baseline_lines(night.baseline_conditions()), *best_lines(night.records())]
+    return [
+        *lines,
+        *baseline_lines(night.baseline_conditions()),
+        *best_lines(night.records(), night.repeats()),
+    ]
 
 
 def open_lines(night: Night) -> list[str]:
@@ -138,25 +148,30 @@ def open_lines(night: Night) -> list[str]:
     return [open_line(e, experiments, curve, stopped) for e in experiments]
 
 
-def best_lines(records: list[dict]) -> list[str]:
-    """The best, the baseline, how many experiments ended, the noise floor, the predictions."""
-    best, floor = rules.best_of(records), rules.noise_floor(records)
+def best_lines(records: list[dict], repeats: list[dict]) -> list[str]:
+    """The best, the baseline, how many experiments ended, the noise, the predictions."""
+    best = rules.best_of(records)
     if not best:
         return []
+    noise = rules.noise([*records, *repeats])
+    runs = len(rules.scores_of_commit(best["commit"], records, repeats))
     kept = [record for record in records if record["status"] == "keep"]
-    scored = sum(record["score"] is not None for record in records)
-    noise = "not measured yet" if floor is None else f"{floor:.6f}"
+    tried = [record for record in records if record["kind"] != "baseline"]
+    scored = sum(record["score"] is not None for record in tried)
+    changes = sum(record["status"] == "keep" for record in tried)
+    deviation = "not measured yet" if noise is None else f"{noise:.6f}"
+    error = f" ± {noise / math.sqrt(runs):.6f} ({runs} runs)" if noise and runs > 1 else ""
     lines = [
-        f"best {best['score']:.6f}: {best['n']}, {best['commit'][:7]}, {title_of(best)}",
-        f"     baseline {kept[0]['score']:.6f}; {len(records)} experiments ended, {scored} scored, "
-        f"{len(kept)} kept; noise floor {noise}",
+        f"best {best['score']:.6f}{error}: {best['n']}, {best['commit'][:7]}, {title_of(best)}",
+        f"     baseline {kept[0]['score']:.6f}; {len(tried)} experiments ended, {scored} scored, "
+        f"{changes} kept; noise of a run {deviation}",
     ]
     for lost in rules.displaced_by(best, records):
         again = f"uv run night.py show {lost['n']}, make that change again on top, and try"
         lines.append(
             f"     it displaced {lost['n']}, {lost['commit'][:7]} ({title_of(lost)}): {again}"
         )
-    predictions, direction, size = rules.calibration(records, floor)
+    predictions, direction, size = rules.calibration(records, noise)
     if predictions:
         right = f"{direction} of {predictions} right in direction, {size} in size"
         lines.append(f"     predictions: {right}")
@@ -182,7 +197,9 @@ def open_line(
         if baseline_is_pending(experiments):
             words += "; decided when the baseline's runs have all ended"
     before = [run["again"] for run in runs if "again" in run]
-    if before:
+    if before and before[-1].startswith(rules.PROMISING):
+        words += f"; {before[-1]}"
+    elif before:
         words += f"; once more, because of the run before: {before[-1]}"
     return f"{experiment.n}: {words}  ({title_of(experiment.asked)})"
 

@@ -15,8 +15,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import shutil
+import statistics
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,6 +35,7 @@ from autoresearch.common import (
     write_json,
 )
 from autoresearch.night import results, rules
+from autoresearch.night.doubts import FELL_BACK, rate
 from autoresearch.night.experiment import Experiment
 from autoresearch.night.repo import Repository
 from autoresearch.night.settings import TARGET, setting
@@ -86,6 +89,7 @@ class Night:
         self._records: list[dict] = []
         self._confirmed: list[dict] = []
         self._sessions: list[dict] = []
+        self._repeats: list[dict] = []
         self._read_bytes = 0
 
     # what has ended
@@ -100,7 +104,11 @@ class Night:
             # A last line without its end is being written, or torn: then the next line ends it.
             whole, newline, _ = file.read().rpartition(b"\n")
             self._read_bytes += len(whole + newline)
-            others = {"confirm": self._confirmed, "session": self._sessions}
+            others = {
+                "confirm": self._confirmed,
+                "session": self._sessions,
+                "repeat": self._repeats,
+            }
             for record in parsed(whole.split(b"\n")):
                 others.get(record["kind"], self._records).append(record)
         return [*self._records]
@@ -109,6 +117,11 @@ class Night:
         """A confirmation's runs that have ended: no rows, never kept, no part of the noise floor."""
         self.records()
         return [*self._confirmed]
+
+    def repeats(self) -> list[dict]:
+        """The runs that measured a best again: no rows, evidence of its level and of the noise."""
+        self.records()
+        return [*self._repeats]
 
     def sessions(self) -> list[dict]:
         """The sessions of the agent (`night.py agent`) that have ended: no experiments, no rows.
@@ -120,15 +133,15 @@ class Night:
         return [*self._sessions]
 
     def ended(self) -> list[dict]:
-        """All experiments of the journal, those of a confirmation last."""
-        return [*self.records(), *self.confirmed()]
+        """All experiments of the journal, those of a confirmation and the repeats last."""
+        return [*self.records(), *self.confirmed(), *self.repeats()]
 
     def rates(self) -> dict[str, list[float]]:
         """Tokens a second of every run so far, by commit."""
         open_runs = [run for experiment in self.open() for run in experiment.runs()]
         found: dict[str, list[float]] = {}
         for run in [*self.ended(), *open_runs]:
-            speed = rules.rate(run)
+            speed = rate(run)
             if speed:
                 found.setdefault(run["commit"], []).append(speed)
         return found
@@ -140,10 +153,12 @@ class Night:
             if experiment.is_baseline:
                 runs += experiment.runs()[-1:]
         conditions = [run["conditions"] for run in runs if run.get("score") is not None]
-        return min(conditions, key=lambda known: len(known.get(rules.FELL_BACK, [])), default={})
+        return min(conditions, key=lambda known: len(known.get(FELL_BACK, [])), default={})
 
     def history(self) -> rules.History:
-        return rules.History(self.records(), self.rates(), self.baseline_conditions())
+        return rules.History(
+            self.records(), self.repeats(), self.rates(), self.baseline_conditions()
+        )
 
     # what has not
 
@@ -207,8 +222,11 @@ class Night:
     def record(self, experiment: Experiment, step: rules.Record):
         """Writes the experiment's line of the journal. With it the experiment has ended."""
         asked, run, runs = experiment.asked, step.run or {}, experiment.runs()
-        score = run.get("score") if step.status != "crash" else None
-        base = {} if experiment.is_confirm else rules.kept_as(run.get("base", ""), self.records())
+        scores = [counted["score"] for counted in step.runs or [run] if "score" in counted]
+        scored = step.status != "crash" and scores and None not in scores
+        score = statistics.fmean(scores) if scored else None
+        base = {} if experiment.has_no_row else rules.kept_as(run.get("base", ""), self.records())
+        verdict = step.verdict or rules.Verdict("", "")
         named = ("n", "kind", "seed", "message", "simpler", "expect", "change")
         measured = ("tokens", "training_seconds", "wall_seconds", "steps", "began", "host")
         record = {
@@ -218,8 +236,13 @@ class Night:
             "status": step.status,
             "why": one_line(step.why, 300),
             "score": score,
+            "scores": scores if scored else [],
+            "runs": [counted["id"] for counted in step.runs] if scored else [],
             "got": score - base["score"] if score is not None and base else None,
-            "base_rate": rules.rate(base),
+            "seen": verdict.seen and [verdict.seen.gain, verdict.seen.variance],
+            "level": verdict.level
+            and [rules.gain(verdict.level.mean, 0), math.sqrt(verdict.level.variance)],
+            "base_rate": rate(base),
             "slow": step.slow,
             "not_comparable": step.not_comparable,
             "conditions": run.get("conditions", {}),
@@ -228,6 +251,9 @@ class Night:
             "k": next((k for k, r in enumerate(runs, 1) if r["id"] == run.get("id")), len(runs)),
             **{key: run.get(key) for key in measured},
             "memory_gb": run.get("memory_gb") or 0.0,
+            "busy": run.get(
+                "busy"
+            ),  # the share of the machine that other programs had at its start
             "ended": utc(),
         }
         if step.displaced:
@@ -237,7 +263,7 @@ class Night:
 
     def archive(self, experiment: Experiment):
         """Writes the row and moves the folder out of the queue. Idempotent."""
-        if not experiment.is_confirm:
+        if not experiment.has_no_row:
             records = self.records()
             own = next(r for r in reversed(records) if r["n"] == experiment.n)
             results.write_row(self.results, own, records)

@@ -15,16 +15,19 @@ from collections.abc import Callable
 
 from autoresearch.common import ROOT, Fail, inherited_environment, stamp, utc
 from autoresearch.night import failures, rules
+from autoresearch.night.calm import Calm
 from autoresearch.night.experiment import Experiment
 from autoresearch.night.notify import notify
 from autoresearch.night.repo import merged
 from autoresearch.night.settings import (
+    calm_limit,
     cluster_address,
     cluster_problem,
     local_slots,
     number_setting,
     setting,
     time_limit,
+    wanted_repeats,
 )
 from autoresearch.night.store import POLL_SECONDS, Night
 
@@ -38,6 +41,8 @@ class Supervisor:
         self.engine = engine
         self.refresh = refresh
         self.limit = time_limit()
+        self.repeats = wanted_repeats()
+        self.calm = Calm(None if cluster_address() else calm_limit())
 
     def work(self):
         """Works until nothing runs and nothing can start; looks less often while nothing changes."""
@@ -57,11 +62,14 @@ class Supervisor:
         """Whether something runs, or waits for a slot that the engine may still get."""
         if any(experiment.state() == "running" for experiment in self.night.open()):
             return True
+        if self.calm.waits() and self.night.can_work():
+            return True
         return not self.engine.slots() and self.night.can_work()
 
     def poll_once(self) -> bool:
         """Looks once at the queue. Returns whether anything changed."""
-        self.night.write_engine_state(len(self.engine.slots()), self.engine.status_lines())
+        lines = [*self.engine.status_lines(), *self.calm.lines()]
+        self.night.write_engine_state(len(self.engine.slots()), lines)
         moved = False
         for experiment in self.night.open():
             state = experiment.state()
@@ -106,7 +114,7 @@ class Supervisor:
             return False
         if baseline:
             ended = baseline
-            # One that is doubted runs again before the noise floor is fixed for the whole night.
+            # One that is doubted runs again before anything is compared with it.
             steps = [(experiment, self.next_step(experiment)) for experiment in baseline]
             again = [pair for pair in steps if isinstance(pair[1], rules.Again)]
             if again:
@@ -142,12 +150,46 @@ class Supervisor:
         waiting = [e for e in experiments if states[e.n] == "waiting"]
         if not baseline_is_open and not rules.best_of(self.night.records()):
             waiting = []  # the baseline has no score: nothing can be compared
-        # Then what runs again, the larger gain first: it moves the best, the others follow.
-        waiting.sort(key=lambda e: (not e.is_baseline, not e.runs(), -self.gained(e), e.n))
-        if not (waiting and free):
+        # Then what runs again, the larger gain first: it moves the best, the others follow. What others
+        # slowed goes behind, for later may be calmer.
+        waiting.sort(key=self.order)
+        if waiting and not free:
+            return self.make_room(experiments, states)
+        if not free:
+            return False
+        if not waiting:
+            return not baseline_is_open and self.queue_repeat(experiments)
+        if not self.calm.allows(free[0], "running" not in states.values()):
             return False
         self.start(waiting[0], free[0])
         return True
+
+    # measuring the best again
+
+    def queue_repeat(self, experiments: list[Experiment]) -> bool:
+        """Queues one more run of the best where it has too few to be known well."""
+        best = rules.best_of(self.night.records())
+        seed = best and rules.repeat_seed(best, self.night.history(), self.repeats)
+        if not seed or any(experiment.is_repeat for experiment in experiments):
+            return False
+        commit = best["commit"]
+        self.night.enqueue("repeat", commit, commit, f"measures {best['n']} again", seed)
+        return True
+
+    def make_room(self, experiments: list[Experiment], states: dict[int, str]) -> bool:
+        """Ends a run that only measures the best again, for an experiment that waits."""
+        for experiment in experiments:
+            running = states[experiment.n] == "running" and experiment.is_repeat
+            if running and not experiment.dropped():
+                (experiment.folder / "drop").touch()
+                return True
+        return False
+
+    def order(self, experiment: Experiment) -> tuple:
+        runs = experiment.runs()
+        slowed = bool(runs) and runs[-1].get("again", "").startswith(rules.SLOW)
+        first = experiment.is_baseline, bool(runs) and not slowed
+        return (*(not one for one in first), slowed, -self.gained(experiment), experiment.n)
 
     def start(self, experiment: Experiment, slot: dict):
         """Puts the change on top of the best where that has moved, and starts the run."""
@@ -160,6 +202,9 @@ class Supervisor:
             self.apply(experiment, self.next_step(experiment, conflict))
             return
         run = {"id": uuid.uuid4().hex[:12], "commit": commit, "base": base, "slot": slot}
+        if self.calm.busy():
+            run["busy"] = self.calm.busy()
+        run["seed"] = rules.next_seed(experiment.asked, experiment.runs(), commit)
         k = len(experiment.runs()) + 1
         self.engine.start(experiment, k, {**run, "began": utc(), "stamp": stamp()}, self.limit)
 
@@ -235,6 +280,8 @@ def wake(night: Night) -> str | None:
     Raises Fail on a setting that cannot be used: whoever typed the command reads it.
     """
     time_limit()
+    wanted_repeats()
+    calm_limit()
     capacity(night)
     address = cluster_address()
     if not address and not setting("cluster", "") and (night.folder / "cluster.json").exists():

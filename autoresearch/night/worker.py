@@ -34,6 +34,7 @@ from autoresearch.common import (
     write_json,
 )
 from autoresearch.night import rules
+from autoresearch.night.doubts import CONDITIONS, FELL_BACK
 from autoresearch.night.experiment import Experiment, split_of
 from autoresearch.night.settings import TARGET, local_slots
 from autoresearch.night.slower import allow_isolation, machine_lines
@@ -137,7 +138,7 @@ def run_environment(folder: Path, compiled: Path, asked: dict, run: dict, progre
         "TMPDIR": str(temporary),
         "AUTORESEARCH_CACHE": str(cache_dir()),
         "AUTORESEARCH_RUN": run["id"],
-        "AUTORESEARCH_SEED": str(asked["seed"]),
+        "AUTORESEARCH_SEED": str(run.get("seed", asked["seed"])),
         "AUTORESEARCH_SPLIT": split_of(asked),
         "AUTORESEARCH_PROGRESS": str(progress),
         "PYTHONDONTWRITEBYTECODE": "1",
@@ -247,7 +248,7 @@ def outcome(ended: dict, records: list[dict], log: str, split: str) -> dict:
     A score counts where the run exited with 0 and was scored on the split that was asked for.
     """
     measured = {key: value for record in records for key, value in record.items()}
-    conditions = (*rules.CONDITIONS, rules.FELL_BACK)
+    conditions = (*CONDITIONS, FELL_BACK)
     code = ended["code"]
     score = measured.get("score") if code == 0 and measured.get("split") == split else None
     if not isinstance(score, (int, float)) or not math.isfinite(score):

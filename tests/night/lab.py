@@ -68,7 +68,8 @@ def report(phase, **values):
         file.write(json.dumps({"phase": phase, **values}) + "\\n")
 
 def hold(name):
-    while HOLD and not os.path.exists(f"{cache}/{name}-{HOLD}"):
+    mark = f"seed{run['seed']}" if HOLD == "seed" else HOLD
+    while mark and not os.path.exists(f"{cache}/{name}-{mark}"):
         time.sleep(0.01)
 
 plan = {"rate": 20000, "score": 0}
@@ -110,14 +111,20 @@ if EVENT == "nan":
     sys.exit("FAIL: loss diverged at step 4")
 report("scoring")
 hold("score")
-score = 1 - 0.01 * WIDTH - 0.01 * DEPTH + 0.0001 * (run["seed"] - 42) + plan["score"]
+score = 1 - 0.01 * WIDTH - 0.01 * DEPTH - 0.0001 * ((run["seed"] - 42) % 3) + plan["score"]
 measured = {"score": score, "tokens": plan["rate"] * 5, "training_seconds": 5.0, "steps": 100}
 measured |= {"pace": plan.get("pace"), "peak_memory_mb": 2048.0}
 write(event="end", **measured)
 print(f"---\\nval_bpb: {score:.6f}", flush=True)
 """
 
-PROGRAM = "# The night's program\n\n- tag: nov21\n- limit: 60 seconds for one run\n"
+PROGRAM = """# The night's program
+
+- tag: nov21
+- limit: 60 seconds for one run
+- repeats: 1
+- calm: off
+"""
 MANIFEST = {"format": 1, "key": "set", "corpus": "demo", "request": {"corpus": "demo"}}
 MANIFEST |= {"seq_len": 64, "vocab_size": 300, "time_budget": 2}
 
@@ -233,7 +240,7 @@ class Lab:
         return [json.loads(line) for line in lines]
 
     def records(self) -> list[dict]:
-        others = ("confirm", "session")
+        others = ("confirm", "session", "repeat")
         return [record for record in self.journal() if record["kind"] not in others]
 
     def record(self, n: int) -> dict:

@@ -87,9 +87,9 @@ def record(n: int, score: float, **more) -> dict:
 
 CRASHES = HEADER + "e\t0\t0\tcrash\tx\n" * 5
 SIX = [
-    "6 experiments: 3 kept, 2 discarded, 1 crashed",
-    "noise floor: 0.000400",
-    "change: -0.012000 (-1.20%, 30.0 times the noise floor)",
+    "4 experiments: 2 kept, 1 discarded, 1 crashed",
+    "noise: 0.000419",
+    "change: -0.012000 (-1.20%, 28.6 times the noise)",
 ]
 JOURNAL = [record(1, 1.0), record(2, 0.99, commit="b" * 40, expect=-0.02, got=-0.01)]
 LOGS = {
@@ -103,10 +103,10 @@ LOGS = {
     ),
     "999": Log(
         HEADER + GOOD.replace("1.000000", "999.0", 1),
-        ["6 experiments: 3 kept"],
+        ["4 experiments: 2 kept"],
         {"kept, above this range": 1, "discarded": 2},
     ),
-    "126": Log(long_night(126), ["126 experiments: 22 kept"]),
+    "126": Log(long_night(126), ["125 experiments: 21 kept"]),
     "example": Log(
         (ROOT / "bench/night/results.tsv").read_text(),
         ["20 of 20 scores match the ledger", "0.3 hours, 2 slots, a run in them 77% of the time."],

@@ -254,8 +254,12 @@ def kill_watcher(nodes: Nodes, run_id: str):
     folder = str(jobs[run_id].parent)
     processes = [path.parent for path in Path("/proc").glob("[0-9]*/cwd")]
     there = [path for path in processes if os.path.realpath(path / "cwd").startswith(folder)]
-    [watcher] = [path for path in there if "ray_node" in (path / "cmdline").read_text()]
-    os.kill(int(watcher.name), signal.SIGKILL)
+    named = []
+    for path in there:
+        with contextlib.suppress(FileNotFoundError):  # it has ended meanwhile
+            named += [path.name] * ("ray_node" in (path / "cmdline").read_text())
+    [watcher] = named
+    os.kill(int(watcher), signal.SIGKILL)
 
 
 def test_a_node_that_cannot_run_it_sends_it_back_with_the_command_to_type(lab, nodes):

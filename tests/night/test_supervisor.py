@@ -24,6 +24,39 @@ def test_wins_on_one_base_are_put_on_top_of_each_other(lab):
     lab.check()
 
 
+def test_what_may_be_luck_gets_a_second_seed_and_its_row_has_the_mean(lab):
+    n = lab.attempt("a little wider", WIDTH=0.018)  # by less than the noise of a run
+    record = lab.until_ended(n)
+    assert (record["status"], record["k"]) == ("keep", 1)
+    assert record["scores"] == pytest.approx([0.99982, 0.99972])
+    [why] = record["again"]
+    assert why.startswith("promising, 0.000080 better (1 run, about 0.7 standard errors): run 2 is")
+    assert "0.000130 better (2 runs, about 1.4 standard errors)" in lab.say("wait", 0)
+    assert lab.rows()[-1][1:2] == ["0.999770"]
+    assert lab.rows()[-1][4] == "a little wider [mean of 2 runs]"
+    seeds = [line["seed"] for line in lab.ledger() if line["run"] in record["runs"]]
+    assert seeds == [42, 42, 43, 43]
+    assert "Nothing found that speaks against" in lab.say("audit")
+
+
+def test_a_slot_with_nothing_to_do_measures_the_best_again_and_makes_room(lab):
+    lab.set("- repeats: 5")
+    n = lab.attempt("wider", WIDTH=1, HOLD="seed")
+    lab.until_held(n)
+    lab.until_ended(n, go="seed42")
+    lab.until_held(n + 1)  # with the next seed
+    assert "measures 4 again" in lab.say()
+    m = lab.attempt("wider still", WIDTH=2, HOLD="")
+    assert lab.until_ended(m)["status"] == "keep"
+    assert (lab.record(n + 1)["kind"], lab.record(n + 1)["why"]) == ("repeat", "dropped")
+    lab.until_idle()
+    repeats = [r for r in lab.journal() if r["kind"] == "repeat" and r["status"] == "scored"]
+    assert [record["seed"] for record in repeats] == [43, 44, 142, 143]
+    assert "best 0.980000 ± 0.0000" in lab.say() and "(5 runs): 6, " in lab.say()
+    assert len(lab.rows()) == 1 + 5  # none of a repeat
+    assert "Nothing found that speaks against" in lab.say("audit")
+
+
 def test_what_is_queued_while_the_supervisor_releases_its_lock_is_worked_off(lab, monkeypatch):
     monkeypatch.setattr(settings, "PROGRAM", lab.root / "program.md")
     night = Night(lab.root)
