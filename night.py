@@ -32,10 +32,20 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # PYTHONSAFEPATH leaves it out
 
 from autoresearch.common import Fail, Parser, file_problem, prepare_output
-from autoresearch.night import agent, audit, commands, confirm, objects, page, status, supervisor
+from autoresearch.night import (
+    agent,
+    audit,
+    commands,
+    confirm,
+    new,
+    objects,
+    page,
+    status,
+    supervisor,
+)
 from autoresearch.night.clients import CLIENTS
 from autoresearch.night.ray_engine import RayEngine
-from autoresearch.night.settings import cluster_address
+from autoresearch.night.settings import NIGHT, cluster_address
 from autoresearch.night.store import Night
 from autoresearch.night.worker import LocalEngine
 
@@ -95,6 +105,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     option("--hours", type=finite, metavar="H")
     option("--experiments", type=int, metavar="N", help="of the whole night, without the baseline")
     option("--usd", type=finite, metavar="X", help="of the whole night, where the client tells")
+    option = add("new", help="make a repository from one of examples/").add_argument
+    option("example")
+    option("folder")
     add("supervise")  # started by the other commands
     words = joined_numbers(sys.argv[1:] if argv is None else argv)
     cut = words.index("--") if words[:1] == ["agent"] and "--" in words else len(words)
@@ -119,6 +132,19 @@ def make_engine(night: Night):
     return RayEngine(night, address) if address else LocalEngine(night)
 
 
+class Renamed:
+    """A stream on which `uv run night.py` reads as this night is really called: NIGHT."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        return self.stream.write(text.replace("uv run night.py", NIGHT))
+
+    def __getattr__(self, name: str):
+        return getattr(self.stream, name)
+
+
 def main(argv: list[str] | None = None):
     args = parse(argv)
     if args.command == "supervise":
@@ -127,6 +153,8 @@ def main(argv: list[str] | None = None):
         return objects.say_runs(args.count) if args.json else commands.list_runs(args.count)
     if args.command == "audit":
         return objects.say_audit() if args.json else audit.say_audit()
+    if args.command == "new":
+        return new.new(args.example, args.folder)
     night = Night()
     if args.command == "agent":
         return agent.agent(night, args.client, args.words, args)
@@ -166,6 +194,8 @@ def main(argv: list[str] | None = None):
 if __name__ == "__main__":
     try:
         prepare_output()
+        if NIGHT != "uv run night.py":
+            sys.stdout, sys.stderr = Renamed(sys.stdout), Renamed(sys.stderr)
         main()
         sys.stdout.flush()
     except BrokenPipeError:  # `| head -1` has read enough

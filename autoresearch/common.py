@@ -467,14 +467,21 @@ def git(*words: str, at: Path = ROOT, give: bytes = b"", check: bool = True) -> 
     return None if answer is None else answer.decode(errors="replace").strip()
 
 
-def git_bytes(*words: str, at: Path = ROOT, give: bytes = b"", check: bool = True) -> bytes | None:
-    """The same as bytes. A Fail has git's own words: they name the command that helps."""
+def git_bytes(
+    *words: str, at: Path = ROOT, give: bytes = b"", check: bool = True, index: Path | None = None
+) -> bytes | None:
+    """The same as bytes. A Fail has git's own words: they name the command that helps.
+
+    index: a file to use in place of the repository's index.
+    """
     environment = {
         name: value
         for name, value in os.environ.items()
         if not name.startswith("GIT_") or GIT_VARIABLES.fullmatch(name)
     }
     environment |= {"GIT_TERMINAL_PROMPT": "0", "GIT_OPTIONAL_LOCKS": "0"}
+    if index:
+        environment["GIT_INDEX_FILE"] = str(index)
     options = [word for setting in GIT_SETTINGS for word in ("-c", setting)]
     command = ["git", *options, "-C", str(at), *words]
     try:

@@ -19,7 +19,7 @@ from statistics import fmean
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from autoresearch.night import rules  # noqa: E402  (the repository goes on the path first)
+from autoresearch.night import rules, settings  # noqa: E402  (the path comes first)
 
 RUNS = 100
 MIXTURES = {  # share of the ideas: true gain
@@ -54,7 +54,7 @@ class Night:
         deviation = 2 if self.noise == "doubles midway" and self.runs > RUNS / 2 else 1
         score = 1000 + lost - self.true[commit] + self.draw.gauss(0, deviation)
         known = dict(id=str(self.runs), commit=commit, base=base, code=0, score=score)
-        return {**known, "seed": rules.RUN_SEEDS[number]}
+        return {**known, "seed": settings.RUN_SEEDS[number]}
 
     def history(self) -> rules.History:
         return rules.History(self.records, [], {}, {})

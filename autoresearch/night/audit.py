@@ -308,16 +308,17 @@ def _code(runs: list[dict], root: Path) -> Iterator[Finding]:
     names = {
         f"{run['commit']}:{path}"
         for run in scored
-        for path in [TARGET.file, *run.get("imported", {})]
+        for path in [*TARGET.files, *run.get("imported", {})]
     }
     digests = _sha256_in_git(names, root)
     other_script = []
     not_committed = []
     from_machine = set()
     for run in scored:
-        ran = run.get("train_sha256")
-        if ran and not _is_file(f"{run['commit']}:{TARGET.file}", ran, digests, root):
-            other_script.append(_name(run))
+        ran = run.get("files") or {TARGET.files[0]: run.get("train_sha256")}
+        for file, digest in ran.items():
+            if digest and not _is_file(f"{run['commit']}:{file}", digest, digests, root):
+                other_script.append(_name(run))
         for path, start in run.get("imported", {}).items():
             if _is_file(f"{run['commit']}:{path}", start, digests, root):
                 continue
@@ -359,7 +360,7 @@ def _branch(report: NightReport) -> Iterator[Finding]:
     other_files = []
     for commit in dict.fromkeys([*known, *since]):
         changed = git("diff", "--name-only", f"{commit}~1", commit, at=root, check=False) or ""
-        files = set(changed.splitlines()) - {TARGET.file}
+        files = set(changed.splitlines()) - {*TARGET.files}
         if files and commit != start:
             other_files.append(f"{commit[:7]} ({some(sorted(files), 3)})")
     yield from doubt(f"commits that touch more than {TARGET.file}", other_files)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 
 from autoresearch.common import cut, one_line, printable
-from autoresearch.night.settings import TARGET
+from autoresearch.night.settings import NIGHT, TARGET
 
 PROMPT = "Read program.md and continue the night."
 
@@ -35,7 +35,7 @@ CLIENTS = {
     "claude": Client(
         command=(
             *("claude", "-p", "--permission-mode", "dontAsk", "--tools", "Read,Edit,Bash"),
-            *("--allowedTools", f"Edit(/{TARGET.file})", "Bash(uv run night.py *)"),
+            *("--allowedTools", *(f"Edit(/{file})" for file in TARGET.files), f"Bash({NIGHT} *)"),
             *("--output-format", "stream-json", "--verbose", "--", PROMPT),
         ),
         install="npm install -g @anthropic-ai/claude-code, then claude, to log in",

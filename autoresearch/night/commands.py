@@ -7,6 +7,7 @@ Only a command moves the agent's branch and file (store.sync_branch); the superv
 from __future__ import annotations
 
 import re
+import shlex
 import textwrap
 import time
 import warnings
@@ -27,7 +28,7 @@ from autoresearch.common import (
 from autoresearch.night import failures, rules
 from autoresearch.night.doubts import rate
 from autoresearch.night.experiment import Experiment
-from autoresearch.night.repo import merged
+from autoresearch.night.repo import Contents, merged
 from autoresearch.night.results import COLUMNS
 from autoresearch.night.settings import (
     BASELINE_SEEDS,
@@ -52,6 +53,7 @@ from autoresearch.night.status import (
 )
 from autoresearch.night.store import POLL_SECONDS, Night
 from autoresearch.night.supervisor import capacity, wake
+from autoresearch.night.target import problem_of
 from autoresearch.night.worker import LocalEngine
 from autoresearch.referee.ledger import ledger_path, read_ledger
 from autoresearch.referee.manifest import fingerprint, manifest
@@ -65,15 +67,19 @@ DIFF_LINES = 16  # of a diff that `show` prints
 
 def begin(night: Night):
     """Branch, table and baseline. Idempotent: after a kill it completes what is missing."""
-    prepared = manifest()  # raises Fail, with the command to type, where nothing is prepared
+    # raises Fail, with the command to type, where nothing is prepared
+    prepared = manifest() if TARGET.is_train_py else {}
+    keep_out_of_git(night)
     check_ledger()
     time_limit()
     capacity(night)
     git = night.repo.git
     if git("rev-parse", "-q", "--verify", "HEAD", check=False) is None:
         raise Fail("this repository has no commit yet: git add -A && git commit, then begin")
+    if problem := problem_of(TARGET, night.root):
+        raise Fail(f"program.md, setting {problem}")
     changed = git("diff", "--name-only", "HEAD").splitlines()
-    others = [name for name in changed if name != TARGET.file]
+    others = [name for name in changed if name not in TARGET.files]
     if others:
         advice = "commit it, or git checkout it, then begin"
         raise Fail(f"changed and not committed: {some(others)}: {advice}")
@@ -108,8 +114,27 @@ def begin(night: Night):
     wake(night)
     named = ("corpus", "seq_len", "vocab_size", "time_budget")
     fixed = ", ".join(f"{key} {prepared[key]}" for key in named if key in prepared)
-    print(f"prepared: {fixed}; fingerprint {fingerprint()}")
+    if TARGET.is_train_py:
+        print(f"prepared: {fixed}; fingerprint {fingerprint()}")
+    else:
+        better = "lower" if TARGET.lower_is_better else "higher"
+        print(f"target: {TARGET.file}; METRIC {TARGET.metric}, {better} is better")
     print_status(night)
+
+
+def keep_out_of_git(night: Night):
+    """What the night writes is no file of the user's: git ignores it, and no tracked file changes."""
+    ours = [".night/", "results.tsv", "night.html", "lessons.md", "progress.png"]
+    ignored = night.repo.git("check-ignore", "--no-index", *ours, check=False) or ""
+    missing = [name for name in ours if name not in ignored.splitlines()]
+    if missing:
+        exclude = Path(
+            night.repo.git("rev-parse", "--path-format=absolute", "--git-path", "info/exclude")
+        )
+        exclude.parent.mkdir(parents=True, exist_ok=True)
+        before = exclude.read_text() if exclude.is_file() else ""
+        lines = "".join(f"/{name}\n" for name in missing)
+        write_atomically(exclude, f"{before.rstrip()}\n# night.py's\n{lines}".lstrip().encode())
 
 
 def check_ledger():
@@ -151,25 +176,26 @@ def try_(night: Night, message: str, simpler: bool, expect: float | None):
     """The edits of the target's file as one experiment."""
     if not message.strip():
         raise Fail("say what changes and what is expected: uv run night.py try '...'")
-    content = night.edits()
-    if content is None:
+    refuse_other_changes(night)
+    contents = night.edits()
+    if contents is None:
         night.sync_branch()
         raise Fail(
             f"{TARGET.file} has no edits: change it first, "
             "or bring an experiment's change back: uv run night.py bring N"
         )
     check_room(night)
-    mistake = syntax_error(content)
+    mistake = syntax_error(contents)
     if mistake:
-        raise Fail(f"{TARGET.file} is not Python ({mistake}): fix it, then try again")
+        raise Fail(f"{mistake}: fix it, then try again")
     base = night.tip()
-    if simpler and len(content) >= len(night.repo.file_at(base)):
+    if simpler and size_of(contents) >= size_of(night.repo.contents_at(base)):
         raise Fail(
             f"--simpler is for less code, and {TARGET.file} has not become shorter: "
             "run it without --simpler"
         )
     message = one_line(message, 2000)
-    commit = night.repo.commit_file(content, base, message)
+    commit = night.repo.commit(contents, base, message)
     change = night.repo.change_id(base, commit)
     check_new(night, change, base)
     more = dict(simpler=simpler, expect=expect, change=change)
@@ -233,14 +259,31 @@ def check_new(night: Night, change: str, base: str):
             )
 
 
-def syntax_error(content: bytes) -> str | None:
-    """Why the file is not Python, or None."""
+def size_of(contents: Contents) -> int:
+    return sum(map(len, contents.values()))
+
+
+def refuse_other_changes(night: Night):
+    """Raises Fail where other files than the target's were changed: no run would see that."""
+    changed = night.repo.git("diff", "--name-only", "HEAD").splitlines()
+    others = [name for name in changed if name not in (*TARGET.files, "program.md")]
+    if others:
+        raise Fail(
+            f"changed, and not in `edit`: {some(others)}: no run would see it. Only {TARGET.file} may "
+            f"change: git checkout {' '.join(map(shlex.quote, others[:6]))}"
+        )
+
+
+def syntax_error(contents: Contents) -> str | None:
+    """Why a file that should be is not Python, or None."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        try:
-            compile(content, TARGET.file, "exec", dont_inherit=True)
-        except (SyntaxError, ValueError) as error:  # ValueError: a zero byte
-            return str(error)
+        for file, content in contents.items():
+            try:
+                if file.endswith(".py"):
+                    compile(content, file, "exec", dont_inherit=True)
+            except (SyntaxError, ValueError) as error:  # ValueError: a zero byte
+                return f"{file} is not Python ({error})"
     return None
 
 
@@ -361,7 +404,7 @@ def show(night: Night, n: int, only_diff: bool = False):
 
 def diff_lines(night: Night, record: dict) -> list[str]:
     commit = record["commit"]
-    words = ("diff-tree", "-p", "--no-ext-diff", f"{commit}^", commit, "--", TARGET.file)
+    words = ("diff-tree", "-p", "--no-ext-diff", f"{commit}^", commit, "--", *TARGET.files)
     diff = night.repo.git(*words, check=False) or ""
     return [cut(printable(line), WIDTH) for line in diff.splitlines()[4:]]
 
@@ -428,16 +471,16 @@ def bring_change(night: Night, n: str):
         raise Fail(f"{n} ({record['kind']}) has no change: uv run night.py bring best")
     night.sync_branch()
     commit, tip, edits = record["commit"], night.tip(), night.edits()
-    current = night.repo.file_at(tip) if edits is None else edits
+    current = night.repo.contents_at(tip) if edits is None else edits
     place = f"the best, {tip[:7]}" if edits is None else "your edits"
     parent = night.repo.git("rev-parse", f"{commit}^")
-    content = merged(current, night.repo.file_at(parent), night.repo.file_at(commit))
-    if content is None:
+    contents = merged(current, *map(night.repo.contents_at, (parent, commit)))
+    if contents is None:
         by_hand = f"read it (uv run night.py show {n} --diff) and make it by hand"
         raise Fail(f"{n}'s change does not apply to {place}: {by_hand}")
-    if content == current:
+    if contents == current:
         raise Fail(f"{n}'s change is in {place} already: try another idea")
-    night.write_target(content)
+    night.write_target(contents)
     print(f"{n}'s change is in {TARGET.file}, on top of {place}")
 
 
@@ -445,15 +488,16 @@ def bring_best(night: Night):
     """The file as the best has it, or, before the night has begun, as the last commit has it."""
     if not night.begun():
         commit = night.repo.git("rev-parse", "HEAD")
-        before = night.target_path.read_bytes() if night.target_path.is_file() else b""
-        content = None if night.repo.is_file_of(before, [commit]) else before
+        before = {**night.repo.contents_at(commit), **night.repo.in_tree()}
+        contents = None if night.repo.are_of(before, [commit]) else before
         night.folder.mkdir(parents=True, exist_ok=True)
     else:
-        commit, content = night.tip(), night.edits()
-    if content is not None:
-        name = f"edits-{len(list(night.folder.glob('edits-*'))) + 1}"
-        write_atomically(night.folder / f"{name}-{TARGET.file}", content)
-        night.write_target(night.repo.file_at(commit))
+        commit, contents = night.tip(), night.edits()
+    if contents is not None:
+        name = f"edits-{count_of_edits(night) + 1}"
+        for file, content in contents.items():
+            write_atomically(saved_edit(night, name, file), content)
+        night.write_target(night.repo.contents_at(commit))
         print(f"your edits were saved: uv run night.py bring {name} puts them back")
     if night.begun():
         night.sync_branch()
@@ -461,15 +505,24 @@ def bring_best(night: Night):
     print(f"{TARGET.file} is the best, {commit[:7]}")
 
 
+def saved_edit(night: Night, name: str, file: str) -> Path:
+    return night.folder / f"{name}-{file.replace('/', '-')}"
+
+
+def count_of_edits(night: Night) -> int:
+    """How many edits `bring best` has saved."""
+    return len({path.name.split("-")[1] for path in night.folder.glob("edits-*")})
+
+
 def bring_edits(night: Night, name: str):
     """What `bring best` has saved, as it was."""
-    saved = night.folder / f"{name}-{TARGET.file}"
-    if not saved.is_file():
-        count = len(list(night.folder.glob("edits-*")))
+    saved = {file: saved_edit(night, name, file) for file in TARGET.files}
+    if not all(path.is_file() for path in saved.values()):
+        count = count_of_edits(night)
         raise Fail(f"there are no {name}: " + (f"edits-1 to edits-{count}" if count else "none"))
     if night.edits() is not None:
         raise Fail(f"{TARGET.file} has edits: uv run night.py bring best saves them, then again")
-    night.write_target(saved.read_bytes())
+    night.write_target({file: path.read_bytes() for file, path in saved.items()})
     print(f"{TARGET.file} has the {name} again")
 
 

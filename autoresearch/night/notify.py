@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 
-from autoresearch.common import ROOT, one_line, utc
+from autoresearch.common import one_line, utc
 from autoresearch.night.settings import setting
 from autoresearch.night.store import Night
 
@@ -30,7 +30,7 @@ def notify(night: Night, sentence: str):
         with open(night.folder / "notify.log", "ab") as log:
             subprocess.Popen(
                 [sys.executable, "-m", __name__, command, one_line(sentence, 300)],
-                cwd=ROOT,
+                cwd=night.root,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,

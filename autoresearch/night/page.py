@@ -24,6 +24,7 @@ from autoresearch.night.report import (
     noise_line,
     prediction_line,
 )
+from autoresearch.night.settings import NIGHT
 from autoresearch.night.status import end_of_log
 from autoresearch.night.store import PAGE_LOG, Night
 from autoresearch.night.svg import FRAMES, escaped, svg
@@ -53,7 +54,8 @@ def write_page(night: Night):
     """Rewrites night.html. Never raises: what went wrong stands in a log, and the status says so."""
     log = night.folder / PAGE_LOG
     try:
-        write_atomically(night.root / NAME, page(night).encode())
+        text = page(night).replace("uv run night.py", escaped(NIGHT))
+        write_atomically(night.root / NAME, text.encode())
         log.unlink(missing_ok=True)
     except (Exception, Fail) as error:
         words = one_line(f"{NAME} is not up to date: {type(error).__name__}: {error}", 200)

@@ -122,6 +122,7 @@ def run_job(job: dict, folder: Path) -> dict:
     """{ended, ledger, isolation_warning}; log and progress lie in the folder."""
     isolation = worker.Isolation.here()
     ended, records = worker.run_to_its_end(
+        Path.cwd(),
         folder,
         compiler.place(Path("~/.cache/autoresearch-compiled").expanduser()),
         job["asked"],

@@ -14,55 +14,82 @@ from pathlib import Path
 
 from autoresearch import common
 
+Contents = dict[str, bytes]  # of each file that experiments change, by its path in the repository
 
-@functools.lru_cache(maxsize=16)  # the best's file is asked for again and again
-def _file_at(root: Path, commit: str, file: str) -> bytes:
-    return common.git_bytes("cat-file", "blob", f"{commit}:{file}", at=root)
+
+@functools.lru_cache(maxsize=64)  # the best's files are asked for again and again
+def _file_at(root: Path, commit: str, file: str) -> bytes | None:
+    return common.git_bytes("cat-file", "blob", f"{commit}:{file}", at=root, check=False)
 
 
 @dataclass(frozen=True)
 class Repository:
-    """The git repository at `root`, in which experiments change `file`, at its top."""
+    """The git repository at `root`, in which experiments change `files`, paths from its top."""
 
     root: Path
-    file: str
+    files: tuple[str, ...]
 
     def git(self, *words: str, give: bytes = b"", check: bool = True) -> str | None:
         """git's answer, stripped. Where git fails: Fail; with check=False None."""
         return common.git(*words, at=self.root, give=give, check=check)
 
-    def file_at(self, commit: str) -> bytes:
-        """The file as a commit has it. commit: its full id, for names may move."""
-        return _file_at(self.root, commit, self.file)
+    def contents_at(self, commit: str) -> Contents:
+        """The files as a commit has them. commit: its full id, for names may move.
 
-    def is_file_of(self, content: bytes, commits: Iterable[str]) -> bool:
-        """Whether the file has this content in any of the commits. Two processes, however many."""
-        asked = "".join(f"{commit}:{self.file}\n" for commit in commits).encode()
-        known = self.git("cat-file", "--batch-check=%(objectname)", give=asked).split("\n")
-        return self.git("hash-object", "--stdin", "--path", self.file, give=content) in known
+        Raises Fail where one of them is not in the commit.
+        """
+        found = {file: _file_at(self.root, commit, file) for file in self.files}
+        missing = [file for file, content in found.items() if content is None]
+        if missing:
+            raise common.Fail(f"{missing[0]} is not in commit {commit[:7]}: git add it, and commit")
+        return found
 
-    def as_committed(self, content: bytes) -> bytes:
-        """What git commits of the file's bytes: its filters turn CRLF into LF, for example."""
-        blob = self.git("hash-object", "-w", "--stdin", "--path", self.file, give=content)
-        return common.git_bytes("cat-file", "blob", blob, at=self.root)
+    def in_tree(self) -> Contents:
+        """The files as they stand in the working tree, without those that are not there."""
+        paths = {file: self.root / file for file in self.files}
+        return {file: path.read_bytes() for file, path in paths.items() if path.is_file()}
+
+    def are_of(self, contents: Contents, commits: Iterable[str]) -> bool:
+        """Whether the files have these contents in one of the commits. A few processes, however many."""
+        commits = [*commits]
+        left = set(range(len(commits)))
+        for file, content in contents.items():
+            asked = "".join(f"{commit}:{file}\n" for commit in commits).encode()
+            known = self.git("cat-file", "--batch-check=%(objectname)", give=asked).split("\n")
+            own = self.git("hash-object", "--stdin", "--path", file, give=content)
+            left &= {i for i, blob in enumerate(known) if blob == own}
+        return bool(left)
+
+    def as_committed(self, contents: Contents) -> Contents:
+        """What git commits of the files' bytes: its filters turn CRLF into LF, for example."""
+        found = {}
+        for file, content in contents.items():
+            blob = self.git("hash-object", "-w", "--stdin", "--path", file, give=content)
+            found[file] = common.git_bytes("cat-file", "blob", blob, at=self.root)
+        return found
 
     def check_out(self, commit: str, tree: Path):
-        """A worktree of a commit at `tree`, with the file as it is committed, byte for byte."""
+        """A worktree of a commit at `tree`, with the files as they are committed, byte for byte."""
         add = ("worktree", "add", "-q", "--force", "--force", "--detach")
         self.git(*common.AS_COMMITTED, *add, str(tree), commit)
-        content = self.file_at(commit)
-        if (tree / self.file).read_bytes() != content:  # a filter of git's attributes changed it
-            (tree / self.file).write_bytes(content)
+        for file, content in self.contents_at(commit).items():
+            if (tree / file).read_bytes() != content:  # a filter of git's attributes changed it
+                (tree / file).write_bytes(content)
 
-    def commit_file(self, content: bytes, parent: str, message: str) -> str:
-        """A new commit on `parent` in which only the file differs; no branch moves."""
-        blob = self.git("hash-object", "-w", "--stdin", give=content)
-        lines = common.git_bytes("ls-tree", "-z", parent, at=self.root).split(b"\0")
-        for i, line in enumerate(lines):
-            mode_and_type, _, name = line.partition(b"\t")
-            if name == self.file.encode():
-                lines[i] = b" ".join([*mode_and_type.split()[:2], blob.encode()]) + b"\t" + name
-        tree = self.git("mktree", "-z", give=b"\0".join(lines))
+    def commit(self, contents: Contents, parent: str, message: str) -> str:
+        """A new commit on `parent` in which only the files differ; no branch moves."""
+        lines = []
+        for file, content in contents.items():
+            mode = self.git("ls-tree", parent, "--", file).split(" ", 1)[0] or "100644"
+            blob = self.git("hash-object", "-w", "--stdin", give=content)
+            lines.append(f"{mode} {blob}\t{file}\0")
+        with tempfile.TemporaryDirectory() as folder:
+            index = dict(at=self.root, index=Path(folder, "index"))
+            common.git_bytes("read-tree", parent, **index)
+            common.git_bytes(
+                "update-index", "-z", "--index-info", give="".join(lines).encode(), **index
+            )
+            tree = common.git_bytes("write-tree", **index).decode().strip()
         words = ["commit-tree", tree, "-p", parent, "-F", "-"]
         commit = self.git(*words, give=message.encode(), check=False)
         if commit is None:  # git does not know who commits
@@ -73,14 +100,20 @@ class Repository:
     def change_id(self, before: str, after: str) -> str:
         """The same 12 digits for the same change, whatever it was made on."""
         options = ("-p", "-U0", "--no-ext-diff", "--no-textconv")
-        words = ("diff-tree", *options, before, after, "--", self.file)
+        words = ("diff-tree", *options, before, after, "--", *self.files)
         diff = common.git_bytes(*words, at=self.root)
         # Without the hunks' line numbers, but with the function that each of them stands in.
         _, *hunks = re.split(rb"^@@ .*? @@", diff, flags=re.M)
         return hashlib.sha256(b"@@".join(hunks)).hexdigest()[:12]
 
 
-def merged(ours: bytes, base: bytes, theirs: bytes) -> bytes | None:
+def merged(ours: Contents, base: Contents, theirs: Contents) -> Contents | None:
+    """`ours` with the change from `base` to `theirs`; None where the two conflict."""
+    found = {file: merged_file(ours[file], base[file], theirs[file]) for file in ours}
+    return None if None in found.values() else found
+
+
+def merged_file(ours: bytes, base: bytes, theirs: bytes) -> bytes | None:
     """`ours` with the change from `base` to `theirs`; None where the two conflict.
 
     git takes changes of neighbouring lines for a conflict, and settings in a table are neighbours.

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
 
-from autoresearch.common import ROOT, Fail, git, seconds_between, seconds_of
+from autoresearch.common import Fail, git, seconds_between, seconds_of
 from autoresearch.night.results import STATUSES, Row, read_results
 from autoresearch.night.rules import (
     BEST_MOVED,
@@ -22,6 +22,7 @@ from autoresearch.night.rules import (
     noise,
     scores_of_commit,
 )
+from autoresearch.night.settings import HERE
 from autoresearch.night.slower import baseline_lines
 from autoresearch.night.store import Night
 from autoresearch.referee.ledger import joined, read_ledger
@@ -46,7 +47,7 @@ class NightReport:
     problem: str = ""  # why the night's own files could not be read
 
     @classmethod
-    def here(cls, root: Path = ROOT) -> NightReport:
+    def here(cls, root: Path = HERE) -> NightReport:
         """Of program.md's tag. Where its night cannot be read, `problem` says why."""
         rows, skipped = read_results(root / "results.tsv")
         ledger, damaged = read_ledger()

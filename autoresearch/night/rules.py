@@ -23,11 +23,9 @@ from autoresearch.night.doubts import (
     slow_share,
 )
 from autoresearch.night.evidence import Ideas, Level, Seen
-
-LOWER_IS_BETTER = True  # the metric's direction; read by `gain` alone
+from autoresearch.night.settings import RUN_SEEDS, TARGET
 
 UNMEASURED_NOISE = 0.001  # of the score, while no commit has two scores
-RUN_SEEDS = (42, 43, 44, 142, 143)  # of a commit's runs, in turn; `confirm` takes 45 and on
 MAX_SLOW = 3  # an experiment that others slowed so often is not measured
 MAX_CUT_OFFS = 3  # an experiment that was cut off so often is given up
 
@@ -48,7 +46,7 @@ NOT_MEASURED = "not measured"
 
 def gain(score: float, other: float) -> float:
     """By how much `score` is better than `other`; negative where it is worse."""
-    return other - score if LOWER_IS_BETTER else score - other
+    return other - score if TARGET.lower_is_better else score - other
 
 
 def spread(scores: list[float]) -> float:

@@ -11,37 +11,30 @@ import functools
 import importlib.util
 import os
 import re
+import shlex
 import shutil
 import socket
 import subprocess
-import sys
-from dataclasses import dataclass
+from pathlib import Path
 
 from autoresearch.common import ROOT, Fail, cores, one_line
-from autoresearch.night.rules import LOWER_IS_BETTER, RUN_SEEDS
+from autoresearch.night.target import TARGET_SETTINGS, read_target
 
-PROGRAM = ROOT / "program.md"
+
+def night_root(start: Path) -> Path:
+    """The repository whose night it is: that of the folder `start`, else the one night.py lies in."""
+    for folder in (start, *start.parents):
+        if (folder / ".git").exists():
+            return folder
+    return ROOT
+
+
+HERE = night_root(Path.cwd())
+PROGRAM = HERE / "program.md"
 CLUSTER_TIMEOUT = 3  # seconds in which something must listen at the cluster's address
 
 
-@dataclass(frozen=True)
-class Target:
-    """What is improved: the file that may change, the command that runs it, and its score."""
-
-    file: str
-    command: tuple[str, ...]
-    metric: str  # also the score's column in results.tsv
-    test_metric: str  # the same on the test split
-    lower_is_better: bool
-
-
-TARGET = Target(
-    file="train.py",
-    command=(sys.executable, "train.py"),
-    metric="val_bpb",
-    test_metric="test_bpb",
-    lower_is_better=LOWER_IS_BETTER,
-)
+RUN_SEEDS = (42, 43, 44, 142, 143)  # of a commit's runs, in turn; `confirm` takes 45 and on
 BASELINE_SEEDS = RUN_SEEDS[:3]
 
 
@@ -52,8 +45,24 @@ def setting(name: str, default: str | None = None) -> str:
     if found and found[1]:
         return found[1]
     if default is None:
-        raise Fail(f"program.md has no line `- {name}: ...`: add it to the settings")
+        where = "program.md" if HERE == ROOT else str(PROGRAM)
+        raise Fail(f"{where} has no line `- {name}: ...`: add it to the settings")
     return default
+
+
+def setting_in(text: str) -> dict[str, str]:
+    """All settings of a program.md, the first line of each name."""
+    lines = re.findall(r"^- ([\w-]+):[ \t]*(.*?)[ \t]*$", text, re.M)
+    return dict(reversed(lines))
+
+
+TARGET = read_target({name: setting(name, "") for name in TARGET_SETTINGS})
+# How night.py is called here.
+NIGHT = "uv run night.py"
+if HERE != ROOT:
+    NIGHT = f"python3 {shlex.quote(str(ROOT / 'night.py'))}"
+if not TARGET.is_train_py:  # all that its night writes lies in its own repository
+    os.environ["AUTORESEARCH_CACHE"] = str(HERE / ".night")
 
 
 def number_setting(name: str, default: str) -> int:
@@ -126,6 +135,8 @@ def cluster_address() -> str | None:
     address = setting("cluster", os.environ.get("RAY_ADDRESS") or "none").split()[0]
     if address == "none":
         return None
+    if not TARGET.is_train_py:
+        raise Fail("a cluster runs train.py alone: put `- cluster: none` into program.md")
     named = f"the cluster {one_line(address, 60)} (RAY_ADDRESS, or program.md's setting `cluster`)"
     if address != "auto" and not re.fullmatch(r"[^\s/]+:\d{1,5}", address):
         raise Fail(f"{named}: it must be HOST:PORT as `ray start --head` prints it, auto, or none")

@@ -24,7 +24,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from autoresearch.common import (
-    ROOT,
     Fail,
     append_line,
     lock,
@@ -37,8 +36,8 @@ from autoresearch.common import (
 from autoresearch.night import results, rules
 from autoresearch.night.doubts import FELL_BACK, rate
 from autoresearch.night.experiment import Experiment
-from autoresearch.night.repo import Repository
-from autoresearch.night.settings import TARGET, setting
+from autoresearch.night.repo import Contents, Repository
+from autoresearch.night.settings import HERE, TARGET, setting
 
 POLL_SECONDS = 0.05  # seconds between two looks at files that others write
 COMMAND_TIMEOUT = 10  # seconds a command waits for another one
@@ -61,9 +60,9 @@ def parsed(lines: list[bytes]) -> list[dict]:
 class Night:
     """Where one tag's night keeps its files, and what they say. Raises Fail outside a repository."""
 
-    def __init__(self, root: Path = ROOT):
+    def __init__(self, root: Path = HERE):
         self.root = root
-        self.repo = Repository(root, TARGET.file)
+        self.repo = Repository(root, TARGET.files)
         if not (root / ".git").exists():
             make = "git init, git add -A, git commit, then begin"
             raise Fail(f"{root} is no git repository: {make}")
@@ -84,7 +83,6 @@ class Night:
         self.queue, self.done = self.folder / "queue", self.folder / "done"
         self.journal = self.folder / "journal.jsonl"
         self.results = root / "results.tsv"
-        self.target_path = root / TARGET.file
         # Of the journal, what was read so far, and up to which byte: it may hold 10,000 lines.
         self._records: list[dict] = []
         self._confirmed: list[dict] = []
@@ -332,42 +330,47 @@ class Night:
             )
         return self.repo.git("rev-parse", "HEAD")
 
-    def edits(self) -> bytes | None:
-        """The agent's file, where it is neither the branch's, the best's nor a queued one; else None.
+    def edits(self) -> Contents | None:
+        """The agent's files, where they are neither the branch's, the best's nor queued ones; else None.
 
         As git would commit it.
         """
         tip = self.tip()
-        if not self.target_path.is_file():
+        contents = self.repo.in_tree()
+        if not contents:
             return None  # deleted: the best is put in its place
-        content = self.target_path.read_bytes()
+        contents = {**self.repo.contents_at(tip), **contents}
         best = rules.best_of(self.records())
         known = {tip, best["commit"] if best else tip, *(e.asked["commit"] for e in self.open())}
-        return None if self.repo.is_file_of(content, known) else self.repo.as_committed(content)
+        return None if self.repo.are_of(contents, known) else self.repo.as_committed(contents)
 
-    def holds(self, content: bytes, commit: str) -> bool:
-        """Whether the agent's file is the commit's: its content, or what git's filters made of it."""
-        found = self.target_path.read_bytes()
-        return found == content or self.repo.is_file_of(found, [commit])
+    def holds(self, contents: Contents, commit: str) -> bool:
+        """Whether the agent's files are the commit's, or what git's filters made of them."""
+        found = self.repo.in_tree()
+        if found.keys() != contents.keys():
+            return False
+        return found == contents or self.repo.are_of(found, [commit])
 
-    def write_target(self, content: bytes):
-        mode = self.target_path.stat().st_mode if self.target_path.is_file() else 0o644
-        write_atomically(self.target_path, content, mode)
+    def write_target(self, contents: Contents):
+        for file, content in contents.items():
+            path = self.root / file
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(path, content, path.stat().st_mode if path.is_file() else 0o644)
 
     def sync_branch(self):
-        """Moves branch and file to the best, unless an edit is in progress."""
+        """Moves branch and files to the best, unless an edit is in progress."""
         best = rules.best_of(self.records())
         tip = self.tip()
         if self.edits() is None:
             commit = best["commit"] if best else tip
-            content = self.repo.file_at(commit)
-            if not self.target_path.is_file() or not self.holds(content, commit):
-                self.write_target(content)
+            contents = self.repo.contents_at(commit)
+            if not self.holds(contents, commit):
+                self.write_target(contents)
             if commit != tip:
                 if all(tip not in (record["commit"], record["base"]) for record in self.records()):
                     self.keep_ref(f"not-of-the-night-{tip[:7]}", tip)  # somebody's own commit
                 ref = f"refs/heads/{self.branch}"
                 self.repo.git("update-ref", "-m", "night: kept", ref, commit, tip)
-        staged = ("diff-index", "--cached", "--quiet", "HEAD", "--", TARGET.file)
+        staged = ("diff-index", "--cached", "--quiet", "HEAD", "--", *TARGET.files)
         if self.repo.git(*staged, check=False) is None:
-            self.repo.git("reset", "-q", "--", TARGET.file, check=False)
+            self.repo.git("reset", "-q", "--", *TARGET.files, check=False)

@@ -218,13 +218,13 @@ class Supervisor:
         known = repo.git("rev-parse", "-q", "--verify", ref, check=False)
         if known:
             return known, ""
-        files = [repo.file_at(commit) for commit in (base, asked["base"], asked["commit"])]
-        content = merged(*files)
-        if content is None:
+        three = [repo.contents_at(commit) for commit in (base, asked["base"], asked["commit"])]
+        contents = merged(*three)
+        if contents is None:
             return None, f"it conflicts with the best, {base[:7]}"
-        if content == files[0]:  # a run would measure the best again, and luck could keep it
+        if contents == three[0]:  # a run would measure the best again, and luck could keep it
             return None, f"its change is in the best, {base[:7]}, already"
-        commit = repo.commit_file(content, base, asked["message"])
+        commit = repo.commit(contents, base, asked["message"])
         self.night.keep_ref(name, commit)
         return commit, ""
 

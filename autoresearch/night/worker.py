@@ -36,9 +36,10 @@ from autoresearch.common import (
 from autoresearch.night import rules
 from autoresearch.night.doubts import CONDITIONS, FELL_BACK
 from autoresearch.night.experiment import Experiment, split_of
-from autoresearch.night.settings import TARGET, local_slots
+from autoresearch.night.settings import TARGET, local_slots, setting
 from autoresearch.night.slower import allow_isolation, machine_lines
 from autoresearch.night.store import Night
+from autoresearch.night.target import Witness
 from autoresearch.referee.ledger import ledger_path, read_ledger
 
 POLL_SECONDS = 0.25  # seconds between two looks at a run
@@ -111,18 +112,27 @@ class Isolation:
 
     @classmethod
     def here(cls) -> Isolation:
-        """No network and a read-only cache by Linux's namespaces, where this user may make them."""
-        ledger_path().touch()
-        inside = ["sh", "-c", MOUNTS, "sh", str(cache_dir()), str(ledger_path())]
+        """No network and a read-only cache by Linux's namespaces, where this user may make them.
+
+        The cache of another target than train.py is the folder of its night, where runs work: only the
+        network is cut off, and with the setting `network: on` nothing is.
+        """
+        inside = []
+        if TARGET.is_train_py:
+            ledger_path().touch()
+            inside = ["sh", "-c", MOUNTS, "sh", str(cache_dir()), str(ledger_path())]
+        elif setting("network", "off").startswith("on"):
+            return cls([], "")
         for options in (["--net", "--mount"], ["-r", "--net", "--mount"]):
             prefix = ["unshare", *options, *inside]
             with contextlib.suppress(OSError, subprocess.TimeoutExpired):
                 tried = subprocess.run([*prefix, "true"], capture_output=True, timeout=10)
                 if tried.returncode == 0:
                     return cls(prefix, "")
+        and_the_cache = " and the cache" if TARGET.is_train_py else ""
         return cls(
             [],
-            f"runs here are not cut off from the network and the cache: {allow_isolation()}",
+            f"runs here are not cut off from the network{and_the_cache}: {allow_isolation()}",
         )
 
 
@@ -188,6 +198,7 @@ def read_progress(path: Path) -> list[dict]:
 
 
 def run_to_its_end(
+    repository: Path,
     folder: Path,
     compiled: Path,
     asked: dict,
@@ -200,18 +211,23 @@ def run_to_its_end(
 ) -> tuple[dict, list[dict]]:
     """Runs the target's command in `folder`/tree; kills it, with its children, at the limit.
 
-    compiled: the compilers' caches, which all runs share. asked, run: what experiment.json and
-    run-K.json hold. limit: in seconds. Returns how it ended (exit code, why it was stopped or None,
-    seconds), and the ledger's records of it. The calling process must have no other children.
+    repository: its root. compiled: the compilers' caches, which all runs share. asked, run: what
+    experiment.json and run-K.json hold. limit: in seconds. Returns how it ended (exit code, why it was
+    stopped or None, seconds), and the ledger's records of it. The calling process must have no other
+    children.
     """
     began = time.monotonic()
-    ledger_start = ledger_path().stat().st_size
+    ledger_start = ledger_path().stat().st_size if ledger_path().is_file() else 0
+    split, tree = split_of(asked), folder / "tree"
+    witness = None
+    if not TARGET.is_train_py:
+        witness = Witness(TARGET, repository, tree, asked, run, split)
     environment = run_environment(folder, compiled, asked, run, progress_path)
     stopped = None
     with open(log_path, "wb") as log:
         process = subprocess.Popen(
-            [*isolation.prefix, *TARGET.command],
-            cwd=folder / "tree",
+            [*isolation.prefix, *TARGET.command_for(split)],
+            cwd=tree,
             env=environment,
             stdin=subprocess.DEVNULL,
             stdout=log,
@@ -238,6 +254,8 @@ def run_to_its_end(
     if code < 0 and "training" not in phases:  # killed while it compiled
         delete_half_compiled(compiled, time.time() - COMPILER_WRITES)
     seconds = round(time.monotonic() - began, 2)
+    if witness:
+        witness.ended(code, log_path, seconds)
     records = [r for r in read_ledger(ledger_start)[0] if r.get("run") == run["id"]]
     return {"code": code, "stopped": stopped, "wall_seconds": seconds}, records
 
@@ -306,7 +324,8 @@ class LocalEngine:
         return list(self._slots)
 
     def status_lines(self) -> list[str]:
-        return [*filter(None, [self._isolation.warning]), *machine_lines()]
+        lines = machine_lines() if TARGET.is_train_py else []
+        return [*filter(None, [self._isolation.warning]), *lines]
 
     def start(self, experiment: Experiment, k: int, run: dict, limit: int):
         """Adds a worktree, writes run-K.json, and leaves the run to a process that holds the lock."""
@@ -334,6 +353,7 @@ class LocalEngine:
         """Runs the K-th run to its end and writes end-K.json. In a process of its own."""
         log_path = experiment.path("run.log", k)
         ended, records = run_to_its_end(
+            self.night.root,
             experiment.folder,
             self.compiled,
             experiment.asked,

@@ -1,6 +1,7 @@
 """Is the gain real? The interval against scipy's numbers, the table, the queue."""
 
 import contextlib
+from dataclasses import replace
 
 import pytest
 
@@ -20,7 +21,8 @@ WELCH = [
 def test_the_interval_is_scipys_in_both_directions(monkeypatch, scores, others, low, high):
     gain = sum(others) / len(others) - sum(scores) / len(scores)
     assert welch(scores, others) == pytest.approx((gain, low, high), rel=1e-6)
-    monkeypatch.setattr(rules, "LOWER_IS_BETTER", False)
+    higher = replace(rules.TARGET, lower_is_better=False)
+    monkeypatch.setattr(rules, "TARGET", higher)
     assert welch(scores, others) == pytest.approx((-gain, -high, -low), rel=1e-6)
 
 
@@ -94,7 +96,7 @@ def end(night, n: int, score: float | None, status: str = "scored"):
 
 def keep(night, score: float) -> str:
     tip = night.repo.git("rev-parse", "HEAD")
-    commit = night.repo.commit_file(f"# {score}\n".encode(), tip, "wider")
+    commit = night.repo.commit({"train.py": f"# {score}\n".encode()}, tip, "wider")
     n = night.enqueue("try", commit, tip, "wider", 42)
     end(night, n, score, "keep")
     return commit

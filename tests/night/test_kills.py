@@ -16,9 +16,9 @@ pytestmark = needs_proc
 
 TRACED = {
     "begin": "begin enqueue sync_branch write_atomically write_target keep_ref",
-    "try": "try_ enqueue sync_branch write_atomically write_target keep_ref commit_file",
+    "try": "try_ enqueue sync_branch write_atomically write_target keep_ref commit",
     "supervise": "work recover poll_once process_finished apply fill_slot start rebase clear record"
-    " archive write_row append_line write_atomically commit_file keep_ref again watch",
+    " archive write_row append_line write_atomically commit keep_ref again watch",
 }
 
 KILLER = '''

@@ -4,14 +4,14 @@ import pytest
 
 from autoresearch.common import Fail, write_json
 from autoresearch.night import commands, rules
-from autoresearch.night.repo import merged
+from autoresearch.night.repo import merged_file as merged
 from autoresearch.night.store import Experiment, Night
 
 
 def ended(night: Night, status="keep", score=1.0, text=b"x = 2\n", **more) -> Experiment:
     """An experiment on the branch's tip, recorded."""
     tip = night.tip()
-    commit = night.repo.commit_file(text, tip, "an idea")
+    commit = night.repo.commit({"train.py": text}, tip, "an idea")
     n = night.enqueue("try", commit, tip, "an idea", 42)
     [experiment] = [e for e in night.open() if e.n == n]
     run = dict(id=f"run{n}", commit=commit, base=tip, began="2026-01-01T00:00:00Z", score=score)
@@ -33,14 +33,15 @@ def test_a_torn_line_of_the_journal_is_ignored_and_ended_by_the_next(night):
 def test_the_branch_and_the_file_go_to_the_best_but_an_edit_in_progress_stays(night):
     baseline = night.tip()
     ended(night, score=1.0)
-    night.target_path.write_text("x = 'mine'\n")
+    (night.root / "train.py").write_text("x = 'mine'\n")
     night.sync_branch()
-    assert night.tip() == baseline and night.target_path.read_text() == "x = 'mine'\n"
-    assert night.edits() == b"x = 'mine'\n"
-    night.target_path.unlink()  # deleted is no edit
+    assert night.tip() == baseline and (night.root / "train.py").read_text() == "x = 'mine'\n"
+    assert night.edits() == {"train.py": b"x = 'mine'\n"}
+    (night.root / "train.py").unlink()  # deleted is no edit
     night.sync_branch()
     assert (
-        night.tip() == night.records()[0]["commit"] and night.target_path.read_text() == "x = 2\n"
+        night.tip() == night.records()[0]["commit"]
+        and (night.root / "train.py").read_text() == "x = 2\n"
     )
     assert night.edits() is None
 
@@ -55,12 +56,12 @@ def test_changes_of_neighbouring_lines_merge_and_of_one_line_do_not():
 
 def test_the_same_change_on_another_file_has_the_same_id(night):
     repo, text = night.repo, b"def f():\n    a = 1\n\n\ndef g():\n    b = 1\n"
-    base = repo.commit_file(text, night.tip(), "base")
-    other = repo.commit_file(b"# longer\n\n" + text, base, "other")
+    base = repo.commit({"train.py": text}, night.tip(), "base")
+    other = repo.commit({"train.py": b"# longer\n\n" + text}, base, "other")
 
     def id_of(parent: str, old: bytes, new: bytes) -> str:
-        changed = repo.file_at(parent).replace(old, new)
-        return repo.change_id(parent, repo.commit_file(changed, parent, "change"))
+        changed = {"train.py": repo.contents_at(parent)["train.py"].replace(old, new)}
+        return repo.change_id(parent, repo.commit(changed, parent, "change"))
 
     assert id_of(base, b"a = 1", b"a = 2") == id_of(other, b"a = 1", b"a = 2")
     assert id_of(base, b"a = 1", b"a = 2") != id_of(base, b"a = 1", b"a = 3")
