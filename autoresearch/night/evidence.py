@@ -28,7 +28,7 @@ RUN_COST = (
 MAX_RUNS = 5  # of one change
 SURE = 1.0  # standard errors
 
-REPEATS = 24  # the newest differences of two runs of a commit that tell the noise
+REPEATS = 16  # the newest differences of two runs of a commit that tell the noise
 # Normal noise at the two-sided quantiles of a five-point Gauss-Hermite rule, and its weights.
 NODES = ((-2.857, 0.0113), (-1.3556, 0.2221), (0.0, 0.5332), (1.3556, 0.2221), (2.857, 0.0113))
 

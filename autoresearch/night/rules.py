@@ -70,17 +70,24 @@ def scores_of_commit(commit: str, *of: list[dict]) -> list[float]:
 def noise(records: list[dict]) -> float | None:
     """One standard deviation of a run's score, from every commit that ran more than once.
 
+    Commits far from the best (a kernel's time may have fallen to a tenth) count while there is no other.
     records: repeats of the best may be among them. None until a commit has two scores.
     """
     groups: dict[str, list[float]] = {}
     for record in records:
         groups.setdefault(record["commit"], []).extend(scores_of(record))
-    return evidence.noise_of(groups.values())
+    best = best_of(records)
+    near = [s for s in groups.values() if s and best and _is_near(fmean(s), best["score"])]
+    return evidence.noise_of(near) or evidence.noise_of(groups.values())
+
+
+def _is_near(score: float, other: float) -> bool:
+    return abs(score - other) <= 0.5 * abs(other)
 
 
 def best_of(records: list[dict]) -> dict | None:
     """The record at the branch's tip: the one kept last."""
-    return next((record for record in reversed(records) if record["status"] == "keep"), None)
+    return next((record for record in reversed(records) if record.get("status") == "keep"), None)
 
 
 def kept_as(commit: str, records: list[dict]) -> dict:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from statistics import fmean
 
 from autoresearch.common import cut, one_line, seconds_between, stamp
 from autoresearch.night import failures, rules
@@ -154,13 +155,16 @@ def best_lines(records: list[dict], repeats: list[dict]) -> list[str]:
     if not best:
         return []
     noise = rules.noise([*records, *repeats])
-    runs = len(rules.scores_of_commit(best["commit"], records, repeats))
+    scores = rules.scores_of_commit(best["commit"], records, repeats)
     kept = [record for record in records if record["status"] == "keep"]
     tried = [record for record in records if record["kind"] != "baseline"]
     scored = sum(record["score"] is not None for record in tried)
     changes = sum(record["status"] == "keep" for record in tried)
     deviation = "not measured yet" if noise is None else f"{noise:.6f}"
-    error = f" ± {noise / math.sqrt(runs):.6f} ({runs} runs)" if noise and runs > 1 else ""
+    error = ""
+    if noise and len(scores) > 1:
+        mean, spread = fmean(scores), noise / math.sqrt(len(scores))
+        error = f" (mean of {len(scores)} runs: {mean:.6f} ± {spread:.6f})"
     lines = [
         f"best {best['score']:.6f}{error}: {best['n']}, {best['commit'][:7]}, {title_of(best)}",
         f"     baseline {kept[0]['score']:.6f}; {len(tried)} experiments ended, {scored} scored, "

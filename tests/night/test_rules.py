@@ -59,6 +59,8 @@ def test_noise_is_that_of_all_commits_that_ran_more_than_once():
     assert rules.noise([*outlier, *pairs[:9]]) == pytest.approx(rules.noise(pairs[:9]), rel=0.3)
     louder = [ran(f"l{i}", draw.gauss(0, 0.1), draw.gauss(0, 0.1)) for i in range(24)]
     assert rules.noise([*pairs, *louder]) == rules.noise(louder)  # noise as it is now
+    slow_code = [ran("s", 100.0, 110.0), ran("best", 1.0, 1.01, status="keep")]
+    assert rules.noise(slow_code) == pytest.approx(0.01 / 0.954)
 
 
 FAST_HALF = [[i, 100 * i] for i in range(1, 11)]
