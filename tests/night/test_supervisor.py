@@ -52,7 +52,7 @@ def test_a_slot_with_nothing_to_do_measures_the_best_again_and_makes_room(lab):
     lab.until_idle()
     repeats = [r for r in lab.journal() if r["kind"] == "repeat" and r["status"] == "scored"]
     assert [record["seed"] for record in repeats] == [43, 44, 142, 143]
-    assert "best 0.980000 (mean of 5 runs: 0.979920 ± 0.0000" in lab.say()
+    assert "best 0.980000 (mean of 5 runs: 0.979880 ± 0.0000" in lab.say()
     assert len(lab.rows()) == 1 + 5  # none of a repeat
     assert "Nothing found that speaks against" in lab.say("audit")
 
