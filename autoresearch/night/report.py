@@ -12,6 +12,7 @@ from itertools import accumulate
 from pathlib import Path
 
 from autoresearch.common import Fail, git, seconds_between, seconds_of
+from autoresearch.night.logs import log_path
 from autoresearch.night.results import STATUSES, Row, read_results
 from autoresearch.night.rules import (
     BEST_MOVED,
@@ -22,7 +23,7 @@ from autoresearch.night.rules import (
     noise,
     scores_of_commit,
 )
-from autoresearch.night.settings import HERE
+from autoresearch.night.settings import HERE, METRIC_WHY, TARGET
 from autoresearch.night.slower import baseline_lines
 from autoresearch.night.store import Night
 from autoresearch.referee.ledger import joined, read_ledger
@@ -49,7 +50,7 @@ class NightReport:
     @classmethod
     def here(cls, root: Path = HERE) -> NightReport:
         """Of program.md's tag. Where its night cannot be read, `problem` says why."""
-        rows, skipped = read_results(root / "results.tsv")
+        rows, skipped = read_results(log_path(root))
         ledger, damaged = read_ledger()
         branch = git("rev-parse", "--abbrev-ref", "HEAD", at=root, check=False) or "HEAD"
         report = cls(root, rows, skipped, ledger=ledger, damaged=damaged, branch=branch)
@@ -115,6 +116,13 @@ def count_line(report: NightReport) -> str:
         f"{count['experiments']} experiment{plural}: {count['keep']} kept, {count['discard']} discarded, "
         f"{count['crash']} crashed{unmeasured}"
     )
+
+
+def metric_line() -> str:
+    """`metric: val_bpb, lower is better`; of a log of others with the reason for the direction."""
+    better = "lower" if TARGET.lower_is_better else "higher"
+    why = f" ({METRIC_WHY})" if METRIC_WHY else ""
+    return f"metric: {TARGET.metric}, {better} is better{why}"
 
 
 def noise_line(deviation: float | None) -> str:

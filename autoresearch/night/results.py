@@ -7,12 +7,12 @@ header, any line ends, ids that are no commits.
 
 from __future__ import annotations
 
-import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from autoresearch.common import one_line, some, write_atomically
+from autoresearch.night.logs import read_log
 from autoresearch.night.rules import CONFLICT, CUT_OFF, NOT_MEASURED, gain
 from autoresearch.night.settings import BASELINE_SEEDS, TARGET
 
@@ -101,66 +101,17 @@ class Row:
 
 
 def read_results(path: Path) -> tuple[list[Row], list[str]]:
-    """(rows, a sentence on those that were skipped, if any) of any results.tsv.
-
-    Remarks (`# ...`) may come first. Columns are found by name; without a header they are COLUMNS.
-    Statuses count in any case, scores where they are positive and finite.
-    """
-    text = path.read_text("utf-8-sig", "replace") if path.is_file() else ""  # any line ends
-    lines = [[cell.strip() for cell in line.split("\t")] for line in text.split("\n")]
-    numbered = [(place, cells) for place, cells in enumerate(lines, 1) if any(cells)]
-    while numbered and numbered[0][1][0].startswith("#") and len(numbered[0][1]) < 3:
-        del numbered[0]  # a remark
-    names = COLUMNS
-    if numbered and _is_header(numbered[0][1]):
-        names = [cell.lower().lstrip("# ") for cell in numbered.pop(0)[1]]
-    missing = [name for name in ("status", TARGET.metric) if name not in names]
-    if missing and numbered:
-        columns = one_line(", ".join(names), 200)
-        return [], [
-            f"all {len(numbered)} rows were skipped: no column is called {missing[0]}, only "
-            f"{columns}; rename the right one, or change TARGET in autoresearch/night/settings.py"
-        ]
+    """(rows, sentences on what was skipped, or how the metric is known) of any log (logs.py)."""
+    log = read_log(path, TARGET.metric, TARGET.lower_is_better)
+    if log.problem:
+        return [], [log.problem]
     rows = []
-    bad = []
-    for place, cells in numbered:
-        found = dict(reversed(list(zip(names, cells))))  # the first of two columns with one name
-        status = found.get("status", "").lower()
-        score = _positive(found.get(TARGET.metric, ""))
-        if status not in STATUSES or (score is None and status != "crash"):
-            bad.append(f"line {place}: {one_line(' '.join(cells), 40)}")
-            continue
-        row = Row(
-            n=len(rows) + 1,
-            commit=found.get("commit", ""),
-            score=None if status == "crash" else score,
-            memory_gb=_positive(found.get("memory_gb", "")),
-            status=status,
-            what=found.get("description", ""),
-        )
-        rows.append(row)
-    if not bad:
+    for found in log.rows:
+        rows.append(Row(n=len(rows) + 1, **found))
+    if not log.bad:
         return rows, []
-    needed = f"a status of {', '.join(STATUSES)} and a positive {TARGET.metric}"
-    return rows, [f"{len(bad)} rows were skipped, a row needs {needed}: {some(bad, 3)}"]
-
-
-def _is_header(cells: list[str]) -> bool:
-    """A first line without numbers; one cell alone where it is a header with other separators."""
-    named = len(cells) > 1 or TARGET.metric in cells[0].lower()
-    return named and all(_number(cell) is None for cell in cells)
-
-
-def _number(text: str) -> float | None:
-    try:
-        return float(text)
-    except ValueError:
-        return None
-
-
-def _positive(text: str) -> float | None:
-    number = _number(text)
-    return number if number is not None and 0 < number < math.inf else None
+    needed = f"a status such as {', '.join(STATUSES)} and a number as {TARGET.metric}"
+    return rows, [f"{len(log.bad)} rows were skipped, a row needs {needed}: {some(log.bad, 3)}"]
 
 
 # ----------------------------------------------------------------------------------- what was kept

@@ -18,7 +18,8 @@ import subprocess
 from pathlib import Path
 
 from autoresearch.common import ROOT, Fail, cores, one_line
-from autoresearch.night.target import TARGET_SETTINGS, read_target
+from autoresearch.night.logs import log_path
+from autoresearch.night.target import TARGET_SETTINGS, read_target, target_of_log
 
 
 def night_root(start: Path) -> Path:
@@ -57,6 +58,9 @@ def setting_in(text: str) -> dict[str, str]:
 
 
 TARGET = read_target({name: setting(name, "") for name in TARGET_SETTINGS})
+METRIC_WHY = ""  # where the metric is that of a log of others: how its direction is known
+if TARGET.is_train_py:
+    TARGET, METRIC_WHY = target_of_log(log_path(HERE), TARGET)
 # How night.py is called here.
 NIGHT = "uv run night.py"
 if HERE != ROOT:

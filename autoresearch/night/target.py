@@ -9,16 +9,18 @@ locked code it imports writes into the ledger. Of any other target the score is 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
 import os
 import re
 import resource
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from autoresearch.common import Fail, git, git_bytes, one_line, utc
+from autoresearch.night.logs import read_log
 from autoresearch.referee.ledger import append_record
 
 TARGET_SETTINGS = ("edit", "run", "metric", "confirm", "check")
@@ -102,6 +104,17 @@ def read_target(settings: dict[str, str]) -> Target:
         lower_is_better=found[2] == "lower",
         confirm=shell(settings["confirm"], check) if settings.get("confirm") else None,
     )
+
+
+def target_of_log(path: Path, target: Target) -> tuple[Target, str]:
+    """(the target with the metric of a log that others wrote, how its direction is known)."""
+    with contextlib.suppress(OSError), open(path, "rb") as file:
+        if target.metric.encode() not in file.read(1000):
+            log = read_log(path, target.metric, target.lower_is_better)
+            if log.rows and log.metric != target.metric:
+                named = dict(metric=log.metric, test_metric=log.metric)
+                return replace(target, **named, lower_is_better=log.lower_is_better), log.why
+    return target, ""
 
 
 def shell(command: str, check: str | None) -> tuple[str, ...]:

@@ -86,15 +86,15 @@ def test_the_same_rows_however_they_are_written(tmp_path, text):
 def test_what_is_no_row_is_skipped_in_one_sentence(tmp_path):
     ids = ["001", "none", "", "ABCDEF0"]  # are any text
     good = "".join(f"{i}\t0.9\tmuch\tkeep\twhat\n" for i in ids)
-    broken = ["hello", "x\t0.9\t1\trejected", "x\tnan\t1\tkeep", "x\t0.000000\t1\tkeep"]
+    broken = ["hello", "x\t0.9\t1\tmaybe", "x\tnan\t1\tkeep", "x\t0.000000\t1\tkeep"]
     text = HEADER + good + "\n".join(broken) + "\n\x0b \u2028\n"
     rows, skipped = read(tmp_path, text.encode() + b"\xff\xfe\n")
     assert [row.commit for row in rows] == ids and rows[0].memory_gb is None
     assert [row.hash for row in rows] == [None, None, None, "abcdef0"]
     assert skipped == [
-        "5 rows were skipped, a row needs a status of keep, discard, crash and a positive val_bpb: "
-        "line 6: hello, line 7: x 0.9 1 rejected, line 8: x nan 1 keep and 2 more"
+        "5 rows were skipped, a row needs a status such as keep, discard, crash and a number as val_bpb: "
+        "line 6: hello, line 7: x 0.9 1 maybe, line 8: x nan 1 keep and 2 more"
     ]
-    rows, skipped = read(tmp_path, "id\tval_rmse\tstatus\n" + "1\t3.5\tkeep\n" * 500)
-    words = "all 500 rows were skipped: no column is called val_bpb, only id, val_rmse, status; "
+    rows, skipped = read(tmp_path, "id\tval_rmse\tgain\n" + "1\t3.5\tkeep\n" * 500)
+    words = "all 500 rows were skipped: no column is called status, only id, val_rmse, gain; "
     assert rows == [] and skipped[0].startswith(words)
