@@ -37,6 +37,7 @@ from autoresearch.night import (
     audit,
     commands,
     confirm,
+    memory,
     new,
     objects,
     page,
@@ -91,7 +92,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("stop", help="end all runs; begin continues")
     option = add("runs", help="print the ledger as a table").add_argument
     option("count", type=int, nargs="?", default=30)
+    option("--search", metavar="WORDS", help="experiments of all nights that have these words")
     option("--json", **as_object)
+    option = add("note", help="append a lesson to lessons.md").add_argument
+    option("message", help="what was learnt; - reads it from standard input")
     option = add("audit", help="check results.tsv against the ledger and git").add_argument
     option("--json", **as_object)
     option = add("confirm", help="compare baseline and best on the test split").add_argument
@@ -149,6 +153,8 @@ def main(argv: list[str] | None = None):
     args = parse(argv)
     if args.command == "supervise":
         return supervisor.supervise(make_engine, page.Refresher)
+    if args.command == "runs" and args.search:
+        return commands.say_search(Night(), args.search)
     if args.command == "runs":
         return objects.say_runs(args.count) if args.json else commands.list_runs(args.count)
     if args.command == "audit":
@@ -167,7 +173,7 @@ def main(argv: list[str] | None = None):
         return confirm.confirm(night, args.seeds)
     if args.command == "page":
         return page.say_page(night, args.serve, args.json)
-    if args.command == "try" and args.message == "-":
+    if args.command in ("try", "note") and args.message == "-":
         args.message = sys.stdin.read()
     with night.command():
         if night.begun():
@@ -178,6 +184,9 @@ def main(argv: list[str] | None = None):
             commands.begin(night)
         elif args.command == "try":
             commands.try_(night, args.message, args.simpler, args.expect)
+        elif args.command == "note":
+            memory.note(night, args.message)
+            print("next:", status.what_next(night))
         elif args.command == "show":
             commands.show(night, args.n, args.diff)
         elif args.command == "bring":

@@ -25,7 +25,7 @@ from autoresearch.common import (
     write_atomically,
     write_json,
 )
-from autoresearch.night import failures, rules
+from autoresearch.night import failures, memory, rules
 from autoresearch.night.doubts import rate
 from autoresearch.night.experiment import Experiment
 from autoresearch.night.repo import Contents, merged
@@ -198,13 +198,18 @@ def try_(night: Night, message: str, simpler: bool, expect: float | None):
     commit = night.repo.commit(contents, base, message)
     change = night.repo.change_id(base, commit)
     check_new(night, change, base)
-    more = dict(simpler=simpler, expect=expect, change=change)
+    lines = memory.changed_lines(night.repo.diff(base, commit))
+    earlier = memory.earlier_lines(night, lines)
+    parts = memory.changed_parts(night.repo.contents_at(base), contents)
+    more = dict(simpler=simpler, expect=expect, change=change, lines=lines, parts=parts)
     n = night.enqueue("try", commit, base, message, BASELINE_SEEDS[0], **more)
     night.sync_branch()
     wake(night)
     best = rules.best_of(night.records())
     place = f"the best, {best['commit'][:7]}" if best else f"the baseline, {night.tip()[:7]}"
     print(f"{n}: queued as {commit[:7]}; {TARGET.file} is {place} again")
+    if earlier:
+        print(*(f"   {line}" for line in earlier), sep="\n")
     print("next:", what_next(night))
 
 
@@ -536,6 +541,13 @@ def last_runs(count: int) -> list[dict]:
     records, _ = read_ledger(max(0, size - 4096 * count))  # the end: all of 10,000 runs takes 0.8 s
     last = {record.get("run"): record for record in records}  # the end replaces the start
     return list(last.values())[-count:]
+
+
+def say_search(night: Night, words: str):
+    """The experiments of all nights that have these words."""
+    lines = memory.search(night.root, words.split())
+    print(*(lines or [f"no experiment of any night has: {words}"]), sep="\n")
+    print("next: uv run night.py says where the night stands")
 
 
 def list_runs(count: int):

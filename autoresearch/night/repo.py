@@ -97,6 +97,11 @@ class Repository:
             commit = self.git(*identity, *words, give=message.encode())
         return commit
 
+    def diff(self, before: str, after: str) -> str:
+        """What changed in the files, without context."""
+        options = ("-p", "-U0", "--no-ext-diff", "--no-textconv")
+        return self.git("diff-tree", *options, before, after, "--", *self.files)
+
     def change_id(self, before: str, after: str) -> str:
         """The same 12 digits for the same change, whatever it was made on."""
         options = ("-p", "-U0", "--no-ext-diff", "--no-textconv")

@@ -13,6 +13,7 @@ from autoresearch.night import failures, rules
 from autoresearch.night.agent import agent_lines
 from autoresearch.night.doubts import FEW_STEPS, rate
 from autoresearch.night.experiment import Experiment
+from autoresearch.night.memory import lesson_lines, stagnation_lines
 from autoresearch.night.results import row_of
 from autoresearch.night.settings import TARGET, cluster_address, cluster_problem
 from autoresearch.night.slower import baseline_lines
@@ -240,6 +241,7 @@ def print_status(night: Night):
     print(f"night {night.tag} on {night.branch}")
     night.sync_branch()
     lines = standing_lines(night) + open_lines(night) + agent_lines(night)
+    lines += stagnation_lines(night) + lesson_lines(night)
     recent = [f"  {cut(row_of(record), WIDTH)}" for record in night.records()[-5:]]
     if recent:
         lines += ["last rows of results.tsv:", *recent]

@@ -226,9 +226,11 @@ class Night:
         base = {} if experiment.has_no_row else rules.kept_as(run.get("base", ""), self.records())
         verdict = step.verdict or rules.Verdict("", "")
         named = ("n", "kind", "seed", "message", "simpler", "expect", "change")
+        changed = {key: asked[key] for key in ("lines", "parts") if asked.get(key)}
         measured = ("tokens", "training_seconds", "wall_seconds", "steps", "began", "host")
         record = {
             **{key: asked[key] for key in named},
+            **changed,
             "commit": run.get("commit", asked["commit"]),
             "base": run.get("base", asked["base"]),
             "status": step.status,
