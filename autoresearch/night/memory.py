@@ -188,7 +188,9 @@ def stagnation_lines(night: Night) -> list[str]:
     best = rules.best_of(night.records())
     deviation = rules.noise([*night.records(), *night.repeats()]) or 0.0
     near = [
-        r for r in records if r["status"] == "discard" and (r.get("seen") or [-9e9])[0] > -2 * deviation
+        r
+        for r in records
+        if r["status"] == "discard" and (r.get("seen") or [-9e9])[0] > -2 * deviation
     ]
     near = [r for r in near if best and r["base"] == best["commit"]]
     near.sort(key=lambda record: -record["seen"][0])
