@@ -6,6 +6,8 @@ Pure functions of what the ledger says of a run.
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 MIN_THROUGHPUT_RATIO = 2 / 3  # of the expected tokens a second; below it a run is slow
 FEW_STEPS = 50  # a score after fewer measures the machine more than the idea
 VERY_SLOW_RATIO = 1 / 3  # of the best's tokens a second; below it a change is measured twice
@@ -14,6 +16,27 @@ VERY_SLOW_RATIO = 1 / 3  # of the best's tokens a second; below it a change is m
 # took something slower than the best.
 CONDITIONS = ("fingerprint", "device", "attention", "compiled", "dtype", "torch", "driver")
 FELL_BACK = "fell_back"
+
+
+# A gain beyond all gains before by so many times; while there are fewer than two, this share of the score.
+TOO_GOOD_TIMES, TOO_GOOD_SHARE = 5, 0.3
+
+
+def too_good(kept: list[float]) -> list[int]:
+    """The places, in the scores that were kept one after another, of gains too good to be believed.
+
+    Most are a leak, a judge that was fooled, or a mistake; some are real. All are kept, and marked.
+    """
+    found = []
+    for i in range(1, len(kept)):
+        earlier = [abs(after - before) for before, after in pairwise(kept[:i])]
+        gained = abs(kept[i] - kept[i - 1])
+        enough = TOO_GOOD_SHARE * abs(kept[i - 1])
+        if len(earlier) > 1:
+            enough = max(TOO_GOOD_TIMES * max(earlier), enough / 10)
+        if gained > enough:
+            found.append(i)
+    return found
 
 
 def rate(run: dict) -> float | None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 
-from autoresearch.common import utc
+from autoresearch.common import one_line, utc
 from autoresearch.night import failures, results, rules
 from autoresearch.night.audit import audit, summary_of
 from autoresearch.night.commands import last_runs
@@ -56,6 +56,7 @@ def page_object(night: Night, report: NightReport) -> dict:
             {"n": by_place[row.n]["n"], "row": row.n, "gain": gain, "best": best}
             for row, gain, best in results.gains(report.rows)
         ],
+        "too_good": [by_place[row.n]["n"] for row in results.too_good_rows(report.rows)],
         "better_not_kept": [by_place[row.n]["n"] for row in better_than_best(report.rows)],
         "predictions": dict(zip(("count", "direction", "size"), predictions)),
         "confirmation": confirmation_lines(records, report.confirmed, ledger),
@@ -127,6 +128,17 @@ def row_objects(report: NightReport) -> list[dict]:
             }
         )
     return found
+
+
+def too_good_lines(report: NightReport) -> list[str]:
+    """Of each kept score that is beyond all gains before by far: what to do."""
+    rows = {row["row"]: row for row in row_objects(report)}
+    found = [rows[row.n] for row in results.too_good_rows(report.rows)]
+    return [
+        f"{row['n'] or row['row']} is too good ({row['score']:.6f}): look at the diff before you "
+        f"believe it: {one_line(row['description'], 60)}"
+        for row in found
+    ]
 
 
 def better_lines(report: NightReport, most: int = 5) -> list[str]:

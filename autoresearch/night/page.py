@@ -14,7 +14,7 @@ import traceback
 from datetime import datetime
 
 from autoresearch.common import Fail, one_line, seconds_of, write_atomically
-from autoresearch.night.objects import better_lines, page_object, say
+from autoresearch.night.objects import better_lines, page_object, say, too_good_lines
 from autoresearch.night.picture import Picture
 from autoresearch.night.report import (
     NightReport,
@@ -243,7 +243,7 @@ def _picture(now: dict, report: NightReport) -> str:
         svg(picture, narrow, hours, {}),
         svg(picture, wide, hours, said),
         f'<ul class="legend">{"".join(marks)}</ul>',
-        *map(_line, better_lines(report)),
+        *map(_line, [*too_good_lines(report), *better_lines(report)]),
     )
 
 
@@ -335,6 +335,7 @@ svg .band { fill: var(--keep); opacity: .15; }
 svg .discard { fill: var(--dot); fill-opacity: .8; }
 svg .keep { fill: var(--keep); stroke: var(--back); }
 svg .crash { stroke: var(--crash); stroke-width: 1.6; fill: none; }
+svg .toogood { stroke: var(--crash); stroke-width: 1.6; fill: none; }
 svg .unmeasured { stroke: var(--dot); stroke-width: 1.4; fill: none; }
 .legend { display: flex; flex-wrap: wrap; gap: 2px 16px; font-size: 12px; color: var(--quiet); }
 .legend li::before { content: "●"; margin-right: 6px; color: var(--dot); }

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from autoresearch.night.results import Row, best_row, gains
+from autoresearch.night.results import Row, best_row, gains, too_good_rows
 from autoresearch.night.rules import gain
 from autoresearch.night.settings import TARGET
 
@@ -56,6 +56,7 @@ class Picture:
                 "below it": [row for row in others if row.score < low],
                 "crashed": [row for row in crashes if not row.not_measured],
                 "not measured": [row for row in crashes if row.not_measured],
+                "too good": too_good_rows(rows),
                 "kept, above this range": [row for row in kept if row.score > high],
             },
             steps,

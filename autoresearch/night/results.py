@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from autoresearch.common import one_line, some, write_atomically
+from autoresearch.night.doubts import too_good
 from autoresearch.night.logs import read_log
 from autoresearch.night.rules import CONFLICT, CUT_OFF, NOT_MEASURED, gain
 from autoresearch.night.settings import BASELINE_SEEDS, TARGET
@@ -128,6 +129,12 @@ def gains(rows: list[Row]) -> list[tuple[Row, float, float]]:
                 best = row.score
             found.append((row, better, best))
     return found
+
+
+def too_good_rows(rows: list[Row]) -> list[Row]:
+    """The kept rows to be looked at before they are believed: doubts.too_good."""
+    kept = [row for row in rows if row.status == "keep"]
+    return [kept[i] for i in too_good([row.score for row in kept])]
 
 
 def best_row(rows: list[Row]) -> Row:

@@ -11,7 +11,7 @@ from statistics import fmean
 from autoresearch.common import cut, one_line, seconds_between, stamp
 from autoresearch.night import failures, rules
 from autoresearch.night.agent import agent_lines
-from autoresearch.night.doubts import FEW_STEPS, rate
+from autoresearch.night.doubts import FEW_STEPS, rate, too_good
 from autoresearch.night.experiment import Experiment
 from autoresearch.night.memory import lesson_lines, stagnation_lines
 from autoresearch.night.results import row_of
@@ -171,6 +171,10 @@ def best_lines(records: list[dict], repeats: list[dict]) -> list[str]:
         f"     baseline {kept[0]['score']:.6f}; {len(tried)} experiments ended, {scored} scored, "
         f"{changes} kept; noise of a run {deviation}",
     ]
+    for i in too_good([record["score"] for record in kept]):
+        n, size = kept[i]["n"], abs(kept[i]["score"] - kept[i - 1]["score"])
+        look = f"look at the diff before you believe it: uv run night.py show {n} --diff"
+        lines.append(f"     {n} is too good ({size:.6f} at once): {look}")
     for lost in rules.displaced_by(best, records):
         again = f"uv run night.py show {lost['n']}, make that change again on top, and try"
         lines.append(

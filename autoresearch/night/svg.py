@@ -69,6 +69,9 @@ def svg(picture: Picture, frame: Frame, hours: dict[int, str], said: dict[int, s
     far = marks["kept, above this range"]
     parts += [marker(row, frame.top + 6, "keep", UP) for row in far]
     parts += [marker(row, y(row.score), "keep") for row in picture.kept if row not in far]
+    for row in marks["too good"]:  # a ring around the point
+        place = f'cx="{x(row.n):.1f}" cy="{y(row.score):.1f}"'
+        parts.append(f'<circle class="toogood" {place} r="{radius + 5:.1f}"/>')
     parts += _labels(picture, frame, x, y)
     box = f'viewBox="0 0 {frame.width} {frame.height}" font-size="{frame.font}"'
     name = f'class="{frame.name}" role="img" aria-label="{escaped(picture.title)}"'
