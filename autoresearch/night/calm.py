@@ -10,7 +10,7 @@ import subprocess
 import time
 from pathlib import Path
 
-BUSY_SHARE = 0.15  # of all cores, or of a card's time: above it, others disturb a run
+BUSY_SHARE = 0.2  # of all cores, or of a card's time: above it, others disturb a run
 PROBE_SECONDS = 0.3
 LOOK_AGAIN = 5  # seconds between two looks at a busy machine
 
@@ -18,6 +18,7 @@ LOOK_AGAIN = 5  # seconds between two looks at a busy machine
 class Calm:
     """Lets runs start while others leave the machine alone; for `limit` seconds it waits for that.
 
+    A load that stays longer is part of the machine: later runs do not wait for its end, but know of it.
     limit: None means never to look.
     """
 
@@ -25,6 +26,7 @@ class Calm:
         self.limit = limit
         self.since: float | None = None  # when the wait for calm began
         self.looked = 0.0
+        self.gave_up = False  # and no calm has come since
         self.share = 0.0  # of the machine that others used at the last look
 
     def waits(self) -> bool:
@@ -36,12 +38,16 @@ class Calm:
         if self.limit is None or (self.waits() and now < self.looked + LOOK_AGAIN):
             return self.limit is None
         card = slot.get("CUDA_VISIBLE_DEVICES")
-        shares = [cores_share() if alone else 0.0, card_share(card) if card else 0.0]
-        self.share, self.looked = max(shares), time.monotonic()
-        if self.share > BUSY_SHARE:
+        if card:
+            self.share = card_share(card)  # a card's run hardly needs the cores
+        else:
+            self.share = cores_share() if alone else 0.0
+        self.looked = time.monotonic()
+        if self.share > BUSY_SHARE and not self.gave_up:
             self.since = self.since or now
             if now < self.since + self.limit:
                 return False
+        self.gave_up = self.share > BUSY_SHARE
         self.since = None
         return True
 
