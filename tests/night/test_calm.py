@@ -38,6 +38,12 @@ def test_after_the_limit_it_starts_and_the_run_knows_that_it_is_not_alone(load):
     assert not it.allows({}, alone=True)
     load["time"] += 601
     assert it.allows({}, alone=True) and it.busy() == 0.5
+    load["time"] += 300  # the next run: that load stays, and is not waited for again
+    assert it.allows({}, alone=True) and it.busy() == 0.5
+    load["share"] = 0.0
+    assert it.allows({}, alone=True) and it.busy() is None
+    load["share"] = 0.5  # another load after some calm
+    assert not it.allows({}, alone=True)
 
 
 def test_runs_of_our_own_are_not_taken_for_others(load):
@@ -45,7 +51,9 @@ def test_runs_of_our_own_are_not_taken_for_others(load):
     assert Calm(600).allows({}, alone=False)
     assert Calm(None).allows({}, alone=True)
     assert not Calm(600).allows({"CUDA_VISIBLE_DEVICES": "1"}, alone=False)  # its card is used
-    assert Calm(600).allows({"CUDA_VISIBLE_DEVICES": "0"}, alone=False)
+    assert Calm(600).allows(
+        {"CUDA_VISIBLE_DEVICES": "0"}, alone=True
+    )  # not the cores, but its card
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/stat")
