@@ -93,7 +93,7 @@ def wanted_repeats() -> int:
 
 def calm_limit() -> int | None:
     """Seconds that a run waits for a machine which others use; None: it does not look."""
-    return None if setting("calm", "600").startswith("off") else number_setting("calm", "600")
+    return None if setting("calm", "300").startswith("off") else number_setting("calm", "300")
 
 
 # --------------------------------------------------------------------- where the runs go: slots
