@@ -252,12 +252,12 @@ def kill_watcher(nodes: Nodes, run_id: str):
     """SIGKILL to the process that watches a run on its node."""
     jobs = {json.loads(path.read_text())["run"]["id"]: path for path in nodes.jobs()}
     folder = str(jobs[run_id].parent)
-    processes = [path.parent for path in Path("/proc").glob("[0-9]*/cwd")]
-    there = [path for path in processes if os.path.realpath(path / "cwd").startswith(folder)]
     named = []
-    for path in there:
+    for cwd in Path("/proc").glob("[0-9]*/cwd"):
         with contextlib.suppress(FileNotFoundError):  # it has ended meanwhile
-            named += [path.name] * ("ray_node" in (path / "cmdline").read_text())
+            there = os.readlink(cwd).startswith(folder)
+            if there and "ray_node" in (cwd.parent / "cmdline").read_text():
+                named.append(cwd.parent.name)
     [watcher] = named
     os.kill(int(watcher), signal.SIGKILL)
 
