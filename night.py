@@ -43,6 +43,7 @@ from autoresearch.night import (
     page,
     status,
     supervisor,
+    sweep,
 )
 from autoresearch.night.clients import CLIENTS
 from autoresearch.night.ray_engine import RayEngine
@@ -103,6 +104,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     option = add("page", help="write night.html, the night to look at").add_argument
     option("--serve", type=int, metavar="PORT", help="offer it on 127.0.0.1 until Ctrl-C")
     option("--json", **as_object)
+    option = add("sweep", help="propose values of the dimensions while a slot is free").add_argument
+    option("--dims", default="", metavar="NAMES", help="these alone, by comma")
+    option("--experiments", type=int, metavar="N")
+    option("--hours", type=finite, metavar="H")
+    option("--patience", type=int, default=20, metavar="N", help="end when N brought nothing")
     option = add("agent", help="start a coding agent again and again").add_argument
     option("client", nargs="?", choices=CLIENTS, help="or any other: agent -- COMMAND...")
     option("--until", metavar="HH:MM", help="local time at which it ends")
@@ -167,6 +173,9 @@ def main(argv: list[str] | None = None):
     before_begin = args.command in (None, "begin") or vars(args).get("what") == "best"
     if not before_begin and not night.begun():
         raise Fail("no night has begun: uv run night.py begin")
+    if args.command == "sweep":
+        names = [name.strip() for name in args.dims.split(",") if name.strip()]
+        return sweep.sweep(night, names, args.experiments, args.hours, args.patience)
     if args.command == "wait":
         return commands.wait(night, args.seconds)
     if args.command == "confirm":

@@ -67,15 +67,15 @@ class Settings:
     # model
     N_KV_HEAD = None  # key/value heads; None: as many as query heads
     SOFTCAP = 15  # logits stay within +-15
-    X0_INIT = 0.05  # b_i: x0's share in a layer's input
-    INIT_SCALE = 0.68  # k: uniform within +-k sqrt(3 / N_EMBD)
+    X0_INIT = 0.05  # b_i: x0's share in a layer's input; sweep: 0.0..0.2
+    INIT_SCALE = 0.68  # k: uniform within +-k sqrt(3 / N_EMBD); sweep: 0.3..1.5 log
     SHORT_WINDOW = 1 / 8  # of the sequence
     GATE_CHANNELS = 32  # gates read the first channels of the stream
     # learning rates
-    MUON_LR = 0.04
-    SCALAR_LR = 0.5
+    MUON_LR = 0.04  # sweep: 0.01..0.16 log
+    SCALAR_LR = 0.5  # sweep: 0.1..2.0 log
     # weight decay
-    MUON_WEIGHT_DECAY = 0.2  # cautious; falls to 0 over the budget
+    MUON_WEIGHT_DECAY = 0.2  # cautious; falls to 0 over the budget; sweep: 0.0..0.6
     HEAD_WEIGHT_DECAY = 0.01
     EMBEDDING_WEIGHT_DECAY = 0.001
     VALUE_EMBEDDING_WEIGHT_DECAY = 0.003
@@ -84,11 +84,11 @@ class Settings:
     ADAM_BETA2 = 0.95
     X0_BETA1 = 0.96  # of b_i
     MUON_MOMENTUM_START = 0.85
-    MUON_MOMENTUM_END = 0.95
+    MUON_MOMENTUM_END = 0.95  # sweep: 0.85..0.98
     MUON_MOMENTUM_WARMUP = 200  # steps from start to end
     # schedule, in shares of the budget
-    WARMUP = 0.0
-    FINAL_LR_FRAC = 0.05  # of the learning rate, left at the end
+    WARMUP = 0.0  # sweep: 0.0..0.1
+    FINAL_LR_FRAC = 0.05  # of the learning rate, left at the end; sweep: 0.0..0.2
 
 
 class H100(Settings):  # a data center's card of 40 GB or more
@@ -100,10 +100,10 @@ class H100(Settings):  # a data center's card of 40 GB or more
     TOKENS_PER_STEP = 2**18
     DEVICE_BATCH_SIZE = 64  # rows at a time, if memory allows
     EVAL_BATCH_TOKENS = 2**16
-    EMBEDDING_LR = 0.9  # of the value embeddings too
-    HEAD_LR = 0.005
+    EMBEDDING_LR = 0.9  # of the value embeddings too; sweep: 0.1..2.0 log
+    HEAD_LR = 0.005  # sweep: 0.001..0.02 log
     LR_WIDTH_POWER = -0.5  # both x (N_EMBD / 768) ** this
-    WARMDOWN = 0.75
+    WARMDOWN = 0.75  # sweep: 0.2..1.0
 
 
 class GPU(Settings):  # any other
@@ -115,10 +115,10 @@ class GPU(Settings):  # any other
     TOKENS_PER_STEP = 2**16
     DEVICE_BATCH_SIZE = 32
     EVAL_BATCH_TOKENS = 2**15
-    EMBEDDING_LR = 0.9
-    HEAD_LR = 0.005
+    EMBEDDING_LR = 0.9  # sweep: 0.1..2.0 log
+    HEAD_LR = 0.005  # sweep: 0.001..0.02 log
     LR_WIDTH_POWER = 0.0
-    WARMDOWN = 0.6
+    WARMDOWN = 0.6  # sweep: 0.2..1.0
 
 
 class CPU(Settings):  # no GPU, or the demo
@@ -130,10 +130,10 @@ class CPU(Settings):  # no GPU, or the demo
     TOKENS_PER_STEP = 2**13
     DEVICE_BATCH_SIZE = 32
     EVAL_BATCH_TOKENS = 2**11
-    EMBEDDING_LR = 0.6
-    HEAD_LR = 0.004
+    EMBEDDING_LR = 0.6  # sweep: 0.1..2.0 log
+    HEAD_LR = 0.004  # sweep: 0.001..0.02 log
     LR_WIDTH_POWER = -0.5
-    WARMDOWN = 0.75
+    WARMDOWN = 0.75  # sweep: 0.2..1.0
 
 
 SIZES = {"h100": H100, "gpu": GPU, "cpu": CPU}

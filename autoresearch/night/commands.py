@@ -216,7 +216,7 @@ def try_(night: Night, message: str, simpler: bool, expect: float | None):
 def again(night: Night, n: int):
     """Queues an experiment that has no score as a new one: the same change, on the best."""
     record, _ = find(night, n)
-    if record["kind"] != "try":
+    if record["kind"] not in rules.TRIED:
         raise Fail(
             f"{n} ({record['kind']}) is no experiment of yours: uv run night.py says what is"
         )
@@ -387,7 +387,7 @@ def find(night: Night, n: int) -> tuple[dict, Experiment]:
 def show(night: Night, n: int, only_diff: bool = False):
     """Decision, diff, losses beside the best's, and the end of the log of the run that counts."""
     record, experiment = find(night, n)
-    diff = diff_lines(night, record) if record["kind"] == "try" else []
+    diff = diff_lines(night, record) if record["kind"] in rules.TRIED else []
     if only_diff:
         print(*diff, sep="\n")
         print("next:", what_next(night))
@@ -472,7 +472,7 @@ def bring(night: Night, what: str):
 
 def bring_change(night: Night, n: str):
     record, _ = find(night, int(n))
-    if record["kind"] != "try":
+    if record["kind"] not in rules.TRIED:
         raise Fail(f"{n} ({record['kind']}) has no change: uv run night.py bring best")
     night.sync_branch()
     commit, tip, edits = record["commit"], night.tip(), night.edits()

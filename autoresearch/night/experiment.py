@@ -21,7 +21,7 @@ def split_of(asked: dict) -> str:
 class Experiment:
     """One folder of the queue. Its files, each written once, are:
 
-    experiment.json   what was asked for: n, kind (baseline, try, confirm, repeat), commit, base, seed, ...
+    experiment.json   what was asked for: n, kind (baseline, try, sweep, confirm, repeat), commit, base, seed, ...
     run-K.json        the K-th run: its id, the commit that runs, the best it is based on, its slot and seed
     run-K.log         all that it printed
     progress-K.jsonl  its phases and losses, by the locked clock

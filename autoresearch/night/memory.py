@@ -132,7 +132,7 @@ def search(root: Path, words: list[str], most: int = 30) -> list[str]:
     found = []
     for journal in root.glob(".night/*/journal.jsonl"):
         for record in parsed(journal.read_bytes().split(b"\n")):
-            if record.get("kind") not in ("try", "sweep"):
+            if record.get("kind") not in rules.TRIED:
                 continue
             text = [record["message"], record["why"], *(record.get("lines") or [])]
             if all(word in " ".join(text).lower() for word in wanted):

@@ -16,7 +16,7 @@ from autoresearch.night.settings import setting_in
 from autoresearch.night.target import read_target
 
 EXAMPLES = ROOT / "examples"
-OF_THE_HUMAN = ("stop", "confirm", "agent", "new")  # commands that an agent may not type
+OF_THE_HUMAN = ("stop", "confirm", "agent", "sweep", "new")  # commands that an agent may not type
 NOT_COPIED = shutil.ignore_patterns("README.md", "__pycache__", "*.pyc")
 
 

@@ -29,6 +29,7 @@ UNMEASURED_NOISE = 0.001  # of the score, while no commit has two scores
 MAX_SLOW = 3  # an experiment that others slowed so often is not measured
 MAX_CUT_OFFS = 3  # an experiment that was cut off so often is given up
 
+TRIED = ("try", "sweep")  # kinds of experiments that change something
 # How reasons begin: why a run is done again, or why an experiment was not run.
 BEST_MOVED = "the best moved"
 PROMISING = "promising"
@@ -300,7 +301,7 @@ def _after_end(asked: dict, runs: list[dict], history: History) -> Record | Agai
     tries = 1 + sum(earlier.startswith(SLOW) for earlier in before)
     if doubt and tries < (MAX_SLOW if slow else 2):
         return Again(doubt)
-    if slow and asked["kind"] == "try":
+    if slow and asked["kind"] in TRIED:
         if not others:
             why = f"{NOT_MEASURED}: machine busy ({slow:.0%} of its expected rate, {tries} tries)"
             return Record("crash", why, run, slow=slow)
@@ -316,7 +317,7 @@ def _after_end(asked: dict, runs: list[dict], history: History) -> Record | Agai
 def next_seed(asked: dict, runs: list[dict], commit: str) -> int:
     """The seed of an experiment's next run: another where it was promising, the first on a new best."""
     here = [run for run in runs if run["commit"] == commit]
-    if asked["kind"] != "try":
+    if asked["kind"] not in TRIED:
         return asked["seed"]
     if not here:
         return RUN_SEEDS[0]

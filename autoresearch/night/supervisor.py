@@ -189,13 +189,15 @@ class Supervisor:
         runs = experiment.runs()
         slowed = bool(runs) and runs[-1].get("again", "").startswith(rules.SLOW)
         first = experiment.is_baseline, bool(runs) and not slowed
-        return (*(not one for one in first), slowed, -self.gained(experiment), experiment.n)
+        proposed = experiment.asked["kind"] == "sweep"  # the agent's own ideas go first
+        order = (*(not one for one in first), slowed, proposed, -self.gained(experiment))
+        return (*order, experiment.n)
 
     def start(self, experiment: Experiment, slot: dict):
         """Puts the change on top of the best where that has moved, and starts the run."""
         best = rules.best_of(self.night.records())
         base = experiment.asked["base"]
-        if best and experiment.asked["kind"] == "try":
+        if best and experiment.asked["kind"] in rules.TRIED:
             base = best["commit"]
         commit, conflict = self.rebase(experiment, base)
         if commit is None:
