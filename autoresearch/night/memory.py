@@ -137,7 +137,7 @@ def search(root: Path, words: list[str], most: int = 30) -> list[str]:
             text = [record["message"], record["why"], *(record.get("lines") or [])]
             if all(word in " ".join(text).lower() for word in wanted):
                 found.append((record["ended"], journal.parent.name, record))
-    found.sort(key=lambda one: one[0], reverse=True)
+    found.sort(key=lambda one: (one[0], one[2]["n"]), reverse=True)
     lines = []
     for ended, tag, record in found[:most]:
         got = "" if record["got"] is None else f" ({record['got']:+.6f})"
