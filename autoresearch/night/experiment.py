@@ -21,8 +21,8 @@ def split_of(asked: dict) -> str:
 class Experiment:
     """One folder of the queue. Its files, each written once, are:
 
-    experiment.json   what was asked for: n, kind (baseline, try, sweep, confirm, repeat), commit, base, seed, ...
-    run-K.json        the K-th run: its id, the commit that runs, the best it is based on, its slot and seed
+    experiment.json   what was asked for: n, kind (baseline, try, sweep, confirm, repeat), commit, base, ...
+    run-K.json        the K-th run: its id, the commit that runs, the best it is based on, slot and seed
     run-K.log         all that it printed
     progress-K.jsonl  its phases and losses, by the locked clock
     end-K.json        how it ended, and what the ledger says of it
