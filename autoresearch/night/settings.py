@@ -23,10 +23,15 @@ from autoresearch.night.target import TARGET_SETTINGS, read_target, target_of_lo
 
 
 def night_root(start: Path) -> Path:
-    """The repository whose night it is: that of the folder `start`, else the one night.py lies in."""
+    """The repository whose night it is: that of the folder `start`, else the one night.py lies in.
+
+    Raises Fail in a bare one, which has no files to change.
+    """
     for folder in (start, *start.parents):
         if (folder / ".git").exists():
             return folder
+        if (folder / "HEAD").is_file() and (folder / "objects").is_dir() and folder.name != ".git":
+            raise Fail(f"{folder} is a bare repository: git clone it, and begin in the clone")
     return ROOT
 
 

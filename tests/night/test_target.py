@@ -166,6 +166,13 @@ def test_a_link_is_no_file_to_change(tmp_path):
     assert "`edit: link.py`: it is a link" in place.refused("begin")
 
 
+def test_a_bare_repository_has_no_night(tmp_path):
+    subprocess.run(["git", "init", "-q", "--bare", tmp_path / "it"], check=True)
+    night = [sys.executable, ROOT / "night.py", "begin"]
+    told = subprocess.run(night, cwd=tmp_path / "it", capture_output=True, text=True)
+    assert told.returncode == 1 and "is a bare repository: git clone it" in told.stderr
+
+
 def test_without_the_settings_it_is_train_py():
     assert read_target({}) is TRAIN_PY
     with pytest.raises(Fail, match="says `confirm` without `edit`"):
