@@ -44,22 +44,22 @@ RUN_SEEDS = (42, 43, 44, 142, 143)  # of a commit's runs, in turn; `confirm` tak
 BASELINE_SEEDS = RUN_SEEDS[:3]
 
 
+def setting_in(text: str) -> dict[str, str]:
+    """All settings of a program.md; of two lines with one name the first."""
+    lines = re.findall(r"^- ([\w-]+):[ \t]*(.*?)[ \t]*$", text, re.M)
+    return dict(reversed(lines))
+
+
 def setting(name: str, default: str | None = None) -> str:
     """The text behind `- name:` in program.md. Raises Fail where there is none and no default."""
     text = PROGRAM.read_text(errors="replace") if PROGRAM.is_file() else ""
-    found = re.search(rf"^- {name}:[ \t]*(.*?)[ \t]*$", text, re.M)
-    if found and found[1]:
-        return found[1]
+    found = setting_in(text).get(name)
+    if found:
+        return found
     if default is None:
         where = "program.md" if HERE == ROOT else str(PROGRAM)
         raise Fail(f"{where} has no line `- {name}: ...`: add it to the settings")
     return default
-
-
-def setting_in(text: str) -> dict[str, str]:
-    """All settings of a program.md, the first line of each name."""
-    lines = re.findall(r"^- ([\w-]+):[ \t]*(.*?)[ \t]*$", text, re.M)
-    return dict(reversed(lines))
 
 
 TARGET = read_target({name: setting(name, "") for name in TARGET_SETTINGS})
