@@ -22,7 +22,7 @@ from typing import NoReturn
 from autoresearch.common import Fail, cores, file_problem, prepare_output, seed, split_name
 from autoresearch.kit.errors import first_line, out_of_memory
 from autoresearch.referee.clock import clock, fail
-from autoresearch.referee.manifest import fingerprint
+from autoresearch.referee.manifest import fingerprint, manifest
 from autoresearch.referee.provenance import device_name, driver_version, peak_memory_mb
 
 _STARTED = time.perf_counter()  # train.py imports this first
@@ -173,6 +173,14 @@ class Progress:
 
 # -------------------------------------------------------------------------------- after the score
 
+# Up to four times, old text is worth about as much as new (Muennighoff et al., arXiv 2305.16264).
+MANY_TIMES = 4
+
+
+def train_tokens() -> int:
+    """How many tokens the training split holds."""
+    return sum(file["tokens"]["train"] for file in manifest()["tokens"])
+
 
 def summary(
     bpb: float,
@@ -199,6 +207,12 @@ def summary(
     peak = peak_tflops(device_name(device))
     if not peak:
         print(f"mfu_percent is 0: the peak of {device_name(device)} is not known", flush=True)
+    if (times := tokens / train_tokens()) > MANY_TIMES:
+        print(
+            f"the training text was read {times:.1f} times: it may be learnt by heart; more text, or a "
+            "smaller budget (prepare.py --time-budget), scores better",
+            flush=True,
+        )
     mfu = flops_per_token * tokens / clock.elapsed / (peak * 1e12) if peak else 0.0
     values = {
         f"{split_name()}_bpb": f"{bpb:.6f}",

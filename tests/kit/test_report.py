@@ -75,6 +75,9 @@ def test_the_summary_counts_tokens_and_the_share_of_the_peak(monkeypatch, capsys
     monkeypatch.setattr(type(clock), "elapsed", property(lambda self: 10.0))
     monkeypatch.setattr(report, "device_name", lambda device: "NVIDIA A100-SXM4-80GB")
     monkeypatch.setattr(report, "fingerprint", lambda: "0123456789ab")
+    # Two files of training text, 2^20 tokens together: five steps read it five times.
+    files = [{"tokens": {"train": n, "val": 7}} for n in (2**19 - 3, 2**19 + 3)]
+    monkeypatch.setattr(report, "manifest", lambda: {"tokens": files})
     progress = report.Progress(tokens_per_step=2**20, budget=10)
     for i in range(5):
         progress.add(i / 5, torch.tensor(3.0))
@@ -90,6 +93,7 @@ def test_the_summary_counts_tokens_and_the_share_of_the_peak(monkeypatch, capsys
     )
     log = capsys.readouterr().out
     assert "mfu_percent is 0" not in log
+    assert "the training text was read 5.0 times" in log
     pairs = [line.split(": ") for line in log.split("---\n")[1].splitlines()]
     assert pairs[0] == ["test_bpb", "1.500000"]
     values = dict(pairs)
