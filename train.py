@@ -1,5 +1,7 @@
 """
-train.py: a GPT, its optimizer and five minutes of training. This is the file to change.
+train.py: a GPT, its optimizer and its training, for the time that was prepared (five minutes).
+
+This is the file to change.
 
     uv run train.py        it takes no flags: edit the settings below
 

@@ -17,11 +17,14 @@ from statistics import fmean
 
 from autoresearch.common import Fail, git, git_bytes, one_line, printable, some
 from autoresearch.night.doubts import FEW_STEPS
+from autoresearch.night.evidence import Seen
 from autoresearch.night.report import NightReport
 from autoresearch.night.results import Row
-from autoresearch.night.rules import best_of, displaced_by, seed_of
+from autoresearch.night.rules import best_of, displaced_by, scores_of_commit, seed_of
 from autoresearch.night.settings import BASELINE_SEEDS, TARGET
 from autoresearch.referee.ledger import joined
+
+SURE_OF_ONE_RUN = 2  # standard errors; a best with less on one run is named
 
 
 @dataclass(frozen=True)
@@ -249,7 +252,7 @@ def _journal(report: NightReport) -> Iterator[Finding]:
         return
     rows = [(row.commit[:7], f"{row.score or 0:.6f}", row.status) for row in report.rows]
     records = [(r["commit"][:7], f"{r['score'] or 0:.6f}", r["status"]) for r in report.records]
-    yield from _weak_verdicts(report.records)
+    yield from _weak_verdicts(report.records, report.repeats)
     recorded, told = set(records), set(rows)
     unknown = [row.n for row, key in zip(report.rows, rows) if key not in recorded]
     lost = [record["n"] for record, key in zip(report.records, records) if key not in told]
@@ -257,7 +260,7 @@ def _journal(report: NightReport) -> Iterator[Finding]:
     yield from doubt("experiments without the row that the night wrote", lost)
 
 
-def _weak_verdicts(records: list[dict]) -> Iterator[Finding]:
+def _weak_verdicts(records: list[dict], repeats: list[dict]) -> Iterator[Finding]:
     """What was decided on runs that measured the machine as much as the idea."""
     decided = [record for record in records if record["score"] is not None]
     few = [r["n"] for r in decided if 0 < (r.get("steps") or 0) < FEW_STEPS]
@@ -266,6 +269,11 @@ def _weak_verdicts(records: list[dict]) -> Iterator[Finding]:
     yield from doubt(f"decided on fewer than {FEW_STEPS} steps of training: experiments", few)
     yield from doubt("decided on a run that was slowed: experiments", slow)
     yield from doubt("decided on a machine that others used, too: experiments", busy)
+    best = best_of(records)
+    if best and best.get("seen") and len(scores_of_commit(best["commit"], records, repeats)) == 1:
+        errors = Seen(*best["seen"]).errors
+        words = f"the best rests on one run, {errors:.1f} standard errors over its base"
+        yield from doubt(words, [best["n"]] if errors < SURE_OF_ONE_RUN else [])
 
 
 # ------------------------------------------------------------------------------------------- git

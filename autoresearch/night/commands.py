@@ -39,6 +39,7 @@ from autoresearch.night.settings import (
 )
 from autoresearch.night.status import (
     WIDTH,
+    best_lines,
     end_of_log,
     log_of,
     loss_at,
@@ -326,12 +327,15 @@ def wait(night: Night, seconds: float):
             lines.append(f"the supervisor ended and starts again: {why}")
         records = night.records()
         lines += news_lines(night, records[known:])
-        now = open_lines(night)
-        present = standing_lines(night) + now
-        lines += [line for line in present if line not in (*lines, *reported.get("said", []))]
-        print_lines(lines or now or ["nothing waits and nothing runs"])
+        standing, best = standing_lines(night), best_lines(night.records(), night.repeats())
+        said = (*lines, *reported.get("said", []))
+        lines += [line for line in standing if line not in said]
+        lines += best if any(line not in said for line in best) else []
+        print_lines([*lines, *(open_lines(night) or ["nothing waits and nothing runs"])])
         print("next:", what_next(night))
-        write_json(night.folder / "reported.json", {"records": len(records), "said": present})
+        write_json(
+            night.folder / "reported.json", {"records": len(records), "said": standing + best}
+        )
 
 
 def about_to_change(night: Night) -> bool:
@@ -350,7 +354,8 @@ def news_lines(night: Night, new_records: list[dict]) -> list[str]:
         lines += record_lines(record)
         if record["status"] == "crash" and record["run"]:
             lines += [f"   | {line}" for line in end_of_log(log_of(night, record), 6)]
-    if any(record["status"] == "keep" for record in new_records):
+    kept = [record for record in new_records if record["status"] == "keep"]
+    if any(record["kind"] != "baseline" for record in kept):
         if night.edits() is None:
             lines.append(f"{TARGET.file} is the new best")
         else:
@@ -401,9 +406,8 @@ def show(night: Night, n: int, only_diff: bool = False):
     if len(diff) > DIFF_LINES:
         lines.append(f"... {len(diff) - DIFF_LINES} more lines: uv run night.py show {n} --diff")
     lines += loss_lines(night, record, losses(experiment.path("progress.jsonl", k)))
-    lines += ["end of the log:"]
-    lines += [f"   | {line}" for line in end_of_run(experiment.path("run.log", k))]
-    print_lines(lines)
+    log = [f"   | {line}" for line in end_of_run(experiment.path("run.log", k))]
+    print_lines([*lines, *(["end of the log:", *log] if log else [])])
     print("next:", what_next(night))
 
 
@@ -481,8 +485,8 @@ def bring_change(night: Night, n: str):
     parent = night.repo.git("rev-parse", f"{commit}^")
     contents = merged(current, *map(night.repo.contents_at, (parent, commit)))
     if contents is None:
-        by_hand = f"read it (uv run night.py show {n} --diff) and make it by hand"
-        raise Fail(f"{n}'s change does not apply to {place}: {by_hand}")
+        print(*diff_lines(night, record), sep="\n")
+        raise Fail(f"{n}'s change (above) meets other changes in {place}: make it by hand")
     if contents == current:
         raise Fail(f"{n}'s change is in {place} already: try another idea")
     night.write_target(contents)
@@ -557,8 +561,12 @@ def list_runs(count: int):
     print(RUNS_TABLE.format(*heads))
     ideas = subjects([run.get("commit") or "" for run in runs])
     for run in runs:
+        n, asked, is_open = experiment_of(run)
         idea = ideas.get(run.get("commit"), "-")
-        print(cut(printable(RUNS_TABLE.format(*map(str, [*run_cells(run), idea]))), 160))
+        if asked.get("kind") in ("baseline", "repeat"):
+            idea = title_of(asked)
+        cells = [n, *run_cells(run, "running, or cut off" if is_open else "cut off"), idea]
+        print(cut(printable(RUNS_TABLE.format(cells[1], cells[0], *map(str, cells[2:]))), 160))
     print(f"from {ledger_path()}; n is the experiment; * has uncommitted changes")
     print("next: uv run night.py says where the night stands")
 
@@ -571,16 +579,24 @@ def subjects(commits: list[str]) -> dict[str, str]:
     return dict(line.split(" ", 1) for line in (found or "").splitlines())
 
 
-def run_cells(record: dict) -> list:
-    """One line of the table of runs, without the description."""
+def experiment_of(run: dict) -> tuple[str, dict, bool]:
+    """(number, what was asked, whether it is open) of the night's experiment that made a ledger's run."""
+    found = re.fullmatch(r"(.*/\.night/[^/]+)/queue/(\d+)/tree", run.get("repo") or "")
+    if not found:
+        return "-", {}, False
+    for place in ("queue", "done"):
+        if asked := read_json(Path(found[1]) / place / found[2] / "experiment.json"):
+            return found[2], asked, place == "queue"
+    return found[2], {}, False
+
+
+def run_cells(record: dict, without_end: str) -> list:
+    """One line of the table of runs, without number and description."""
     score, tokens = record.get("score"), record.get("tokens")
     per_second = rate(record)
-    # A run of a night stands in the folder of its experiment.
-    number = re.search(r"/\.night/[^/]+/queue/(\d+)/tree$", record.get("repo") or "")
-    status = record.get("failure") or ("scored" if score is not None else "no end")
+    status = record.get("failure") or ("scored" if score is not None else without_end)
     return [
         record.get("time", "-")[:16].replace("T", " "),
-        number[1] if number else "-",
         (record.get("commit") or "-")[:7] + ("*" if record.get("changed") else ""),
         record.get("split", "-"),
         "-" if score is None else f"{score:.6f}",

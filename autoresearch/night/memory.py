@@ -120,7 +120,8 @@ def earlier_lines(night: Night, lines: list[str]) -> list[str]:
 
 def _outcome(record: dict) -> str:
     score = "" if record["score"] is None else f" {record['score']:.6f}"
-    return f"{record['status']}{score}, {one_line(record['why'], 80)}"
+    status = record["status"] if record["run"] else "not run"
+    return f"{status}{score}, {one_line(record['why'], 80)}"
 
 
 # --------------------------------------------------------------------------------------- searching

@@ -105,6 +105,7 @@ class Verdict:
     why: str
     seen: Seen | None = None
     level: Level | None = None  # of what is kept
+    beside: str = ""  # what was seen, in words
 
 
 def decide(
@@ -126,26 +127,32 @@ def decide(
         expected = seen.gain
     else:
         expected = ideas.expected(seen.gain, seen.variance)
-    words = compared(seen, runs)
+    words = compared(seen, runs, level)
     if ideas.noise and evidence.worth_another_run(ideas, level, seen, runs):
-        return Verdict("again", f"{PROMISING}, {words}: run {runs + 1} is queued", seen)
+        why = f"{PROMISING}, {words}: run {runs + 1} is queued"
+        return Verdict("again", why, seen, beside=words)
     if seen.gain > 0 and expected > 0:
         known = Level(fmean(scores), 0.0)
         if ideas.noise:
             known = evidence.kept_level(ideas, level, seen, runs)
-        return Verdict("keep", words, seen, known)
+        return Verdict("keep", words, seen, known, words)
     over_record = seen.gain + level.mean - (level.mean if record is None else record)
     if simpler and over_record >= -ideas.noise:
-        return Verdict("keep", f"simpler, and {words}", seen, Level.of(scores, ideas.noise))
+        own = Level.of(scores, ideas.noise)
+        return Verdict("keep", f"simpler, and {words}", seen, own, words)
     luck = ", which is more likely luck" if seen.gain > 0 else ""
-    return Verdict("discard", words + luck, seen)
+    return Verdict("discard", words + luck, seen, beside=words)
 
 
-def compared(seen: Seen, runs: int) -> str:
-    """`0.004100 better (2 runs, about 2.4 standard errors)`"""
+def compared(seen: Seen, runs: int, level: Level) -> str:
+    """`0.004100 better than its base at 0.998100 (2 runs, about 2.4 standard errors)`
+
+    level: the base's, by all that is known of it: its lucky score is not what counts.
+    """
+    base = f"its base at {gain(level.mean, 0):.6f}"
     if seen.gain == 0:
-        return "equal to the best"
-    size = f"{abs(seen.gain):.6f} {'better' if seen.gain > 0 else 'worse'}"
+        return f"equal to {base}"
+    size = f"{abs(seen.gain):.6f} {'better' if seen.gain > 0 else 'worse'} than {base}"
     count = f"{runs} run{'s' * (runs > 1)}"
     if not seen.variance:
         return f"{size} ({count})"
@@ -170,7 +177,8 @@ def displaced_by(record: dict, records: list[dict]) -> list[dict]:
 def calibration(records: list[dict], deviation: float | None) -> tuple[int, int, int]:
     """(predictions, right in direction, right in size) of the experiments with `--expect`.
 
-    A size is right with the right sign, and within the noise or a factor of two. deviation: the noise.
+    A size is right with the right sign, and within the noise or a factor of two; that nothing changes is
+    right within the noise. deviation: the noise.
     """
     predictions = direction = size = 0
     for record in records:
@@ -178,9 +186,9 @@ def calibration(records: list[dict], deviation: float | None) -> tuple[int, int,
         if expect is None or got is None or record.get("slow"):
             continue
         predictions += 1
-        same_sign = got * expect > 0
-        direction += same_sign
         near = abs(got - expect) <= (deviation or 0)
+        same_sign = got * expect > 0 or (expect == 0 and near)
+        direction += same_sign
         size += same_sign and (near or 0.5 <= got / expect <= 2)
     return predictions, direction, size
 
@@ -267,7 +275,7 @@ def _after_conflict(runs: list[dict], history: History, conflict: str) -> Record
     verdict = _verdict(scores, history)
     shared = dict(run=run, runs=tuple(counted), verdict=verdict)
     if verdict.seen.gain > 0 and verdict.status in ("keep", "again"):
-        words = f"{compared(verdict.seen, len(scores))}; displaces the best {best['commit'][:7]}, "
+        words = f"{verdict.beside}; displaces the best {best['commit'][:7]}, "
         level = verdict.level or Level.of(scores, night_noise(history))
         shared["verdict"] = replace(verdict, level=level)
         return Record("keep", f"{words}with which it conflicts", **shared, displaced=best["commit"])
@@ -399,9 +407,9 @@ def _against_best(
     verdict = decide(scores, *_known_of(base, history), asked["simpler"], _best_ever(base, records))
     if verdict.status == "again" and enough:
         status = "keep" if verdict.seen.gain > 0 else "discard"
-        verdict = replace(verdict, status=status, why=compared(verdict.seen, len(scores)))
+        verdict = replace(verdict, status=status, why=verdict.beside)
     if best["commit"] != run["base"]:
-        why = f"{BEST_MOVED}; on {run['base'][:7]} it was {compared(verdict.seen, len(scores))}"
+        why = f"{BEST_MOVED}; on {run['base'][:7]} it was {verdict.beside}"
         if verdict.status in ("keep", "again"):
             return Again(why)
         return Record("discard", why, **shared, verdict=verdict)

@@ -48,6 +48,8 @@ def record_lines(record: dict) -> list[str]:
     again = [why for why in record["again"] if not why.startswith(rules.PROMISING)]
     score = "" if record["score"] is None else f"  {metric} {record['score']:.6f}"
     status = record["status"] if record["run"] else "not run"
+    if record["kind"] == "baseline" and status == "discard":
+        status = "measured"  # no idea was discarded
     lines = [f"{record['n']}: {status}{score}: {record['why']}  ({title_of(record)})"]
     if record["expect"] is not None and record["got"] is not None:
         lines.append(f"   expected {record['expect']:+.6f}, got {record['got']:+.6f}")
@@ -61,15 +63,16 @@ def record_lines(record: dict) -> list[str]:
     lines += [f"   ran again: {why}" for why in again]
     per_second = rate(record)
     if per_second:
-        best = f" (the best before: {record['base_rate']:,.0f})" if record["base_rate"] else ""
+        best = f" (its base: {record['base_rate']:,.0f})" if record["base_rate"] else ""
         done = f"{record['steps'] or '?'} steps, {record['wall_seconds']:.0f} s in all"
         lines.append(f"   {per_second:,.0f} tokens/s{best}, {done}")
     if record["score"] is not None and 0 < (record["steps"] or 0) < FEW_STEPS:
-        lines.append(f"   under {FEW_STEPS} steps a score measures the machine more than the idea")
+        advice = ": fewer TOKENS_PER_STEP make more steps" if TARGET.is_train_py else ""
+        said = f"under {FEW_STEPS} steps a score measures the machine more than the idea"
+        lines.append(f"   {said}{advice}")
     if record["why"].startswith(rules.CONFLICT):
-        lines.append(
-            f"   its diff: uv run night.py show {record['n']}; make it by hand if still worth it"
-        )
+        by_hand = "make it by hand if still worth it"
+        lines.append(f"   its diff: uv run night.py show {record['n']} --diff; {by_hand}")
     return lines
 
 
@@ -130,15 +133,11 @@ def baseline_is_pending(experiments: list[Experiment]) -> bool:
 
 
 def standing_lines(night: Night) -> list[str]:
-    """What is the matter with the engine, if anything; the best. It changes when a run is decided."""
+    """What is the matter with the engine, if anything."""
     problem = failures.given_up(night) or cluster_problem(cluster_address())
     lines = [problem] if problem else night.engine_state()["lines"]
     lines = [*lines, *end_of_log(night.folder / PAGE_LOG, 1)]
-    return [
-        *lines,
-        *baseline_lines(night.baseline_conditions()),
-        *best_lines(night.records(), night.repeats()),
-    ]
+    return [*lines, *baseline_lines(night.baseline_conditions())]
 
 
 def open_lines(night: Night) -> list[str]:
@@ -162,12 +161,11 @@ def best_lines(records: list[dict], repeats: list[dict]) -> list[str]:
     scored = sum(record["score"] is not None for record in tried)
     changes = sum(record["status"] == "keep" for record in tried)
     deviation = "not measured yet" if noise is None else f"{noise:.6f}"
-    error = ""
-    if noise and len(scores) > 1:
-        mean, spread = fmean(scores), noise / math.sqrt(len(scores))
-        error = f" (mean of {len(scores)} runs: {mean:.6f} ± {spread:.6f})"
+    mean = fmean(scores) if scores else best["score"]
+    count = "1 run" if len(scores) < 2 else f"mean of {len(scores)} runs"
+    error = f" ± {noise / math.sqrt(len(scores)):.6f}" if noise and scores else ""
     lines = [
-        f"best {best['score']:.6f}{error}: {best['n']}, {best['commit'][:7]}, {title_of(best)}",
+        f"best {mean:.6f}{error} ({count}): {best['n']}, {best['commit'][:7]}, {title_of(best)}",
         f"     baseline {kept[0]['score']:.6f}; {len(tried)} experiments ended, {scored} scored, "
         f"{changes} kept; noise of a run {deviation}",
     ]
@@ -183,7 +181,7 @@ def best_lines(records: list[dict], repeats: list[dict]) -> list[str]:
     predictions, direction, size = rules.calibration(records, noise)
     if predictions:
         right = f"{direction} of {predictions} right in direction, {size} in size"
-        lines.append(f"     predictions: {right}")
+        lines.append(f"     predictions: {right} (within a factor of two, or the noise)")
     return lines
 
 
@@ -225,10 +223,8 @@ def what_next(night: Night) -> str:
     waiting = [e for e in experiments if e.asked["kind"] == "try" and e.state() == "waiting"]
     edited = night.edits() is not None
     if len(waiting) >= capacity(night):
-        running = any(e.state() == "running" for e in experiments)
-        full = "the queue is full" if running else "the next run is about to start"
         kept = f"; {TARGET.file} keeps its edits until then" if edited else ""
-        return f"{full}: uv run night.py wait{kept}"
+        return f"the queue is full: uv run night.py wait{kept}"
     if edited:
         finish = "finish them, then uv run night.py try '...'; or uv run night.py bring best"
         return f"{TARGET.file} has edits: {finish}"
@@ -244,7 +240,8 @@ def print_status(night: Night):
         return
     print(f"night {night.tag} on {night.branch}")
     night.sync_branch()
-    lines = standing_lines(night) + open_lines(night) + agent_lines(night)
+    lines = standing_lines(night) + best_lines(night.records(), night.repeats())
+    lines += open_lines(night) + agent_lines(night)
     lines += stagnation_lines(night) + lesson_lines(night)
     recent = [f"  {cut(row_of(record), WIDTH)}" for record in night.records()[-5:]]
     if recent:

@@ -238,7 +238,7 @@ class Night:
             "score": score,
             "scores": scores if scored else [],
             "runs": [counted["id"] for counted in step.runs] if scored else [],
-            "got": score - base["score"] if score is not None and base else None,
+            "got": self._change(score, verdict, base),
             "seen": verdict.seen and [verdict.seen.gain, verdict.seen.variance],
             "level": verdict.level
             and [rules.gain(verdict.level.mean, 0), math.sqrt(verdict.level.variance)],
@@ -260,6 +260,14 @@ class Night:
             record["displaced"] = step.displaced
         append_line(self.journal, json.dumps(record).encode())
         self.archive(experiment)
+
+    def _change(self, score: float | None, verdict: rules.Verdict, base: dict) -> float | None:
+        """By how much the score changed: beside what its base is taken for, as the decision says."""
+        if score is None:
+            return None
+        if verdict.seen:
+            return rules.gain(verdict.seen.gain, 0)
+        return score - base["score"] if base else None
 
     def archive(self, experiment: Experiment):
         """Writes the row and moves the folder out of the queue. Idempotent."""

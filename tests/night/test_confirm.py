@@ -169,7 +169,7 @@ def test_a_real_night_that_displaced_a_best_is_confirmed_and_stands_the_audit(la
     assert f"{large}: keep  val_bpb 0.950000: 0.040000 better" in told
     assert f"it displaced {small}, {lab.record(small)['commit'][:7]} (a little wider)" in told
     assert f"uv run night.py show {small}, make that change again on top" in told
-    assert "does not apply to the best" in lab.refused("bring", small)
+    assert "meets other changes in the best" in lab.refused("bring", small)
     lab.until_idle()
     lab.check()
     said = lab.say("confirm", "--seeds", 2).splitlines()

@@ -96,8 +96,8 @@ def test_the_page_says_what_journal_and_ledger_say(lab):
     assert {row[0]: row[1:3] for row in shown.rows[::-1] if row and row[2]} == told
     assert "3 experiments: 1 kept, 1 discarded, 1 crashed; noise: 0.000105" in shown.text
     assert "-0.010000 (-1.00%, 95.4 times the noise) from the baseline's 1.00" in shown.text
-    assert "1 predictions (night.py try --expect): 1 right in direction, 1 in size" in shown.text
-    assert ["4", "-0.0200", "-0.0100"] in [row[:3] for row in shown.rows]
+    assert "1 predictions (night.py try --expect): 1 right in direction, 0 in size" in shown.text
+    assert ["4", "-0.0200", "-0.0099"] in [row[:3] for row in shown.rows]
     assert not {"script", "img"} & {*shown.tags} and "<script>document.title" in shown.text
     # the objects of --json say the same, also of what runs
     held = lab.attempt("held", HOLD="x", DEPTH=1)

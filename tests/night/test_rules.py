@@ -112,17 +112,18 @@ OTHER = dict(conditions=FLEX, again="not comparable: x")
 # fmt: off
 STEPS = {
     # keep what is better, as far as is known; ask what may be for another seed; no score is a crash
-    "better by more than the noise": keep("0.020000 better (1 run, over 10 standard", run(0.930)),
-    "a little better": again("promising, 0.001000 better (1 run, about 0.7 standard", run(0.949)),
+    "better by more than the noise": keep("0.020000 better than its base at 0.950000 (1 run", run(0.930)),
+    "a little better": again(
+        "promising, 0.001000 better than its base at 0.950000 (1 run, about 0.7", run(0.949)),
     "a little better, twice": keep(
-        "better (2 runs", run(0.9485, again="promising"), run(0.9483, seed=43)),
+        "0.950000 (2 runs", run(0.9485, again="promising"), run(0.9483, seed=43)),
     "a little better, and worse": discard(
-        "0.000100 better (2 runs, about 0.1 standard errors), which is more likely luck",
+        "its base at 0.950000 (2 runs, about 0.1 standard errors), which is more likely luck",
         run(0.949, again="promising"), run(0.9508, seed=43)),
     "a little better, and no score": keep(
-        "0.001500 better (1 run", run(0.9485, again="promising"), run(seed=43)),
+        "0.001500 better than its base at 0.950000 (1 run", run(0.9485, again="promising"), run(seed=43)),
     "a little better, then slow three times": keep(
-        "0.001500 better (1 run", run(0.9485, again="promising"),
+        "0.001500 better than its base at 0.950000 (1 run", run(0.9485, again="promising"),
         *[run(0.8, seed=43, tokens=100, again="slow")] * 2, run(0.8, seed=43, tokens=100), rates=[100]),
     "simpler twice, by a little": discard(
         "0.000700 worse", run(0.9514, "simple"), records=[*BEST, kept(4, "simple", "best", 0.9507)],
@@ -146,7 +147,7 @@ STEPS = {
     # where it does not go on top of the new best
     "waited, and conflicts": crash("rejected (conflict): it conflicts", **CONFLICT),
     "won there, conflicts, and is better than the new best by more than the noise": keep(
-        "0.020000 better (1 run, over 10 standard errors); displaces", run(0.930, **WON), **CONFLICT),
+        "at 0.950000 (1 run, over 10 standard errors); displaces", run(0.930, **WON), **CONFLICT),
     "won there, conflicts, and is within the noise of the new best": discard(
         "rejected (conflict): it conflicts with the best, best (on base it was better by 0.049500)",
         run(0.9505, **WON), **CONFLICT),

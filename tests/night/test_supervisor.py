@@ -30,8 +30,9 @@ def test_what_may_be_luck_gets_a_second_seed_and_its_row_has_the_mean(lab):
     assert (record["status"], record["k"]) == ("keep", 1)
     assert record["scores"] == pytest.approx([0.99982, 0.99972])
     [why] = record["again"]
-    assert why.startswith("promising, 0.000080 better (1 run, about 0.7 standard errors): run 2 is")
-    assert "0.000130 better (2 runs, about 1.4 standard errors)" in lab.say("wait", 0)
+    assert why.startswith("promising, 0.000080 better than its base at 0.999900 (1 run, about 0.7 ")
+    told = lab.say("wait", 0)
+    assert "0.000130 better than its base at 0.999900 (2 runs, about 1.4 standard errors)" in told
     assert lab.rows()[-1][1:2] == ["0.999770"]
     assert lab.rows()[-1][4] == "a little wider [mean of 2 runs]"
     seeds = [line["seed"] for line in lab.ledger() if line["run"] in record["runs"]]
@@ -52,7 +53,7 @@ def test_a_slot_with_nothing_to_do_measures_the_best_again_and_makes_room(lab):
     lab.until_idle()
     repeats = [r for r in lab.journal() if r["kind"] == "repeat" and r["status"] == "scored"]
     assert [record["seed"] for record in repeats] == [43, 44, 142, 143]
-    assert "best 0.980000 (mean of 5 runs: 0.979880 ± 0.0000" in lab.say()
+    assert "best 0.979880 ± 0.000047 (mean of 5 runs)" in lab.say()
     assert len(lab.rows()) == 1 + 5  # none of a repeat
     assert "Nothing found that speaks against" in lab.say("audit")
 

@@ -20,15 +20,15 @@ def test_a_night_with_all_that_a_run_can_do(lab):
     # message, options, edits, status, what its reason says
     # fmt: off
     events = [
-        ("wider", ["--expect", "-0.02"], dict(WIDTH=1), "keep", "0.009900 better"),
-        ("worse", ["--expect", "-0.003"], dict(WIDTH=-3), "discard", "worse (1 run"),
-        ("a tie", [], dict(COMMENT=1), "discard", "equal to the best"),
+        ("wider", ["--expect", "-0.018"], dict(WIDTH=1), "keep", "0.009900 better"),
+        ("worse", ["--expect", "-0.003"], dict(WIDTH=-3), "discard", "worse than its base"),
+        ("a tie", [], dict(COMMENT=1), "discard", "equal to its base"),
         ("without a comment", ["--simpler"], dict(COMMENT=2), "keep", "simpler"),
         ("a mistake", [], dict(EVENT=None), "crash", "NameError"),
         ("diverges", [], dict(EVENT="nan"), "crash", "loss diverged at step 4"),
         ("claims", [], dict(EVENT="claim"), "crash", "without a score in the ledger"),
         ("a megabyte", [], dict(EVENT="noise"), "crash", "one long line of bytes"),
-        ("children", [], dict(EVENT="orphans", DEPTH=1), "keep", "better (1 run"),
+        ("children", [], dict(EVENT="orphans", DEPTH=1), "keep", "better than its base"),
         ("hangs", [], dict(EVENT="hang"), "crash", "still running after 1 s"),
     ]
     # fmt: on
@@ -47,7 +47,7 @@ def test_a_night_with_all_that_a_run_can_do(lab):
             assert f"expected {float(options[1]):+.6f}, got {record['got']:+.6f}" in told
         if message == "children":
             assert lab.running() == []
-    assert "predictions: 1 of 2 right in direction, 1 in size" in lab.say()
+    assert "predictions: 1 of 2 right in direction, 1 in size (within" in lab.say()
     lab.check()
     assert lab.best()["score"] == pytest.approx(0.98)
     assert (lab.best()["memory_gb"], lab.best()["steps"]) == (2.0, 100)  # the ledger's
