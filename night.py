@@ -79,6 +79,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     option = add("try", help="queue the edits of train.py as one experiment").add_argument
     option("message", help="what changes; what is expected; - reads it from standard input")
     option("--simpler", action="store_true", help="less code: an equal score is kept")
+    option("--on", type=int, metavar="N", help="on experiment N's line instead of the best")
     option("--expect", type=finite, metavar="CHANGE", help="of the score, such as -0.003")
     option = add("wait", help="return when an experiment has ended").add_argument
     longest = commands.LONGEST_WAIT
@@ -87,7 +88,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     option("n", type=int)
     option("--diff", action="store_true", help="the whole diff and nothing else")
     option = add("bring", help="put a change back into train.py").add_argument
-    option("what", metavar="N|best|edits-N", help="an experiment's change; the best; saved edits")
+    option("what", metavar="N|best|on-N|edits-N", help="a change, a whole file, saved edits")
     add("again", help="run an experiment that has no score once more").add_argument("n", type=int)
     add("drop", help="give up an experiment that waits or runs").add_argument("n", type=int)
     add("stop", help="end all runs; begin continues")
@@ -192,7 +193,7 @@ def main(argv: list[str] | None = None):
         elif args.command == "begin":
             commands.begin(night)
         elif args.command == "try":
-            commands.try_(night, args.message, args.simpler, args.expect)
+            commands.try_(night, args.message, args.simpler, args.expect, args.on)
         elif args.command == "note":
             memory.note(night, args.message)
             print("next:", status.what_next(night))

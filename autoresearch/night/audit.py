@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
 
 from autoresearch.common import Fail, git, git_bytes, one_line, printable, some
 from autoresearch.night.doubts import FEW_STEPS
@@ -24,6 +24,7 @@ from autoresearch.night.rules import best_of, displaced_by, scores_of_commit, se
 from autoresearch.night.settings import BASELINE_SEEDS, TARGET
 from autoresearch.referee.ledger import joined
 
+UNSEEN_SECONDS = 20  # that no clock of a run sees, more than usual
 SURE_OF_ONE_RUN = 2  # standard errors; a best with less on one run is named
 
 
@@ -105,6 +106,7 @@ def audit(report: NightReport) -> Iterator[Finding]:
         yield from _scores(report.rows, val, matched)
         yield from _runs_left_out([r for r in val if r["run"] in own_ids - known])
         yield from _sameness([*val, *confirming])
+        yield from _outside_clock([*val, *confirming], report.started)
     elif report.rows:
         yield Finding(False, "the ledger holds no run of this night: no score can be checked")
     for words in report.slower:
@@ -213,6 +215,26 @@ def _sameness(runs: list[dict]) -> Iterator[Finding]:
             groups = some(f"{value} ({times} runs)" for value, times in count)
             words = f"{len(count)} {several}, whose scores cannot be compared: {groups}"
             yield Finding(False, words)
+
+
+def _outside_clock(runs: list[dict], started: dict[str, dict]) -> Iterator[Finding]:
+    """What a run's own clock says against the seconds that the night waited for its process.
+
+    Importing and ending take a run some seconds that no clock sees, and all about the same.
+    """
+    unseen = []  # (seconds, seconds that may be more than usual, run)
+    for run in runs:
+        wall = started.get(run["run"], {}).get("wall_seconds")
+        parts = [run.get(f"{part}_seconds") for part in ("startup", "training", "scoring")]
+        if wall and None not in parts:
+            unseen.append((wall - sum(parts), max(UNSEEN_SECONDS, 0.2 * parts[1]), run))
+    usual = median(seconds for seconds, *_ in unseen) if unseen else 0.0
+    longer = [
+        f"{_name(run)} by {seconds:.0f} s"
+        for seconds, spare, run in unseen
+        if seconds > usual + spare
+    ]
+    yield from doubt("its process lasted longer than its own clock says", longer)
 
 
 # ------------------------------------------------------------------------------- the test split
@@ -363,7 +385,10 @@ def _branch(report: NightReport) -> Iterator[Finding]:
     yield from doubt(f"kept, but not on the branch {report.branch}", missing)
     start = known[0]
     since = history[: history.index(start)] if start in history else []
-    extra = [commit[:7] for commit in since if commit not in known]
+    lines = [r["commit"] for r in report.records if r.get("on_line") == "keep"]
+    begun = {r["line"] for r in report.records if r.get("line")}
+    lines += [r["commit"] for r in report.records if r["n"] in begun]
+    extra = [commit[:7] for commit in since if commit not in (*known, *lines)]
     yield from doubt("on the branch, but in no row as kept", extra)
     other_files = []
     for commit in dict.fromkeys([*known, *since]):

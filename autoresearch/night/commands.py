@@ -26,6 +26,7 @@ from autoresearch.common import (
     write_json,
 )
 from autoresearch.night import failures, memory, rules
+from autoresearch.night import lines as second_lines
 from autoresearch.night.doubts import rate
 from autoresearch.night.experiment import Experiment
 from autoresearch.night.repo import Contents, merged
@@ -173,8 +174,8 @@ def stop(night: Night):
 # --------------------------------------------------------------------------------- try, wait, drop
 
 
-def try_(night: Night, message: str, simpler: bool, expect: float | None):
-    """The edits of the target's file as one experiment."""
+def try_(night: Night, message: str, simpler: bool, expect: float | None, on: int | None = None):
+    """The edits of the target's file as one experiment, on the best or on a line (lines.py)."""
     if not message.strip():
         raise Fail("say what changes and what is expected: uv run night.py try '...'")
     refuse_other_changes(night)
@@ -189,7 +190,9 @@ def try_(night: Night, message: str, simpler: bool, expect: float | None):
     mistake = syntax_error(contents)
     if mistake:
         raise Fail(f"{mistake}: fix it, then try again")
-    base = night.tip()
+    base, line = night.tip(), {}
+    if on is not None:
+        contents, base, line = on_line(night, on, contents)
     if simpler and size_of(contents) >= size_of(night.repo.contents_at(base)):
         raise Fail(
             f"--simpler is for less code, and {TARGET.file} has not become shorter: "
@@ -202,16 +205,36 @@ def try_(night: Night, message: str, simpler: bool, expect: float | None):
     lines = memory.changed_lines(night.repo.diff(base, commit))
     earlier = memory.earlier_lines(night, lines)
     parts = memory.changed_parts(night.repo.contents_at(base), contents)
-    more = dict(simpler=simpler, expect=expect, change=change, lines=lines, parts=parts)
+    more = dict(simpler=simpler, expect=expect, change=change, lines=lines, parts=parts, **line)
     n = night.enqueue("try", commit, base, message, BASELINE_SEEDS[0], **more)
+    if line:
+        night.write_target(night.repo.contents_at(night.tip()))
     night.sync_branch()
     wake(night)
     best = rules.best_of(night.records())
     place = f"the best, {best['commit'][:7]}" if best else f"the baseline, {night.tip()[:7]}"
-    print(f"{n}: queued as {commit[:7]}; {TARGET.file} is {place} again")
+    there = f" on {on}'s line, {base[:7]}" if line else ""
+    print(f"{n}: queued as {commit[:7]}{there}; {TARGET.file} is {place} again")
     if earlier:
         print(*(f"   {line}" for line in earlier), sep="\n")
     print("next:", what_next(night))
+
+
+def on_line(night: Night, n: int, edits: Contents) -> tuple[Contents, str, dict]:
+    """(the edits on the tip of line N, the tip, what the experiment's record says of the line)."""
+    records = night.records()
+    root = second_lines.root_of(records, n)
+    second_lines.check_open(records, [e.asked for e in night.open()], n)
+    tip = second_lines.tip_of(records, n)["commit"]
+    contents = second_lines.on_tip(edits, night.repo, night.tip(), tip)
+    if contents is None:
+        raise Fail(
+            f"the edits conflict with the tip of {n}'s line, {tip[:7]}: uv run night.py bring on-{n} puts "
+            "its code here and saves them; make the change on top of it"
+        )
+    if contents == night.repo.contents_at(tip):
+        raise Fail(f"{TARGET.file} is the tip of {n}'s line as it stands: change it first")
+    return contents, tip, {"line": n, "root": root["commit"], "fork": root["base"]}
 
 
 def again(night: Night, n: int):
@@ -231,6 +254,7 @@ def again(night: Night, n: int):
     base = night.repo.git("rev-parse", f"{commit}^")
     check_new(night, record["change"], base)
     same = {key: record[key] for key in ("simpler", "expect", "change")}
+    same |= {key: record[key] for key in ("line", "root", "fork") if key in record}
     new = night.enqueue("try", commit, base, record["message"], BASELINE_SEEDS[0], **same)
     wake(night)
     print(f"{new}: queued, the change of {n} once more")
@@ -461,13 +485,15 @@ def bring(night: Night, what: str):
     """Puts N's change, saved edits, or the best, into the file. Edits are never lost."""
     if what == "best":
         bring_best(night)
+    elif re.fullmatch(r"on-\d+", what):
+        bring_line(night, int(what.removeprefix("on-")))
     elif re.fullmatch(r"edits-\d+", what):
         bring_edits(night, what)
     elif what.isdigit():
         bring_change(night, what)
     else:
         wrong = one_line(what, 20)
-        raise Fail(f"bring {wrong}: it takes an experiment's number, best, or saved edits")
+        raise Fail(f"bring {wrong}: it takes an experiment's number, best, on-N, or saved edits")
     if night.begun():
         print("next:", what_next(night))
     else:
@@ -491,6 +517,18 @@ def bring_change(night: Night, n: str):
         raise Fail(f"{n}'s change is in {place} already: try another idea")
     night.write_target(contents)
     print(f"{n}'s change is in {TARGET.file}, on top of {place}")
+
+
+def bring_line(night: Night, n: int):
+    """The whole code of line N's tip, or of N where no line begins there yet."""
+    night.sync_branch()
+    second_lines.root_of(night.records(), n)
+    tip = second_lines.tip_of(night.records(), n)
+    if night.edits() is not None:
+        bring_best(night)
+    night.write_target(night.repo.contents_at(tip["commit"]))
+    said = f"{TARGET.file} is the code of {tip['n']}, {tip['commit'][:7]}"
+    print(f"{said}: edit it, then uv run night.py try --on {n} '...'")
 
 
 def bring_best(night: Night):

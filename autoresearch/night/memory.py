@@ -200,6 +200,9 @@ def stagnation_lines(night: Night) -> list[str]:
         lines.append(
             f"  near misses on this best, never combined: {names}: bring one, bring another, try"
         )
+    if near:
+        n = near[0]["n"]
+        lines.append(f"  or a second line on one of them: bring on-{n}, edit, try --on {n}")
     touched = {part for record in records for part in record.get("parts") or []}
     parts = [part for part in _parts_of_best(night) if part not in touched]
     if parts:

@@ -237,6 +237,8 @@ def _picture(now: dict, report: NightReport) -> str:
             marks.append(
                 f'<li class="floor">one standard error of the best: {picture.band:.6f}</li>'
             )
+    if picture.lines:
+        marks.append('<li class="line">a second line (try --on N)</li>')
     narrow, wide = FRAMES
     return _section(
         picture.title,
@@ -331,6 +333,7 @@ svg { display: block; width: 100%; height: auto; fill: var(--ink); }
 svg .tick { fill: var(--quiet); } svg .label { text-anchor: end; }
 svg .grid, svg .axis { stroke: var(--grid); fill: none; } svg .axis { stroke: var(--dot); }
 svg .best { stroke: var(--keep); stroke-width: 2; fill: none; }
+svg .line { stroke: var(--keep); stroke-width: 1.2; stroke-dasharray: 4 3; fill: none; }
 svg .band { fill: var(--keep); opacity: .15; }
 svg .discard { fill: var(--dot); fill-opacity: .8; }
 svg .keep { fill: var(--keep); stroke: var(--back); }
@@ -344,6 +347,7 @@ svg .unmeasured { stroke: var(--dot); stroke-width: 1.4; fill: none; }
 .legend .crashed::before { color: var(--crash); content: "✕"; }
 .legend .above::before { content: "▲"; } .legend .below::before { content: "▼"; }
 .legend .not::before { content: "◇"; }
+.legend .line::before { color: var(--keep); content: "╌"; }
 """
 
 PAGE = """<!doctype html>

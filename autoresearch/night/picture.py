@@ -27,6 +27,7 @@ class Picture:
     marks: dict[str, list[Row]]  # `discarded`, `above this range`, `below it`, `crashed`, ...
     steps: list[tuple[float, float]]  # the best so far from each kept row on, and at the end
     band: float | None  # around the best so far: half its height
+    lines: list[list[tuple[float, float]]]  # as steps, of each second line
 
     @classmethod
     def of(cls, rows: list[Row], band: float | None) -> Picture:
@@ -61,6 +62,7 @@ class Picture:
             },
             steps,
             band,
+            second_lines(rows),
         )
 
     def labelled(self) -> list[Row]:
@@ -68,6 +70,19 @@ class Picture:
         by_gain = sorted(gains(self.kept)[1:], key=lambda found: -found[1])
         ordered = self.kept[:1] + [row for row, *_ in by_gain]
         return [row for row in ordered if row.score <= self.y[1]]
+
+
+def second_lines(rows: list[Row]) -> list[list[tuple[float, float]]]:
+    """Of each line beside the best: its steps, from the row where it began to its last one."""
+    found = {}
+    for row in rows:
+        if row.line:
+            root, kept = row.line
+            begun = [r for r in rows if r.commit.startswith(root) and r.score is not None]
+            steps = found.setdefault(root, [(float(r.n), r.score) for r in begun[:1]])
+            if steps:
+                steps.append((float(row.n), row.score if kept else steps[-1][1]))
+    return [steps for steps in found.values() if len(steps) > 1]
 
 
 def score_axis(rows: list[Row], band: float | None) -> tuple[float, float]:

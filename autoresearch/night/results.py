@@ -43,6 +43,9 @@ def _description(record: dict) -> str:
         text += f" [mean of {len(record['scores'])} runs]"
     if record["score"] is None or record["why"].startswith(CONFLICT):
         text += f" [{record['why']}]"
+    if record.get("line"):
+        there = ", kept there" if record.get("on_line") == "keep" else ""
+        text += f" [on {record['line']} ({record['root'][:7]}){there}]"
     if record.get("displaced"):
         text += f" [displaces {record['displaced'][:7]}]"
     lost = [why for why in record.get("again", []) if why.startswith(f"{CUT_OFF}: ")]
@@ -94,6 +97,12 @@ class Row:
         """How many runs its score is the mean of."""
         found = re.search(r" \[mean of (\d+) runs\]", self.what)
         return int(found[1]) if found else 1
+
+    @property
+    def line(self) -> tuple[str, bool] | None:
+        """(commit of the experiment on whose line it was tried, whether it was kept there)."""
+        found = re.search(r" \[on \d+ \((\w+)\)(, kept there)?\]", self.what)
+        return (found[1], bool(found[2])) if found else None
 
     @property
     def not_measured(self) -> bool:

@@ -165,7 +165,7 @@ def displaced_by(record: dict, records: list[dict]) -> list[dict]:
     """The kept changes that a record took off the branch when it became the best, newest first."""
     found = []
     commit = record.get("displaced")
-    while commit and commit != record["base"]:
+    while commit and commit not in (record["base"], record.get("fork")):
         kept = kept_as(commit, records)
         if not kept or kept in found or kept["kind"] == "baseline":
             break
@@ -218,6 +218,7 @@ class Record:
     slow: float | None = None  # the share of its expected rate, where it was slow
     not_comparable: str | None = None
     displaced: str | None = None  # commit of the best that it replaces, not builds on
+    on_line: str | None = None  # what came of it on its line (lines.py)
 
 
 @dataclass(frozen=True)
@@ -272,7 +273,7 @@ def _after_conflict(runs: list[dict], history: History, conflict: str) -> Record
     counted = _counted(runs, won[-1]["commit"], history)
     run, scores = counted[0], [gain(r["score"], 0) for r in counted]
     best, base = best_of(history.records), kept_as(run["base"], history.records)
-    verdict = _verdict(scores, history)
+    verdict = beside_best([r["score"] for r in counted], history)
     shared = dict(run=run, runs=tuple(counted), verdict=verdict)
     if verdict.seen.gain > 0 and verdict.status in ("keep", "again"):
         words = f"{verdict.beside}; displaces the best {best['commit'][:7]}, "
@@ -458,9 +459,10 @@ def _known_of(kept: dict, history: History) -> tuple[Level, Ideas]:
     return level, ideas
 
 
-def _verdict(scores: list[float], history: History) -> Verdict:
-    """Against the present best."""
-    return decide(scores, *_known_of(best_of(history.records), history))
+def beside_best(scores: list[float], history: History) -> Verdict:
+    """What these scores of a change show against the present best."""
+    gains = [gain(score, 0) for score in scores]
+    return decide(gains, *_known_of(best_of(history.records), history))
 
 
 def _best_ever(base: dict, records: list[dict]) -> float:

@@ -10,6 +10,7 @@ from statistics import fmean
 
 from autoresearch.common import cut, one_line, seconds_between, stamp
 from autoresearch.night import failures, rules
+from autoresearch.night import lines as second_lines
 from autoresearch.night.agent import agent_lines
 from autoresearch.night.doubts import FEW_STEPS, rate, too_good
 from autoresearch.night.experiment import Experiment
@@ -48,6 +49,8 @@ def record_lines(record: dict) -> list[str]:
     again = [why for why in record["again"] if not why.startswith(rules.PROMISING)]
     score = "" if record["score"] is None else f"  {metric} {record['score']:.6f}"
     status = record["status"] if record["run"] else "not run"
+    if record.get("on_line") == "keep" and status == "discard":
+        status = f"kept on {record['line']}'s line"
     if record["kind"] == "baseline" and status == "discard":
         status = "measured"  # no idea was discarded
     lines = [f"{record['n']}: {status}{score}: {record['why']}  ({title_of(record)})"]
@@ -241,6 +244,7 @@ def print_status(night: Night):
     print(f"night {night.tag} on {night.branch}")
     night.sync_branch()
     lines = standing_lines(night) + best_lines(night.records(), night.repeats())
+    lines += second_lines.status_lines(night.records(), [e.asked for e in night.open()])
     lines += open_lines(night) + agent_lines(night)
     lines += stagnation_lines(night) + lesson_lines(night)
     recent = [f"  {cut(row_of(record), WIDTH)}" for record in night.records()[-5:]]

@@ -33,6 +33,7 @@ from autoresearch.common import (
     write_atomically,
     write_json,
 )
+from autoresearch.night import lines as second_lines
 from autoresearch.night import results, rules
 from autoresearch.night.doubts import FELL_BACK, rate
 from autoresearch.night.experiment import Experiment
@@ -223,10 +224,13 @@ class Night:
         scores = [counted["score"] for counted in step.runs or [run] if "score" in counted]
         scored = step.status != "crash" and scores and None not in scores
         score = statistics.fmean(scores) if scored else None
-        base = {} if experiment.has_no_row else rules.kept_as(run.get("base", ""), self.records())
+        records = second_lines.seen_from(self.history(), asked).records
+        base = {} if experiment.has_no_row else rules.kept_as(run.get("base", ""), records)
         verdict = step.verdict or rules.Verdict("", "")
         named = ("n", "kind", "seed", "message", "simpler", "expect", "change")
-        changed = {key: asked[key] for key in ("lines", "parts") if asked.get(key)}
+        changed = {
+            key: asked[key] for key in ("lines", "parts", "line", "root", "fork") if asked.get(key)
+        }
         measured = ("tokens", "training_seconds", "wall_seconds", "steps", "began", "host")
         record = {
             **{key: asked[key] for key in named},
@@ -258,6 +262,8 @@ class Night:
         }
         if step.displaced:
             record["displaced"] = step.displaced
+        if asked.get("line"):
+            record["on_line"] = step.on_line or "crash"
         append_line(self.journal, json.dumps(record).encode())
         self.archive(experiment)
 

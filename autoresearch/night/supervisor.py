@@ -15,6 +15,7 @@ from collections.abc import Callable
 
 from autoresearch.common import ROOT, Fail, inherited_environment, stamp, utc
 from autoresearch.night import failures, rules
+from autoresearch.night import lines as second_lines
 from autoresearch.night.calm import Calm
 from autoresearch.night.experiment import Experiment
 from autoresearch.night.notify import notify
@@ -68,8 +69,8 @@ class Supervisor:
 
     def poll_once(self) -> bool:
         """Looks once at the queue. Returns whether anything changed."""
-        lines = [*self.engine.status_lines(), *self.calm.lines()]
-        self.night.write_engine_state(len(self.engine.slots()), lines)
+        said = [*self.engine.status_lines(), *self.calm.lines()]
+        self.night.write_engine_state(len(self.engine.slots()), said)
         moved = False
         for experiment in self.night.open():
             state = experiment.state()
@@ -93,7 +94,7 @@ class Supervisor:
         runs = experiment.runs()
         if lost:
             runs[-1]["lost"] = lost
-        return rules.next_step(asked, runs, self.night.history(), conflict)
+        return second_lines.next_step(asked, runs, self.night.history(), conflict)
 
     def apply(self, experiment: Experiment, step: rules.Record | rules.Again):
         if isinstance(step, rules.Again):
@@ -195,7 +196,8 @@ class Supervisor:
 
     def start(self, experiment: Experiment, slot: dict):
         """Puts the change on top of the best where that has moved, and starts the run."""
-        best = rules.best_of(self.night.records())
+        records, line = self.night.records(), experiment.asked.get("line")
+        best = second_lines.tip_of(records, line) if line else rules.best_of(records)
         base = experiment.asked["base"]
         if best and experiment.asked["kind"] in rules.TRIED:
             base = best["commit"]
@@ -222,10 +224,12 @@ class Supervisor:
             return known, ""
         three = [repo.contents_at(commit) for commit in (base, asked["base"], asked["commit"])]
         contents = merged(*three)
+        line = asked.get("line")
+        what = f"the tip of {line}'s line" if line else "the best"
         if contents is None:
-            return None, f"it conflicts with the best, {base[:7]}"
+            return None, f"it conflicts with {what}, {base[:7]}"
         if contents == three[0]:  # a run would measure the best again, and luck could keep it
-            return None, f"its change is in the best, {base[:7]}, already"
+            return None, f"its change is in {what}, {base[:7]}, already"
         commit = repo.commit(contents, base, asked["message"])
         self.night.keep_ref(name, commit)
         return commit, ""

@@ -110,7 +110,12 @@ def _steps(picture, x, y) -> list[str]:
             high, low = y(score + picture.band), y(score - picture.band)
             boxes.append(f"M{x(start):.1f} {high:.1f}H{x(end):.1f}V{low:.1f}H{x(start):.1f}Z")
     line += f"H{x(picture.steps[-1][0]):.1f}"
-    return [f'<path class="band" d="{"".join(boxes)}"/>', f'<path class="best" d="{line}"/>']
+    others = []
+    for steps in picture.lines:
+        path = "".join(f"H{x(at):.1f}V{y(score):.1f}" for at, score in steps[1:])
+        others.append(f'<path class="line" d="M{x(steps[0][0]):.1f} {y(steps[0][1]):.1f}{path}"/>')
+    band = f'<path class="band" d="{"".join(boxes)}"/>'
+    return [band, *others, f'<path class="best" d="{line}"/>']
 
 
 def _labels(picture, frame, x, y) -> list[str]:

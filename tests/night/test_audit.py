@@ -175,6 +175,13 @@ class Falsify:
         lab.ledger[-1]["imported"]["/tmp/helper.py"] = "0" * 16
         return ["imported, and not in the commit: /tmp/helper.py (in "]
 
+    def train_while_the_clock_stands(lab):
+        for i, run in enumerate(lab.ledger[1::2]):
+            run |= dict(startup_seconds=40, training_seconds=300, scoring_seconds=9)
+            lab.started[run["run"]]["wall_seconds"] = 355 + i  # half a second of it for each import
+        lab.started[lab.ledger[-1]["run"]]["wall_seconds"] += 100
+        return ["lasted longer than its own clock says: ", " by 113 s"]
+
     def damage_the_journal(lab):
         lab.damaged_records = 1  # as NightReport.here counts them
         return ["1 lines of the night's journal are damaged"]

@@ -257,7 +257,7 @@ HEADER = "commit\tval_bpb\tmemory_gb\tstatus\tdescription\n"
         ("begun", constants(NOTE=1), ["try", " \t\n"], "say what changes"),
         ("begun", constants(NOTE=200), ["try", "x", "--simpler"], "train.py has not become shorter"),
         ("begun", None, ["bring", "9"], "no experiment 9: they go from 1 to 3"),
-        ("begun", None, ["bring", "what"], "it takes an experiment's number, best, or"),
+        ("begun", None, ["bring", "what"], "it takes an experiment's number, best, on-N, or"),
         ("begun", None, ["bring", "edits-3"], "there are no edits-3: none"),
         ("begun", None, ["bring", "2"], r"2 \(baseline\) has no change: uv run night.py bring best"),
         ("begun", None, ["drop", "3"], r"3 has ended \(discard\)"),

@@ -1,0 +1,155 @@
+"""Second lines: decided against N, kept there, joined when the tip beats the best; kills and refusals."""
+
+import pytest
+from test_rules import BASELINE, kept, run
+
+from autoresearch.night import lines, rules
+from autoresearch.night.picture import Picture
+from autoresearch.night.results import read_results
+from autoresearch.night.rules import History
+
+
+def asked(n: int, **more) -> dict:
+    return {**dict(n=n, kind="try", simpler=False, dropped=False), **more}
+
+
+def left(n: int, commit: str, base: str, score: float, **more) -> dict:
+    """The record of what was tried and not kept."""
+    record = {**kept(n, commit, base, score), "status": "discard", "level": None}
+    return {**record, "seen": [0.95 - score, 1e-6], **more}
+
+
+NIGHT = [*BASELINE, kept(4, "best", "base", 0.95), left(5, "five", "best", 0.97)]
+
+
+@pytest.mark.parametrize("score", [0.90, 0.949, 0.9685, 0.969, 0.9699, 0.97, 0.9705, 0.98])
+def test_a_line_decides_as_a_night_would_whose_best_is_n(score):
+    """The same scores, and the same night but for which of them was kept."""
+    of_line = lines.view(NIGHT, 5)
+    plain = [{**r, "status": "discard"} for r in NIGHT[:-1]]
+    plain.append({**NIGHT[-1], "status": "keep"})
+    step = rules.next_step(asked(6), [run(score, "five")], History(of_line, [], {}, {}))
+    same = rules.next_step(asked(6), [run(score, "five")], History(plain, [], {}, {}))
+    assert type(step) is type(same) and step.why.startswith(same.why[:20])
+    assert getattr(step, "status", "") == getattr(same, "status", "")
+
+
+def test_what_is_kept_on_a_line_is_no_keep_of_the_night_until_it_beats_the_best():
+    history = History(NIGHT, [], {}, {})
+    on = asked(6, line=5)
+    better = lines.next_step(on, [run(0.96, "five")], history)
+    assert (better.status, better.on_line, better.displaced) == ("discard", "keep", None)
+    assert better.why.startswith("on 5's line kept: 0.0100")
+    worse = lines.next_step(on, [run(0.98, "five")], history)
+    assert (worse.status, worse.on_line) == ("discard", "discard")
+    best = lines.next_step(on, [run(0.90, "five")], history)
+    assert (best.status, best.on_line, best.displaced) == ("keep", "keep", "best")
+    assert "5's line joins" in best.why
+    crash = lines.next_step(on, [run(base="five")], history)
+    assert (crash.status, crash.on_line) == ("crash", "crash")
+    # a little better than the best on one run is asked again, as on the best
+    assert isinstance(lines.next_step(on, [run(0.949, "five")], history), rules.Again)
+    plain = asked(6)
+    assert lines.next_step(plain, [run(0.9)], history) == rules.next_step(
+        plain, [run(0.9)], history
+    )
+
+
+def test_a_line_ends_when_it_joins_or_after_ten_that_brought_nothing():
+    def tried(n, on_line, status="discard"):
+        return dict(n=n, line=5, on_line=on_line, status=status)
+
+    assert lines.open_ones([tried(6, "discard")] * 9, []) == [5]
+    assert lines.open_ones([tried(6, "discard")] * 10, []) == []
+    assert lines.open_ones([tried(6, "discard")] * 9 + [tried(7, "keep")], []) == [5]
+    assert lines.open_ones([tried(6, "keep", "keep")], []) == []
+    assert lines.open_ones([], [dict(line=5), dict(line=7), dict(line=5)]) == [5, 7]
+
+
+def test_a_night_with_a_second_line(lab):
+    root = lab.attempt("narrower", WIDTH=-1)
+    lab.until_ended(root)
+    lab.say("wait", 0)
+    # an edit of the best becomes the same edit of N; kept there, and worse than the best
+    n = lab.attempt("deeper", "--on", root, DEPTH=0.5)
+    record = lab.until_ended(n)
+    assert (record["status"], record["on_line"], record["line"]) == ("discard", "keep", root)
+    assert record["score"] == pytest.approx(1.005) and record["got"] < -0.004
+    told = lab.say("wait", 0)
+    assert f"{n}: kept on {root}'s line  val_bpb 1.005000: on {root}'s line kept: 0.0" in told
+    code = lab.git("show", f"{record['commit']}:train.py")
+    assert "WIDTH = -1" in code and "DEPTH = 0.5" in code
+    assert f"{root}'s line: tip 1.005000 ({n}), 0.005000 behind the best; 1 tried" in lab.say()
+    commit = lab.record(root)["commit"][:7]
+    assert lab.rows()[-1][3:] == ["discard", f"deeper [on {root} ({commit}), kept there]"]
+    assert "WIDTH = 0" in (lab.root / "train.py").read_text()  # the best is the best
+    # worse than the tip, better than N: left
+    lab.edit(DEPTH=0.2)
+    assert "conflict with the tip of" in lab.refused("try", "less deep", "--on", root)
+    assert "your edits were saved" in lab.say("bring", f"on-{root}")
+    n = lab.attempt("less deep", "--on", root, DEPTH=0.2)
+    record = lab.until_ended(n)
+    assert record["on_line"] == "discard" and "0.0030" in record["why"]
+    # the whole code of the tip; a killed supervisor loses nothing of it
+    lab.say("wait", 0)
+    assert f"try --on {root}" in lab.say("bring", f"on-{root}")
+    lab.edit(DEPTH=3, HOLD="mid")
+    n = int(lab.say("try", "much deeper", "--on", root).split(":")[0])
+    lab.until_held(n)
+    lab.kill_supervisor()
+    lab.go("mid")
+    lab.say()
+    record = lab.until_ended(n)
+    assert (record["status"], record["on_line"]) == ("keep", "keep")
+    assert record["displaced"] and record["fork"] == lab.record(root)["base"]
+    told = lab.say("wait", 0)
+    assert f"{root}'s line joins, its tip is the best" in told
+    text = (lab.root / "train.py").read_text()
+    assert "WIDTH = -1" in text and "DEPTH = 3" in text
+    assert lab.git("rev-parse", "HEAD") == record["commit"] == lab.best()["commit"]
+    assert "Nothing found that speaks against" in lab.say("audit")
+    # its own staircase: from N's row down, kept, left, kept
+    rows, _ = read_results(lab.root / "results.tsv")
+    [steps] = Picture.of(rows, None).lines
+    assert steps == [(4, 1.01), (5, 1.005), (6, 1.005), (7, 0.98)]
+    lab.say("page")
+    assert (lab.root / "night.html").read_text().count('<path class="line"') == 2  # two widths
+    # what comes next stands on it
+    lab.until_ended(lab.attempt("wider again", WIDTH=1))
+    assert lab.best()["score"] == pytest.approx(0.96)
+    lab.say()
+    assert lab.git("rev-parse", "HEAD") == lab.best()["commit"]
+    assert "has joined" in lab.refused("bring", f"on-{root}")
+    lab.until_idle()
+
+
+def test_a_line_begins_only_where_something_was_measured(lab):
+    crash = lab.attempt("a crash", EVENT=None)
+    lab.until_ended(crash)
+    best = lab.attempt("wider", WIDTH=1)
+    lab.until_ended(best)
+    lab.say()
+    roots = [lab.attempt(f"narrower {i}", WIDTH=-i) for i in (1, 2)]
+    for root in roots:
+        lab.until_ended(root)
+    roots += [lab.attempt(f"shallower {i}", DEPTH=-i) for i in (1, 2)]
+    for root in roots:
+        lab.until_ended(root)
+    lab.say("wait", 0)
+    lab.edit(NOTE=1)
+    for n, why in (
+        (99, "no experiment 99 has ended"),
+        (1, "was not"),
+        (crash, "was not"),
+        (best, "is the best: try without --on"),
+    ):
+        assert why in lab.refused("try", "on nothing", "--on", n)
+    for root in roots[:3]:
+        lab.until_ended(lab.attempt("a note", "--on", root, COMMENT=root))
+        lab.say("wait", 0)
+    lab.edit(COMMENT=7)
+    assert "3 lines are open" in lab.refused("try", "a fourth", "--on", roots[3])
+    one = lab.attempt("more", "--on", roots[0], NOTE=5)
+    lab.until_ended(one)
+    assert f"is on {roots[0]}'s line" in lab.refused("bring", f"on-{one}")
+    lab.until_idle()
