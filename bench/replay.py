@@ -213,14 +213,20 @@ class Replay(Night):
         return kept
 
 
+def worked(rule: str) -> tuple[Replay, list[str]]:
+    """(the night under a rule after all edits, the names of what was kept)."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        night = Replay(rule)
+        return night, night.work()
+
+
 def confirm():
     """The start and the tips with new seeds: mean, and gain over the start with its 95% interval."""
     start = None
     print("| rule | runs | kept | mean of eight new seeds | gain over the start |")
     print("| --- | --- | --- | --- | --- |")
     for rule in (None, *RULES.values()):  # None: the start
-        night = Replay(rule or "rule")
-        kept = night.work() if rule else []
+        night, kept = worked(rule) if rule else (Replay("rule"), [])
         code = night.code[night.best()["commit"]]
         scores = [run_of(code, seed)["score"] for seed in NEW_SEEDS]
         start = start or scores
@@ -238,7 +244,7 @@ def racing():
 
     Winners are the runs that score better than their base's run of the same seed.
     """
-    pairs = {pair for rule in RULES.values() for pair in tried_by(rule)}
+    pairs = {pair for rule in RULES.values() for pair in worked(rule)[0].pairs}
     runs = []
     for base, code in sorted(pairs):
         seed = settings.RUN_SEEDS[0]
@@ -258,13 +264,6 @@ def racing():
                 f"| {share:.0%} | {limit} | {len(cut)} | {len(cut) / len(runs) * (1 - share):.0%} "
                 f"| {lost} of {winners} |"
             )
-
-
-def tried_by(rule: str) -> list[tuple[str, str]]:
-    with contextlib.redirect_stdout(io.StringIO()):
-        night = Replay(rule)
-        night.work()
-    return night.pairs
 
 
 def main():
