@@ -61,6 +61,7 @@ def night(folder: Path) -> list[dict]:
     names = ["-c", "user.name=bench", "-c", "user.email=bench@localhost"]
     subprocess.run(["git", *names, "commit", "-qam", "the small model"], cwd=clone, check=True)
     environment = {**os.environ, "TORCHDYNAMO_DISABLE": "1"}
+    del environment["OMP_NUM_THREADS"]  # replay.py's; here a run has all cores
 
     def say(*words: str) -> str:
         command = [sys.executable, "night.py", *words]
