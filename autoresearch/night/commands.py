@@ -206,7 +206,8 @@ def try_(night: Night, message: str, simpler: bool, expect: float | None, on: in
     earlier = memory.earlier_lines(night, lines)
     parts = memory.changed_parts(night.repo.contents_at(base), contents)
     more = dict(simpler=simpler, expect=expect, change=change, lines=lines, parts=parts, **line)
-    if line:  # the files as they are queued, so that a kill leaves no edits behind
+    # The files as they are queued: a kill behind `enqueue` leaves no edits.
+    if line and contents != night.edits():
         night.write_target(contents, {"commit": base, "line": on})
     n = night.enqueue("try", commit, base, message, BASELINE_SEEDS[0], **more)
     night.sync_branch()

@@ -67,10 +67,12 @@ def open_ones(records: list[dict], asked: list[dict]) -> list[int]:
     """
     patience = number_setting("patience", "10")
     numbers = dict.fromkeys(one["line"] for one in [*records, *asked] if one.get("line"))
+    working = {one.get("line") for one in asked}  # one that has ended may be taken up again
     found = []
     for n in numbers:
         last = [r["on_line"] == "keep" for r in records if r.get("line") == n][-patience:]
-        if not joined(records, n) and (len(last) < patience or any(last)):
+        is_alive = n in working or len(last) < patience or any(last)
+        if is_alive and not joined(records, n):
             found.append(n)
     return found
 
@@ -145,8 +147,9 @@ def check_open(records: list[dict], asked: list[dict], n: int):
     known = open_ones(records, asked)
     if n not in known and len(known) >= MOST_OPEN:
         raise Fail(
-            f"--on {n}: {len(known)} lines are open ({some(map(str, known))}): go on with one. A line "
-            "ends when it joins, or after `patience` experiments in a row that brought nothing"
+            f"--on {n}: {len(known)} lines are open ({some(map(str, known))}): go on with one, as try "
+            f"--on {known[0]}. A line ends when it joins, or after `patience` experiments in a row "
+            "that brought nothing"
         )
 
 

@@ -131,6 +131,7 @@ def test_a_line_ends_when_it_joins_or_after_ten_that_brought_nothing():
 
     assert lines.open_ones([tried(6, "discard")] * 9, []) == [5]
     assert lines.open_ones([tried(6, "discard")] * 10, []) == []
+    assert lines.open_ones([tried(6, "discard")] * 10, [dict(line=5)]) == [5]  # taken up again
     assert lines.open_ones([tried(6, "discard")] * 9 + [tried(7, "keep")], []) == [5]
     assert lines.open_ones([tried(6, "keep", "keep")], []) == []
     assert lines.open_ones([], [dict(line=5), dict(line=7), dict(line=5)]) == [5, 7]
@@ -225,7 +226,9 @@ def test_a_line_begins_only_where_something_was_measured(lab):
         lab.until_ended(lab.attempt("a note", "--on", root, COMMENT=root))
         lab.say("wait", 0)
     lab.edit(COMMENT=7)
-    assert "3 lines are open" in lab.refused("try", "a fourth", "--on", roots[3])
+    said = lab.refused("try", "a fourth", "--on", roots[3])
+    open_ones = ", ".join(map(str, roots[:3]))
+    assert f"3 lines are open ({open_ones}): go on with one, as try --on {roots[0]}" in said
     one = lab.attempt("more", "--on", roots[0], NOTE=5)
     lab.until_ended(one)
     assert f"is on {roots[0]}'s line" in lab.refused("bring", f"on-{one}")
