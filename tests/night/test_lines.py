@@ -5,6 +5,7 @@ import json
 import pytest
 from test_rules import BASELINE, kept, run
 
+from autoresearch.common import Fail
 from autoresearch.night import lines, rules
 from autoresearch.night.picture import Picture
 from autoresearch.night.results import read_results
@@ -123,6 +124,26 @@ def test_what_still_runs_on_a_line_that_joined_is_an_experiment_on_the_best():
     worse = lines.next_step(on, [run(0.915, "nine")], history)
     assert (worse.status, worse.on_line) == ("discard", "discard")
     assert lines.words_of(records, 5) == "5's line has joined: 8 became the best"
+
+
+@pytest.mark.parametrize(
+    "n, why",
+    [
+        (4, "4 is the best: try without --on"),
+        (6, r"6 was not \(crash: rejected \(conflict\): it meets the best\)"),
+        (7, r"7 was not \(discard: twice not comparable"),
+        (8, "8 is on 5's line: try --on 5"),
+        (9, "no experiment 9 has ended: uv run night.py runs"),
+    ],
+)
+def test_what_no_line_begins_at_is_said_in_words(n, why):
+    crash = dict(status="crash", score=None, why="rejected (conflict): it meets the best")
+    doubted = dict(not_comparable="x", why="twice not comparable: x")
+    records = [*NIGHT, left(6, "six", "base", 1) | crash, left(7, "seven", "best", 1, **doubted)]
+    records.append(on_5(8, "eight", "five", 0.96, "keep"))
+    with pytest.raises(Fail, match=why):
+        lines.root_of(records, n)
+    assert lines.root_of(records, 5)["n"] == 5
 
 
 def test_a_line_ends_when_it_joins_or_after_ten_that_brought_nothing():
