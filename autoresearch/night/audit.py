@@ -16,11 +16,12 @@ from pathlib import Path
 from statistics import fmean, median
 
 from autoresearch.common import Fail, git, git_bytes, one_line, printable, some
+from autoresearch.night import lines as second_lines
 from autoresearch.night.doubts import FEW_STEPS
 from autoresearch.night.evidence import Seen
 from autoresearch.night.report import NightReport
 from autoresearch.night.results import Row
-from autoresearch.night.rules import best_of, displaced_by, scores_of_commit, seed_of
+from autoresearch.night.rules import best_of, displaced_by, lineage, scores_of_commit, seed_of
 from autoresearch.night.settings import BASELINE_SEEDS, TARGET
 from autoresearch.referee.ledger import joined
 
@@ -118,6 +119,8 @@ def audit(report: NightReport) -> Iterator[Finding]:
     yield from _test_split(test, confirming)
     yield from _confirmation(report.confirmed, test, confirming)
     yield from _journal(report)
+    for words in second_lines.all_lines(report.records):
+        yield Finding(True, words)
     if in_git:
         yield from _code([*val, *confirming], report.root)
         yield from _branch(report)
@@ -385,10 +388,9 @@ def _branch(report: NightReport) -> Iterator[Finding]:
     yield from doubt(f"kept, but not on the branch {report.branch}", missing)
     start = known[0]
     since = history[: history.index(start)] if start in history else []
-    lines = [r["commit"] for r in report.records if r.get("on_line") == "keep"]
-    begun = {r["line"] for r in report.records if r.get("line")}
-    lines += [r["commit"] for r in report.records if r["n"] in begun]
-    extra = [commit[:7] for commit in since if commit not in (*known, *lines)]
+    # A line that joined brought along what was kept on it, and its root.
+    of_lines = lineage(best["commit"], report.records) if best else []
+    extra = [commit[:7] for commit in since if commit not in (*known, *of_lines)]
     yield from doubt("on the branch, but in no row as kept", extra)
     other_files = []
     for commit in dict.fromkeys([*known, *since]):

@@ -206,9 +206,10 @@ def try_(night: Night, message: str, simpler: bool, expect: float | None, on: in
     earlier = memory.earlier_lines(night, lines)
     parts = memory.changed_parts(night.repo.contents_at(base), contents)
     more = dict(simpler=simpler, expect=expect, change=change, lines=lines, parts=parts, **line)
+    # The files as they are queued: a kill behind `enqueue` leaves no edits.
+    if line and contents != night.edits():
+        night.write_target(contents, {"commit": base, "line": on})
     n = night.enqueue("try", commit, base, message, BASELINE_SEEDS[0], **more)
-    if line:
-        night.write_target(night.repo.contents_at(night.tip()))
     night.sync_branch()
     wake(night)
     best = rules.best_of(night.records())
@@ -226,15 +227,16 @@ def on_line(night: Night, n: int, edits: Contents) -> tuple[Contents, str, dict]
     root = second_lines.root_of(records, n)
     second_lines.check_open(records, [e.asked for e in night.open()], n)
     tip = second_lines.tip_of(records, n)["commit"]
-    contents = second_lines.on_tip(edits, night.repo, night.tip(), tip)
+    at = night.repo.contents_at
+    contents = merged(at(tip), at(night.made_from().get("commit") or night.tip()), edits)
     if contents is None:
         raise Fail(
             f"the edits conflict with the tip of {n}'s line, {tip[:7]}: uv run night.py bring on-{n} puts "
             "its code here and saves them; make the change on top of it"
         )
-    if contents == night.repo.contents_at(tip):
+    if contents == at(tip):
         raise Fail(f"{TARGET.file} is the tip of {n}'s line as it stands: change it first")
-    return contents, tip, {"line": n, "root": root["commit"], "fork": root["base"]}
+    return contents, tip, {"line": n, "root": root["commit"]}
 
 
 def again(night: Night, n: int):
@@ -254,7 +256,7 @@ def again(night: Night, n: int):
     base = night.repo.git("rev-parse", f"{commit}^")
     check_new(night, record["change"], base)
     same = {key: record[key] for key in ("simpler", "expect", "change")}
-    same |= {key: record[key] for key in ("line", "root", "fork") if key in record}
+    same |= {key: record[key] for key in ("line", "root") if key in record}
     new = night.enqueue("try", commit, base, record["message"], BASELINE_SEEDS[0], **same)
     wake(night)
     print(f"{new}: queued, the change of {n} once more")
@@ -448,8 +450,9 @@ def commit_lines(record: dict, experiment: Experiment, k: int) -> list[str]:
     queued, ran = experiment.asked["commit"], run.get("commit", record["commit"])
     if queued == ran:
         return []
-    best = run.get("base", record["base"])[:7]
-    return [f"   queued as {queued[:7]}, ran as {ran[:7]}: the same change on the new best, {best}"]
+    what = "tip" if record.get("line") else "best"
+    what = f"the same change on the new {what}, {run.get('base', record['base'])[:7]}"
+    return [f"   queued as {queued[:7]}, ran as {ran[:7]}: {what}"]
 
 
 def end_of_run(path: Path) -> list[str]:
@@ -515,7 +518,8 @@ def bring_change(night: Night, n: str):
         raise Fail(f"{n}'s change (above) meets other changes in {place}: make it by hand")
     if contents == current:
         raise Fail(f"{n}'s change is in {place} already: try another idea")
-    night.write_target(contents)
+    whole = edits is None and contents == night.repo.contents_at(commit)
+    night.write_target(contents, {"commit": commit} if whole else night.made_from())
     print(f"{n}'s change is in {TARGET.file}, on top of {place}")
 
 
@@ -526,9 +530,9 @@ def bring_line(night: Night, n: int):
     tip = second_lines.tip_of(night.records(), n)
     if night.edits() is not None:
         bring_best(night)
-    night.write_target(night.repo.contents_at(tip["commit"]))
-    said = f"{TARGET.file} is the code of {tip['n']}, {tip['commit'][:7]}"
-    print(f"{said}: edit it, then uv run night.py try --on {n} '...'")
+    made_from = {"commit": tip["commit"], "line": n}
+    night.write_target(night.repo.contents_at(tip["commit"]), made_from)
+    print(f"{TARGET.file} is the code of {tip['n']}, {tip['commit'][:7]}, the tip of {n}'s line")
 
 
 def bring_best(night: Night):
@@ -544,6 +548,7 @@ def bring_best(night: Night):
         name = f"edits-{count_of_edits(night) + 1}"
         for file, content in contents.items():
             write_atomically(saved_edit(night, name, file), content)
+        write_json(night.folder / f"of-{name}.json", night.made_from())
         night.write_target(night.repo.contents_at(commit))
         print(f"your edits were saved: uv run night.py bring {name} puts them back")
     if night.begun():
@@ -569,7 +574,8 @@ def bring_edits(night: Night, name: str):
         raise Fail(f"there are no {name}: " + (f"edits-1 to edits-{count}" if count else "none"))
     if night.edits() is not None:
         raise Fail(f"{TARGET.file} has edits: uv run night.py bring best saves them, then again")
-    night.write_target({file: path.read_bytes() for file, path in saved.items()})
+    made_from = read_json(night.folder / f"of-{name}.json")
+    night.write_target({file: path.read_bytes() for file, path in saved.items()}, made_from)
     print(f"{TARGET.file} has the {name} again")
 
 

@@ -3,19 +3,19 @@ Second lines: experiments on something else than the best, by `night.py try --on
 
 A line begins at experiment N and has a best of its own, its tip. What is tried on it is decided against
 the tip, by the same rule and with what is known around N. No row of it is a keep of the night, until its
-tip beats the night's best by that rule, too: then it is the best, and the line has joined.
+tip beats the night's best by that rule, too: then it is the best, and the line has joined: what still
+waits or runs on it is an experiment on the best.
 
-A record of a line has `line`: N, `root`: its commit, `fork`: the commit on which N stood, and `on_line`:
-what came of it there (keep, discard, crash).
+A record of a line has `line`: N, `root`: its commit, and `on_line`: what came of it there (keep, discard,
+crash).
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-from autoresearch.common import Fail, some
+from autoresearch.common import Fail, one_line, some
 from autoresearch.night import rules
-from autoresearch.night.repo import Contents, Repository, merged
 from autoresearch.night.settings import number_setting
 
 MOST_OPEN = 3
@@ -27,30 +27,32 @@ ASIDE = "aside"  # the status, seen from a line, of what was kept elsewhere
 
 
 def view(records: list[dict], n: int) -> list[dict]:
-    """The night's records as line N sees them: kept are N and what was kept on the line."""
-    found = []
+    """The night's records as line N sees them: kept are N and what was kept on the line.
+
+    From the record with which the line joins, they are the night's.
+    """
+    found, has_joined = [], False
     for record in records:
+        on_it = record.get("line") == n
+        has_joined = has_joined or (on_it and record["status"] == "keep")
         if record["n"] == n:
             record = {**record, "status": "keep", "level": None}
-        elif record.get("line") == n:
+        elif on_it and not has_joined:
             record = {**record, "status": record["on_line"]}
-        elif record["status"] == "keep":
+        elif record["status"] == "keep" and not has_joined:
             record = {**record, "status": ASIDE}
         found.append(record)
     return found
 
 
-def seen_from(history: rules.History, asked: dict) -> rules.History:
-    """What an experiment is decided by: the night's history, or its line's."""
-    if not asked.get("line"):
-        return history
-    return replace(history, records=view(history.records, asked["line"]))
+def records_of(asked: dict, records: list[dict]) -> list[dict]:
+    """The records by which an experiment is decided: the night's, or as its line sees them."""
+    return view(records, asked["line"]) if asked.get("line") else records
 
 
 def tip_of(records: list[dict], n: int) -> dict:
-    """The record of line N's best."""
-    own = [r for r in records if r["n"] == n or r.get("line") == n and r["on_line"] == "keep"]
-    return own[-1]
+    """The record of line N's best: the night's, where the line has joined."""
+    return rules.best_of(view(records, n))
 
 
 def joined(records: list[dict], n: int) -> bool:
@@ -65,10 +67,12 @@ def open_ones(records: list[dict], asked: list[dict]) -> list[int]:
     """
     patience = number_setting("patience", "10")
     numbers = dict.fromkeys(one["line"] for one in [*records, *asked] if one.get("line"))
+    working = {one.get("line") for one in asked}  # one that has ended may be taken up again
     found = []
     for n in numbers:
         last = [r["on_line"] == "keep" for r in records if r.get("line") == n][-patience:]
-        if not joined(records, n) and (len(last) < patience or any(last)):
+        is_alive = n in working or len(last) < patience or any(last)
+        if is_alive and not joined(records, n):
             found.append(n)
     return found
 
@@ -76,27 +80,41 @@ def open_ones(records: list[dict], asked: list[dict]) -> list[int]:
 def next_step(
     asked: dict, runs: list[dict], history: rules.History, conflict: str | None = None
 ) -> rules.Record | rules.Again:
-    """rules.next_step, and on a line what it is there; a tip that beats the best becomes the best."""
+    """rules.next_step, and on a line what it is there; what beats the best becomes the best."""
     n = asked.get("line")
-    step = rules.next_step(asked, runs, seen_from(history, asked), conflict)
+    of_line = replace(history, records=records_of(asked, history.records))
+    step = rules.next_step(asked, runs, of_line, conflict)
     if not n or isinstance(step, rules.Again):
         return step
-    here = f"on {n}'s line"
-    if step.status == "crash":
-        return replace(step, on_line="crash")
-    if step.status == "discard" or step.displaced:  # what conflicts with the tip displaces nothing
-        return replace(step, status="discard", why=f"{here}: {step.why}", on_line="discard")
+    if step.status == "crash" or joined(history.records, n):
+        return replace(step, on_line=step.status)
+    why = step.why.replace("the best", "its tip")
+    here = replace(step, status="discard", on_line=step.status, displaced=None)
+    if step.status == "keep":
+        here = replace(here, why=f"on {n}'s line kept: {why}")
+    else:
+        here = replace(here, why=f"on {n}'s line: {why}")
+    if not step.verdict:  # not comparable
+        return here
     beside = rules.beside_best([run["score"] for run in step.runs], history)
-    if beside.status == "again" and beside.seen.gain > 0 and len(step.runs) < MOST_RUNS:
-        return rules.Again(beside.why)
-    if beside.status == "keep" and beside.seen.gain > 0:
-        best = rules.best_of(history.records)
-        words = beside.beside.replace("its base", "the best")
-        why = f"{n}'s line joins, its tip is the best: {words}"
-        more = dict(displaced=best["commit"], on_line="keep")
-        return replace(step, why=why, verdict=beside, **more)
-    why = f"{here} kept: {step.why}"
-    return replace(step, status="discard", why=why, on_line="keep")
+    # A seed that gave no score is not asked again, nor what cannot be put on the tip.
+    may_run = not conflict and rules.seed_of(runs[-1]) in map(rules.seed_of, step.runs)
+    if beside.status == "again" and step.status == "keep" and beside.seen.gain > 0:
+        return rules.Again(beside.why) if may_run and len(step.runs) < MOST_RUNS else here
+    if beside.status != "keep":
+        return here
+    # Whatever it is beside a lucky tip: the night never keeps a worse file than the best one measured.
+    best = rules.best_of(history.records)["commit"]
+    stands_on = rules.lineage(step.run["base"], history.records)
+    words = beside.beside.replace("its base", "the best")
+    return replace(
+        here,
+        status="keep",
+        why=f"{n}'s line joins, its tip is the best: {words}",
+        verdict=beside,
+        on_line="keep",
+        displaced=None if best in stands_on else best,
+    )
 
 
 # ------------------------------------------------------------------------- opening and looking
@@ -108,12 +126,17 @@ def root_of(records: list[dict], n: int) -> dict:
     best = rules.best_of(records)
     if found is None:
         raise Fail(f"--on {n}: no experiment {n} has ended: uv run night.py runs lists them")
-    if found.get("line"):
+    if found.get("line") and found["status"] != "keep":
         raise Fail(f"--on {n}: {n} is on {found['line']}'s line: try --on {found['line']}")
     if joined(records, n):
         raise Fail(f"--on {n}: {n}'s line has joined, its tip is or was the best: try without --on")
-    if found["kind"] == "baseline" or not rules.scores_of(found):
-        raise Fail(f"--on {n}: a line begins at an experiment that was measured, and {n} was not")
+    if found["kind"] == "baseline":
+        raise Fail(f"--on {n}: {n} is the baseline: a line begins at a change that was measured")
+    if not rules.scores_of(found):
+        came = one_line(f"{found['status']}: {found['why']}", 60)
+        raise Fail(
+            f"--on {n}: a line begins at a change that was measured, and {n} was not ({came})"
+        )
     if best and found["commit"] == best["commit"]:
         raise Fail(f"--on {n}: {n} is the best: try without --on")
     return found
@@ -124,42 +147,34 @@ def check_open(records: list[dict], asked: list[dict], n: int):
     known = open_ones(records, asked)
     if n not in known and len(known) >= MOST_OPEN:
         raise Fail(
-            f"--on {n}: {len(known)} lines are open ({some(map(str, known))}): go on with one. A line "
-            "ends when it joins, or after `patience` experiments in a row that brought nothing"
+            f"--on {n}: {len(known)} lines are open ({some(map(str, known))}): go on with one, as try "
+            f"--on {known[0]}. A line ends when it joins, or after `patience` experiments in a row "
+            "that brought nothing"
         )
 
 
-def on_tip(edits: Contents, repo: Repository, best: str, tip: str) -> Contents | None:
-    """The edits as a change of a line's tip; None where they conflict with it.
+def words_of(records: list[dict], n: int) -> str:
+    """Line N in a sentence: its tip beside the best, or with what it joined."""
+    for record in records:
+        if record.get("line") == n and record["status"] == "keep":
+            return f"{n}'s line has joined: {record['n']} became the best"
+    tip, best = tip_of(records, n), rules.best_of(records)
+    own = [record for record in records if record.get("line") == n]
+    kept = sum(record["on_line"] == "keep" for record in own)
+    behind = rules.gain(best["score"], tip["score"])
+    side = "behind" if behind >= 0 else "better, within the noise, than"
+    return (
+        f"{n}'s line: tip {tip['score']:.6f} ({tip['n']}), {abs(behind):.6f} {side} the best; "
+        f"{len(own)} tried on it, {kept} kept"
+    )
 
-    They were made on the best or on the tip (`bring on-N`): on that from which they differ less.
-    """
-    of_best, of_tip = repo.contents_at(best), repo.contents_at(tip)
-    if distance(edits, of_tip) <= distance(edits, of_best):
-        return edits
-    return merged(of_tip, of_best, edits)
 
-
-def distance(one: Contents, other: Contents) -> int:
-    """How many lines stand in one of the two alone."""
-    count = 0
-    for file in one.keys() | other.keys():
-        a, b = (set(of.get(file, b"").splitlines()) for of in (one, other))
-        count += len(a ^ b)
-    return count
+def all_lines(records: list[dict]) -> list[str]:
+    """Each line of the night in a sentence, those that have ended, too."""
+    numbers = dict.fromkeys(record["line"] for record in records if record.get("line"))
+    return [words_of(records, n) for n in numbers]
 
 
 def status_lines(records: list[dict], asked: list[dict]) -> list[str]:
     """Of each open line: its tip beside the best."""
-    best = rules.best_of(records)
-    found = []
-    for n in open_ones(records, asked):
-        tip = tip_of(records, n)
-        own = [record for record in records if record.get("line") == n]
-        kept = sum(record["on_line"] == "keep" for record in own)
-        behind = rules.gain(best["score"], tip["score"])
-        found.append(
-            f"     {n}'s line: tip {tip['score']:.6f} ({tip['n']}), {behind:.6f} behind the best; "
-            f"{len(own)} tried on it, {kept} kept"
-        )
-    return found
+    return [f"     {words_of(records, n)}" for n in open_ones(records, asked)]

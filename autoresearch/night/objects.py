@@ -9,6 +9,7 @@ import json
 
 from autoresearch.common import one_line, utc
 from autoresearch.night import failures, results, rules
+from autoresearch.night import lines as second_lines
 from autoresearch.night.audit import audit, summary_of
 from autoresearch.night.commands import last_runs
 from autoresearch.night.confirm import confirmation_lines
@@ -50,6 +51,7 @@ def page_object(night: Night, report: NightReport) -> dict:
         "band": report.band(),
         "baseline": next((row for row in rows if row["status"] == "keep"), None),
         "best": next((row for row in rows if row["n"] == best.get("n")), None),
+        "lines": second_lines.all_lines(records),
         "open": open_objects(night),
         "rows": rows,
         "kept": [
@@ -114,7 +116,7 @@ def row_objects(report: NightReport) -> list[dict]:
     for row in report.rows:
         same = known.get((row.commit[:7], row.status))
         record = same.pop(0) if same else {}
-        of_journal = ("n", "kind", "why", "expect", "got", "slow", "ended")
+        of_journal = ("n", "kind", "why", "expect", "got", "slow", "ended", "line", "on_line")
         found.append(
             {
                 **{key: record.get(key) for key in of_journal},

@@ -245,7 +245,7 @@ def _picture(now: dict, report: NightReport) -> str:
         svg(picture, narrow, hours, {}),
         svg(picture, wide, hours, said),
         f'<ul class="legend">{"".join(marks)}</ul>',
-        *map(_line, [*too_good_lines(report), *better_lines(report)]),
+        *map(_line, [*now["lines"], *too_good_lines(report), *better_lines(report)]),
     )
 
 

@@ -163,14 +163,20 @@ def compared(seen: Seen, runs: int, level: Level) -> str:
 
 def displaced_by(record: dict, records: list[dict]) -> list[dict]:
     """The kept changes that a record took off the branch when it became the best, newest first."""
-    found = []
-    commit = record.get("displaced")
-    while commit and commit not in (record["base"], record.get("fork")):
-        kept = kept_as(commit, records)
-        if not kept or kept in found or kept["kind"] == "baseline":
-            break
-        found.append(kept)
-        commit = kept["base"]
+    if not record.get("displaced"):
+        return []
+    stands_on = lineage(record["commit"], records)
+    lost = [c for c in lineage(record["displaced"], records) if c not in stands_on]
+    found = [kept_as(commit, records) for commit in lost]
+    return [kept for kept in found if kept and kept["kind"] != "baseline"]
+
+
+def lineage(commit: str, records: list[dict]) -> list[str]:
+    """A commit and all that it stands on, newest first, down to the baseline."""
+    bases = {record["commit"]: record["base"] for record in records}
+    found = [commit]
+    while bases.get(found[-1], commit) not in found:
+        found.append(bases[found[-1]])
     return found
 
 

@@ -229,7 +229,9 @@ def what_next(night: Night) -> str:
         kept = f"; {TARGET.file} keeps its edits until then" if edited else ""
         return f"the queue is full: uv run night.py wait{kept}"
     if edited:
-        finish = "finish them, then uv run night.py try '...'; or uv run night.py bring best"
+        line = night.made_from().get("line")
+        words = f"--on {line} '...'" if line else "'...'"
+        finish = f"finish them, then uv run night.py try {words}; or uv run night.py bring best"
         return f"{TARGET.file} has edits: {finish}"
     or_wait = ", or uv run night.py wait" if experiments else ""
     return f"edit {TARGET.file} and uv run night.py try 'what changes; what is expected'{or_wait}"

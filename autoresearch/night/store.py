@@ -42,6 +42,7 @@ from autoresearch.night.settings import HERE, TARGET, setting
 
 POLL_SECONDS = 0.05  # seconds between two looks at files that others write
 COMMAND_TIMEOUT = 10  # seconds a command waits for another one
+MADE_FROM = "made-from.json"  # what the agent's files were made from, where not from the best
 PAGE_LOG = "page.log"  # why night.html could not be written; gone once it is
 # Our own names in .night.
 RESERVED_TAGS = "agent command compiled engine.json ray.log supervisor supervisor.log".split()
@@ -224,13 +225,11 @@ class Night:
         scores = [counted["score"] for counted in step.runs or [run] if "score" in counted]
         scored = step.status != "crash" and scores and None not in scores
         score = statistics.fmean(scores) if scored else None
-        records = second_lines.seen_from(self.history(), asked).records
+        records = second_lines.records_of(asked, self.records())
         base = {} if experiment.has_no_row else rules.kept_as(run.get("base", ""), records)
         verdict = step.verdict or rules.Verdict("", "")
         named = ("n", "kind", "seed", "message", "simpler", "expect", "change")
-        changed = {
-            key: asked[key] for key in ("lines", "parts", "line", "root", "fork") if asked.get(key)
-        }
+        changed = {key: asked[key] for key in ("lines", "parts", "line", "root") if asked.get(key)}
         measured = ("tokens", "training_seconds", "wall_seconds", "steps", "began", "host")
         record = {
             **{key: asked[key] for key in named},
@@ -367,11 +366,19 @@ class Night:
             return False
         return found == contents or self.repo.are_of(found, [commit])
 
-    def write_target(self, contents: Contents):
+    def made_from(self) -> dict:
+        """`commit`, from which the agent's files were made, and its `line`; empty: from the best."""
+        return read_json(self.folder / MADE_FROM) or {}
+
+    def write_target(self, contents: Contents, made_from: dict | None = None):
+        """Writes the agent's files. made_from: as made_from() tells it from now on."""
+        (self.folder / MADE_FROM).unlink(missing_ok=True)
         for file, content in contents.items():
             path = self.root / file
             path.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(path, content, path.stat().st_mode if path.is_file() else 0o644)
+        if made_from:
+            write_json(self.folder / MADE_FROM, made_from)
 
     def sync_branch(self):
         """Moves branch and files to the best, unless an edit is in progress."""
@@ -380,7 +387,7 @@ class Night:
         if self.edits() is None:
             commit = best["commit"] if best else tip
             contents = self.repo.contents_at(commit)
-            if not self.holds(contents, commit):
+            if not self.holds(contents, commit) or self.made_from():
                 self.write_target(contents)
             if commit != tip:
                 if all(tip not in (record["commit"], record["base"]) for record in self.records()):

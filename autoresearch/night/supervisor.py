@@ -129,7 +129,8 @@ class Supervisor:
         return bool(ended)
 
     def gained(self, experiment: Experiment) -> float:
-        return rules.gained(experiment.runs(), self.night.records())
+        records = second_lines.records_of(experiment.asked, self.night.records())
+        return rules.gained(experiment.runs(), records)
 
     # starting
 

@@ -320,7 +320,11 @@ class Lab:
         assert numbers == list(range(1, len(records) + 1))
         # the branch holds kept commits, each on the one it was measured on, and nothing else
         kept = [record for record in records if record["status"] == "keep"]
-        by_commit = {record["commit"]: record for record in kept}
+        # what joined brought along what was kept on its line, and its root
+        joined = [record.get("line", 0) for record in kept]
+        of_lines = [r for r in records if r["n"] in joined or r.get("on_line") == "keep"]
+        of_lines = [r for r in of_lines if r["n"] in joined or r["line"] in joined]
+        by_commit = {record["commit"]: record for record in [*of_lines, *kept]}
         commits = self.git("log", "--format=%H", "main..autoresearch/nov21").split()
         assert commits[:1] == ([kept[-1]["commit"]] if len(kept) > 1 else [])
         for after, before in itertools.pairwise([*commits, kept[0]["commit"]]):

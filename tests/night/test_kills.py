@@ -115,13 +115,13 @@ def killed_everywhere(template: Lab, work: Path, command: list[str], most: int) 
     return [Lab(work / str(k)) for k in numbers]
 
 
-def queued_only(lab: Lab, message: str, **constants):
+def queued_only(lab: Lab, message: str, *options: str, **constants):
     """`try`, but no supervisor starts: as if it had been killed at once."""
     lab.edit(**constants)
     code = (
         "import night; from autoresearch.night import commands, supervisor;"
         "commands.wake = supervisor.wake = lambda _: None;"
-        f"night.main(['try', {message!r}])"
+        f"night.main({['try', message, *options]})"
     )
     command = [sys.executable, "-c", code]
     subprocess.run(command, cwd=lab.root, env=lab.env, check=True, capture_output=True)
@@ -172,6 +172,38 @@ def test_a_command_killed_at_any_line_is_finished_by_the_next(fresh, lab, tmp_pa
         it.check()
         [record] = it.records()[3:]
         assert (record["n"], record["status"], record["message"]) == (4, "keep", "wider")
+
+
+def test_a_second_line_killed_at_any_line_is_opened_once_and_joins_once(lab, tmp_path):
+    root = str(lab.until_ended(lab.attempt("narrower", WIDTH=-1))["n"])
+    lab.say()
+    lab.until_idle()
+    lab.edit(DEPTH=0.5)  # an edit of the best, which becomes one of N
+    for it in killed_everywhere(lab, tmp_path / "best", ["try", "deeper", "--on", root], 7):
+        it.check()
+        record = it.record(5)
+        assert (record["status"], record["on_line"], len(it.records())) == ("discard", "keep", 5)
+    lab.say("bring", f"on-{root}")
+    lab.edit(WIDTH=2)
+    for it in killed_everywhere(lab, tmp_path / "try", ["try", "wider", "--on", root], 9):
+        it.check()
+        record = it.record(5)
+        assert (record["status"], record["on_line"], len(it.records())) == ("keep", "keep", 5)
+    queued_only(lab, "wider than N and the best", "--on", root)
+    queued_only(lab, "deeper than N", "--on", root, DEPTH=0.5)
+    for n, score in ((5, 0.98), (6, 1.005)):
+        ended_on_paper(lab, n, score)
+    queued_only(lab, "waits on the line", "--on", root, COMMENT=1)
+    for it in killed_everywhere(lab, tmp_path / "supervise", ["supervise"], 14):
+        it.check()
+        ended = {r["n"]: (r["status"], r["on_line"], r["score"]) for r in it.records()[4:]}
+        deeper = pytest.approx(0.975)  # on top of what joined before it
+        assert ended == {
+            5: ("keep", "keep", 0.98),
+            6: ("keep", "keep", deeper),
+            7: ("discard", "discard", deeper),
+        }
+        assert it.record(6)["base"] == it.record(5)["commit"]
 
 
 def test_a_killed_run_is_a_crash_a_killed_watcher_a_repeat_and_a_killed_command_nothing(lab):
