@@ -55,7 +55,7 @@ def test_a_night_in_a_fresh_clone_that_nobody_has_trusted(tmp_path):
     answers = model.answers[0]
     for (tool, arguments), answer in zip(allowed, answers):
         assert not answer.startswith("ERROR"), (tool, arguments, answer)
-    assert "4: keep  val_bpb 0.990000" in answers[6] and "got -0.010000" in answers[6]
+    assert "4: keep  val_bpb 0.990000" in answers[6] and "got -0.009900" in answers[6]
     assert [record["message"] for record in lab.records()[3:5]] == [
         'wider, `x` costs $5; "quoted" & more a second line',
         "it's `wider` still # $5",

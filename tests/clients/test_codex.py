@@ -64,7 +64,7 @@ def test_a_night_in_a_fresh_clone_that_nobody_has_trusted(tmp_path):
     answers = model.answers[0]
     for (_, arguments), answer in zip(allowed, answers):
         assert "exited with code 0" in answer or "Exit code: 0" in answer, (arguments, answer)
-    assert "4: keep  val_bpb 0.990000" in answers[6] and "got -0.010000" in answers[6]
+    assert "4: keep  val_bpb 0.990000" in answers[6] and "got -0.009900" in answers[6]
     message = lab.records()[3]["message"]
     assert message == 'wider, `x` costs $5; "quoted" & more # a second line'
     for (command, says), answer in zip(denied.items(), answers[len(allowed) :]):
