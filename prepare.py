@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import argparse
 import base64
+import contextlib
 import hashlib
 import itertools
 import math
@@ -79,9 +80,11 @@ from autoresearch.corpus.report import (
 )
 from autoresearch.corpus.text import demo, own_text
 from autoresearch.referee.clock import clock, fail
+from autoresearch.referee.heldout import hidden, read_rows
 from autoresearch.referee.leakcheck import EvalModel, LeakCheck, on_device
 from autoresearch.referee.manifest import (
     FORMAT,
+    HELD_OUT,
     SPLITS,
     damaged,
     fingerprint,
@@ -264,32 +267,45 @@ def encode_source(source: Source, tokenizer: Tokenizer, row_length: int, pool, p
         yield source.split, 0, ids
 
 
-def write_tokens(path: Path, encoded, tokenizer: Tokenizer) -> dict:
-    """Writes a source's tokens; returns its entry in the manifest's `tokens`.
+def write_tokens(
+    directory: Path, name: str, split: str | None, encoded, tokenizer: Tokenizer
+) -> list[dict]:
+    """Writes a source's tokens; returns its entries in the manifest's `tokens`.
 
-    encoded: its (split, row group, tokens).
-    PATH.bin: uint16, all documents one after another, each with BOS in front.
-    PATH.idx: int32 (documents, 3): place of its split in SPLITS, its row group, its tokens.
+    encoded: its (split, row group, tokens); split: that of all of them, if they have one. Training text
+    is an entry NAME, held-out text another in its own folder. Of each:
+    NAME.bin: uint16, all documents one after another, each with BOS in front.
+    NAME.idx: int32 (documents, 3): place of its split in SPLITS, its row group, its tokens.
     """
     bos = [tokenizer.get_bos_token_id()]
-    index = []
-    count = {what: dict.fromkeys(SPLITS, 0) for what in ("documents", "bytes", "tokens")}
-    with open_ours(path.with_suffix(".bin"), "wb") as file:
+    held_out = f"{HELD_OUT}/{name}"
+    place_of = {"train": name, "val": held_out, "test": held_out}
+    places = [place_of[split]] if split else [name, held_out]
+    index = {place: [] for place in places}
+    counted = ("documents", "bytes", "tokens")
+    count = {place: {what: dict.fromkeys(SPLITS, 0) for what in counted} for place in places}
+    with contextlib.ExitStack() as stack:
+        files = {
+            place: stack.enter_context(open_ours(directory / f"{place}.bin", "wb"))
+            for place in places
+        }
         for split, group, ids in encoded:
-            file.write(np.concatenate([bos, ids]).astype(np.uint16).data)
-            index.append((SPLITS.index(split), group, len(ids) + 1))
-            count["documents"][split] += 1
-            count["bytes"][split] += int(tokenizer.token_bytes[ids].sum())  # of text
-            count["tokens"][split] += len(ids) + 1
-        file.flush()
-        os.fsync(file.fileno())
-    write_atomically(path.with_suffix(".idx"), np.array(index, dtype=np.int32).tobytes())
-    return {
-        "name": path.name,
-        "sha256": sha256_of(path.with_suffix(".bin")),
-        "index_sha256": sha256_of(path.with_suffix(".idx")),
-        **count,
-    }
+            place = place_of[split]
+            files[place].write(np.concatenate([bos, ids]).astype(np.uint16).data)
+            index[place].append((SPLITS.index(split), group, len(ids) + 1))
+            count[place]["documents"][split] += 1
+            count[place]["bytes"][split] += int(tokenizer.token_bytes[ids].sum())  # of text
+            count[place]["tokens"][split] += len(ids) + 1
+        for file in files.values():
+            file.flush()
+            os.fsync(file.fileno())
+    entries = []
+    for place in places:
+        path = directory / f"{place}.idx"
+        write_atomically(path, np.array(index[place], dtype=np.int32).tobytes())
+        digests = {"sha256": sha256_of(path.with_suffix(".bin")), "index_sha256": sha256_of(path)}
+        entries.append({"name": place, **digests, **count[place]})
+    return entries
 
 
 def encode_all(
@@ -298,20 +314,20 @@ def encode_all(
     """Encodes every source once, in threads; returns the manifest's `tokens`."""
     workers = cores()
     pool = ThreadPoolExecutor(workers)
-    paths = {source: directory / f"{number:05d}" for number, source in enumerate(sources)}
+    names = {source: f"{number:05d}" for number, source in enumerate(sources)}
+    (directory / HELD_OUT).mkdir()
 
-    def one(source: Source, progress: Progress) -> dict:
+    def one(source: Source, progress: Progress) -> list[dict]:
         encoded = encode_source(source, tokenizer, row_length, pool, progress)
-        return write_tokens(paths[source], encoded, tokenizer)
+        return write_tokens(directory, names[source], source.split, encoded, tokenizer)
 
-    return in_parallel(one, sources, workers, "encoded")
+    return list(itertools.chain(*in_parallel(one, sources, workers, "encoded")))
 
 
-def open_tokens(directory: Path, entry: dict, verify: bool) -> tuple[np.ndarray, np.ndarray]:
+def open_tokens(directory: Path, entry: dict) -> tuple[np.ndarray, np.ndarray]:
     """(uint16 tokens as a memory map, int64 index) of a manifest entry; see write_tokens.
 
-    verify: check the tokens' sha256 as well, as for the scored splits. The index and the size are
-    always checked. Raises Fail on damage.
+    Raises Fail where the index is damaged, or the tokens are missing or of another size.
     """
     path = directory / (entry["name"] + ".bin")
     raw = read_checked(path.with_suffix(".idx"), entry["index_sha256"])
@@ -323,10 +339,7 @@ def open_tokens(directory: Path, entry: dict, verify: bool) -> tuple[np.ndarray,
         if not count:  # an empty file cannot be mapped
             return np.empty(0, dtype=np.uint16), index
         # slicing np.memmap is slow
-        tokens = np.asarray(np.memmap(file, dtype=np.uint16, mode="r"))
-    if verify and hashlib.sha256(tokens).hexdigest() != entry["sha256"]:
-        raise damaged(path)
-    return tokens, index
+        return np.asarray(np.memmap(file, dtype=np.uint16, mode="r")), index
 
 
 def check_prepared(split: str):
@@ -341,7 +354,10 @@ def check_prepared(split: str):
             "cannot be scored. Add text and prepare again"
         )
     for entry in prepared["tokens"]:
-        open_tokens(set_dir(), entry, verify=entry["tokens"][split] > 0)
+        if entry["tokens"]["train"]:
+            open_tokens(set_dir(), entry)
+    if not hidden():
+        read_rows(split)
 
 
 # --------------------------------------------------------------------------------------------- rows
@@ -373,7 +389,7 @@ class Packer:
         """Yields (epoch, [(length, first tokens)]) of up to BATCH_DOCS documents of a row group."""
         for epoch in itertools.count(1) if repeat else [1]:
             for entry in entries:
-                tokens, index = open_tokens(directory, entry, verify=split != "train")
+                tokens, index = open_tokens(directory, entry)
                 ends = np.cumsum(index[:, 2])
                 of_split = index[:, 0] == SPLITS.index(split)
                 groups, lengths = index[of_split, 1], index[of_split, 2]
@@ -518,14 +534,13 @@ def evaluate_bpb(model, tokenizer: Tokenizer, batch_size: int) -> float:
 
 
 def scored_rows(split: str) -> np.ndarray:
-    """The rows of the score, uint16 (n, T + 1). 42 MB for climbmix."""
+    """The rows of the score, uint16 (n, T + 1). 42 MB for climbmix. A run of the night has them once."""
     prepared = manifest()
     T, count = prepared["seq_len"], prepared["eval_rows"][split]
     if not count:
         fail(f"the {split} split is too small for one row of {T + 1} tokens")
-    rows = np.empty((count, T + 1), dtype=np.uint16)
-    Packer(set_dir(), prepared["tokens"], split, T + 1, repeat=False).fill(rows)
-    return rows
+    clock.describe(held_out="hidden" if hidden() else "readable")
+    return np.frombuffer(read_rows(split), dtype=np.uint16).reshape(count, T + 1)
 
 
 def bits_per_byte(
@@ -622,7 +637,7 @@ def prepare(corpus: str, data: Path | None, settings: dict, force: bool):
         source.require_unchanged()
 
     # 4. The rows of the score.
-    eval_rows = count_rows(directory, entries, row_length, settings["eval_tokens"])
+    eval_rows, digests = pack_rows(directory, entries, row_length, settings["eval_tokens"])
     print(how_split)
     print_nulls(sources)
     print_table(entries, eval_rows, row_length)
@@ -635,6 +650,7 @@ def prepare(corpus: str, data: Path | None, settings: dict, force: bool):
         "tokenizer_sha256": hashlib.sha256(content).hexdigest(),
         "tokens": entries,
         "eval_rows": eval_rows,
+        "rows_sha256": digests,
     }
     put_in_place(directory, described)
     print(
@@ -653,14 +669,18 @@ def say_it_is_there():
     print(f"already prepared in {place}: fingerprint {fingerprint()}; nothing to do")
 
 
-def count_rows(directory: Path, entries: list[dict], row_length: int, eval_tokens: int) -> dict:
-    """{split: rows in its score}, of val and test."""
+def pack_rows(directory: Path, entries: list[dict], row_length: int, eval_tokens: int):
+    """Packs and writes the rows of the score. Returns {split: how many} and {split: their sha256}."""
     wanted = max(1, eval_tokens // (row_length - 1))
-    eval_rows = {}
+    eval_rows, digests = {}, {}
     for split in ("val", "test"):
         packer = Packer(directory, entries, split, row_length, repeat=False)
-        eval_rows[split] = packer.fill(np.empty((wanted, row_length), dtype=np.uint16))
-    return eval_rows
+        rows = np.empty((wanted, row_length), dtype=np.uint16)
+        eval_rows[split] = packer.fill(rows)
+        content = rows[: eval_rows[split]].tobytes()
+        write_atomically(directory / HELD_OUT / f"{split}.rows", content)
+        digests[split] = hashlib.sha256(content).hexdigest()
+    return eval_rows, digests
 
 
 # ------------------------------------------------------------------------------------- command line

@@ -26,6 +26,7 @@ from autoresearch.night.settings import BASELINE_SEEDS, TARGET
 from autoresearch.referee.ledger import joined
 
 UNSEEN_SECONDS = 20  # that no clock of a run sees, more than usual
+UNSEEN_SCORING_SECONDS = 5  # from the question for its rows to its end
 SURE_OF_ONE_RUN = 2  # standard errors; a best with less on one run is named
 
 
@@ -108,6 +109,7 @@ def audit(report: NightReport) -> Iterator[Finding]:
         yield from _runs_left_out([r for r in val if r["run"] in own_ids - known])
         yield from _sameness([*val, *confirming])
         yield from _outside_clock([*val, *confirming], report.started)
+        yield from _tampering([*val, *confirming])
     elif report.rows:
         yield Finding(False, "the ledger holds no run of this night: no score can be checked")
     for words in report.slower:
@@ -221,23 +223,52 @@ def _sameness(runs: list[dict]) -> Iterator[Finding]:
 
 
 def _outside_clock(runs: list[dict], started: dict[str, dict]) -> Iterator[Finding]:
-    """What a run's own clock says against the seconds that the night waited for its process.
+    """What a run's own clock says against the seconds that the night counted for its process.
 
-    Importing and ending take a run some seconds that no clock sees, and all about the same.
+    Where the rows of the score were hidden, the night knows when the run asked for them: before that it
+    trained, afterwards it may only score. Importing and ending take seconds that no clock of a run sees,
+    and all runs about the same.
     """
-    unseen = []  # (seconds, seconds that may be more than usual, run)
+    whole, training, scoring = [], [], []  # (seconds that are not explained, and may be, run)
     for run in runs:
-        wall = started.get(run["run"], {}).get("wall_seconds")
+        ended = started.get(run["run"], {})
+        wall, asked = ended.get("wall_seconds"), ended.get("asked_seconds")
         parts = [run.get(f"{part}_seconds") for part in ("startup", "training", "scoring")]
-        if wall and None not in parts:
-            unseen.append((wall - sum(parts), max(UNSEEN_SECONDS, 0.2 * parts[1]), run))
+        if not wall or None in parts:
+            continue
+        spare = max(UNSEEN_SECONDS, 0.2 * parts[1])
+        if asked:
+            training.append((asked - parts[0] - parts[1], spare, run))
+            spare = max(UNSEEN_SCORING_SECONDS, 0.2 * parts[2])
+            scoring.append((wall - asked - parts[2], spare, run))
+        else:
+            whole.append((wall - sum(parts), spare, run))
+    longer = "its process lasted longer than its own clock says"
+    yield from doubt(longer, _longer_than_usual(whole))
+    yield from doubt(f"{longer}, before it asked for its score", _longer_than_usual(training))
+    yield from doubt(f"{longer}, with the rows of its score at hand", _longer_than_usual(scoring))
+
+
+def _longer_than_usual(unseen: list[tuple[float, float, dict]]) -> list[str]:
     usual = median(seconds for seconds, *_ in unseen) if unseen else 0.0
-    longer = [
+    return [
         f"{_name(run)} by {seconds:.0f} s"
         for seconds, spare, run in unseen
         if seconds > usual + spare
     ]
-    yield from doubt("its process lasted longer than its own clock says", longer)
+
+
+def _tampering(runs: list[dict]) -> Iterator[Finding]:
+    """What runs did beside training: referee/tampering.py. And whose rows were within their reach."""
+    scored = [run for run in runs if run.get("score") is not None]
+    replaced = [f"{name} (in {_name(run)})" for run in scored for name in run.get("replaced", [])]
+    yield from doubt("locked code was replaced while it ran", replaced)
+    opened = [f"{what} (in {_name(run)})" for run in scored for what in run.get("opened", [])]
+    yield from doubt(f"{TARGET.file} opened or started what is not the run's own", opened)
+    readable = sum(run.get("held_out") == "readable" for run in scored)
+    if readable:
+        words = f"{readable} of {len(scored)} scored runs could read the text that scores them"
+        yield Finding(True, words)
 
 
 # ------------------------------------------------------------------------------- the test split

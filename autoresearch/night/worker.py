@@ -36,11 +36,13 @@ from autoresearch.common import (
 from autoresearch.night import rules
 from autoresearch.night.doubts import CONDITIONS, FELL_BACK
 from autoresearch.night.experiment import Experiment, split_of
+from autoresearch.night.heldout import HeldOut
 from autoresearch.night.settings import TARGET, local_slots, setting
 from autoresearch.night.slower import allow_isolation, machine_lines
 from autoresearch.night.store import Night
 from autoresearch.night.target import Witness
 from autoresearch.referee.ledger import ledger_path, read_ledger
+from autoresearch.referee.manifest import HELD_OUT
 
 POLL_SECONDS = 0.25  # seconds between two looks at a run
 COMPILER_WRITES = 10  # seconds; a compiler writes one file within them, on a busy machine
@@ -95,12 +97,28 @@ def kill_leftovers(run_id: str):
 
 # ------------------------------------------------------------------------- isolation, environment
 
-MOUNTS = """
+READ_ONLY = """
 mount --bind "$1" "$1" && mount -o remount,ro,bind "$1" || exit 125
 mount --bind "$2" "$2" && mount -o remount,rw,bind "$2" || exit 125
+"""
+WITHOUT_HIDING = f"""{READ_ONLY}
 shift 2
 exec "$@"
 """
+# Nothing is seen of the held-out text, packed or as it was downloaded. The second namespace of users has
+# no rights over these mounts, so nobody in it undoes them, nor looks into a process outside.
+HIDING = f"""{READ_ONLY}
+for folder in "$1"/*/{HELD_OUT} "$1/shards"; do
+  [ ! -d "$folder" ] || mount -t tmpfs -o ro none "$folder" || exit 125
+done
+ledger=$2
+shift 2
+exec unshare -r sh -c '[ -w "$0" ] && exec "$@"' "$ledger" "$@"
+"""
+CAN_READ = (
+    "runs here can read the text that scores them: no second namespace of users is allowed "
+    "(`sysctl user.max_user_namespaces`), or the ledger belongs to another user"
+)
 
 
 @dataclass(frozen=True)
@@ -109,31 +127,42 @@ class Isolation:
 
     prefix: list[str]  # of the run's command
     warning: str  # what is missing, in one sentence for the status; empty where nothing is
+    hides: bool = False  # is the held-out text out of a run's reach?
 
     @classmethod
     def here(cls) -> Isolation:
-        """No network and a read-only cache by Linux's namespaces, where this user may make them.
+        """No network, a read-only cache and no held-out text, by Linux's namespaces where they may be made.
 
         The cache of another target than train.py is the folder of its night, where runs work: only the
         network is cut off, and with the setting `network: on` nothing is.
         """
-        inside = []
         if TARGET.is_train_py:
             ledger_path().touch()
-            inside = ["sh", "-c", MOUNTS, "sh", str(cache_dir()), str(ledger_path())]
+            places = [str(cache_dir()), str(ledger_path())]
+            if prefix := cls._unshared(["sh", "-c", HIDING, "sh", *places]):
+                return cls(prefix, "", hides=True)
+            if prefix := cls._unshared(["sh", "-c", WITHOUT_HIDING, "sh", *places]):
+                return cls(prefix, CAN_READ)
         elif setting("network", "off").startswith("on"):
             return cls([], "")
-        for options in (["--net", "--mount"], ["-r", "--net", "--mount"]):
-            prefix = ["unshare", *options, *inside]
-            with contextlib.suppress(OSError, subprocess.TimeoutExpired):
-                tried = subprocess.run([*prefix, "true"], capture_output=True, timeout=10)
-                if tried.returncode == 0:
-                    return cls(prefix, "")
+        elif prefix := cls._unshared([]):
+            return cls(prefix, "")
         and_the_cache = " and the cache" if TARGET.is_train_py else ""
         return cls(
             [],
             f"runs here are not cut off from the network{and_the_cache}: {allow_isolation()}",
         )
+
+    @staticmethod
+    def _unshared(inside: list[str]) -> list[str] | None:
+        """The prefix that runs `inside`, then a command, without a network; None where it fails."""
+        for options in (["--net", "--mount"], ["-r", "--net", "--mount"]):
+            prefix = ["unshare", *options, *inside]
+            with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+                tried = subprocess.run([*prefix, "true"], capture_output=True, timeout=10)
+                if tried.returncode == 0:
+                    return prefix
+        return None
 
 
 def run_environment(folder: Path, compiled: Path, asked: dict, run: dict, progress: Path) -> dict:
@@ -213,7 +242,8 @@ def run_to_its_end(
 
     repository: its root. compiled: the compilers' caches, which all runs share. asked, run: what
     experiment.json and run-K.json hold. limit: in seconds. Returns how it ended (exit code, why it was
-    stopped or None, seconds), and the ledger's records of it. The calling process must have no other
+    stopped or None, seconds, and those after which it asked for its score where the rows were hidden),
+    and the ledger's records of it. The calling process must have no other
     children.
     """
     began = time.monotonic()
@@ -223,6 +253,9 @@ def run_to_its_end(
     if not TARGET.is_train_py:
         witness = Witness(TARGET, repository, tree, asked, run, split)
     environment = run_environment(folder, compiled, asked, run, progress_path)
+    held_out = HeldOut(split) if isolation.hides else None
+    if held_out:
+        environment["AUTORESEARCH_ROWS"] = str(held_out.theirs.fileno())
     stopped = None
     with open(log_path, "wb") as log:
         process = subprocess.Popen(
@@ -234,7 +267,10 @@ def run_to_its_end(
             stderr=log,
             start_new_session=True,
             preexec_fn=die_with_parent,
+            pass_fds=[held_out.theirs.fileno()] if held_out else [],
         )
+    if held_out:
+        held_out.serve()
     while True:
         try:
             code = process.wait(timeout=POLL_SECONDS)
@@ -257,7 +293,10 @@ def run_to_its_end(
     if witness:
         witness.ended(code, log_path, seconds)
     records = [r for r in read_ledger(ledger_start)[0] if r.get("run") == run["id"]]
-    return {"code": code, "stopped": stopped, "wall_seconds": seconds}, records
+    ended = {"code": code, "stopped": stopped, "wall_seconds": seconds}
+    if held_out:
+        ended["asked_seconds"] = round(held_out.asked - began, 2) if held_out.asked else None
+    return ended, records
 
 
 def outcome(ended: dict, records: list[dict], log: str, split: str) -> dict:
@@ -271,17 +310,32 @@ def outcome(ended: dict, records: list[dict], log: str, split: str) -> dict:
     score = measured.get("score") if code == 0 and measured.get("split") == split else None
     if not isinstance(score, (int, float)) or not math.isfinite(score):
         score = None
+    forged = why_forged(ended, records)
+    if forged:
+        score = None
+    failure = forged or why_it_failed(code, ended["stopped"], measured, log)
     return {
         "code": code,
         "ended": utc(),
         "ended_stamp": stamp(),
         "wall_seconds": ended["wall_seconds"],
+        "asked_seconds": ended.get("asked_seconds"),
         "score": score,
-        "failure": why_it_failed(code, ended["stopped"], measured, log) if score is None else None,
+        "failure": failure if score is None else None,
         "memory_gb": (measured.get("peak_memory_mb") or 0) / 1024,
         "conditions": {name: measured[name] for name in conditions if name in measured},
         **{name: measured.get(name) for name in ("steps", "tokens", "training_seconds", "pace")},
     }
+
+
+def why_forged(ended: dict, records: list[dict]) -> str | None:
+    """Why the ledger's score of a run cannot be the evaluator's; None where it can."""
+    scores = sum("score" in record for record in records)
+    if scores > 1:
+        return f"it has {scores} scores in the ledger, and the evaluator writes one"
+    if scores and ended.get("asked_seconds", True) is None:
+        return "it has a score in the ledger, and never asked for the rows to score"
+    return None
 
 
 def why_it_failed(code: int, stopped: str | None, ledger: dict, log: str) -> str:

@@ -18,6 +18,7 @@ from autoresearch.common import Fail, lock, sha256_of, utc
 from autoresearch.referee.ledger import append_record
 from autoresearch.referee.manifest import fingerprint, manifest, set_dir
 from autoresearch.referee.provenance import describe_run, imported_files, peak_memory_mb
+from autoresearch.referee.tampering import opened, replaced
 
 START_LIMIT = 1200  # seconds to compile and warm up in: a slow machine with cold caches needs many
 SAMPLE_SHARE = 0.05  # of the budget between two samples of a run's pace and loss
@@ -186,6 +187,8 @@ class Clock:
             "peak_memory_mb": round(peak_memory_mb(self._device), 1),
             "pace": self._pace,
             "imported": imported_files(self._script),
+            "replaced": replaced(),
+            "opened": opened(),
         }
         time_and_result = {"time": utc(), **measured, **result}
         append_record({"event": "end", **run, **self._conditions, **time_and_result})

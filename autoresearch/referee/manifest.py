@@ -24,8 +24,9 @@ from autoresearch.common import (
     parse_signed,
 )
 
-FORMAT = 1  # of the cache; raised when its files, or the rules that made them, are no longer these
+FORMAT = 2  # of the cache; raised when its files, or the rules that made them, are no longer these
 SPLITS = ("train", "val", "test")  # in the token cache's index, by their place here
+HELD_OUT = "held-out"  # the set's folder with all of val and test; hidden from the night's runs
 
 
 def maker_elsewhere() -> str:
@@ -107,6 +108,11 @@ def manifest() -> MappingProxyType:
 def set_dir() -> Path:
     """The directory of the prepared tokenizer and tokens."""
     return cache_dir() / manifest()["key"]
+
+
+def rows_path(split: str) -> Path:
+    """The file with the rows that are scored, packed: uint16 (rows, sequence length + 1)."""
+    return set_dir() / HELD_OUT / f"{split}.rows"
 
 
 def fingerprint() -> str:

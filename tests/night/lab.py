@@ -16,6 +16,7 @@ import pytest
 from miniature import ROOT
 
 from autoresearch.common import lock, signed
+from autoresearch.referee.manifest import FORMAT
 
 LINUX = sys.platform.startswith("linux")
 needs_proc = pytest.mark.skipif(not LINUX, reason="looks for processes in /proc")
@@ -110,6 +111,8 @@ if EVENT == "nan":
     write(event="end", failure="loss diverged at step 4")
     sys.exit("FAIL: loss diverged at step 4")
 report("scoring")
+if "AUTORESEARCH_ROWS" in os.environ:  # as the evaluator asks for the rows of the score
+    os.write(int(os.environ["AUTORESEARCH_ROWS"]), b"?")
 hold("score")
 score = 1 - 0.01 * WIDTH - 0.01 * DEPTH - 0.0001 * ((run["seed"] - 42) % 3) + plan["score"]
 measured = {"score": score, "tokens": plan["rate"] * 5, "training_seconds": 5.0, "steps": 100}
@@ -125,7 +128,7 @@ PROGRAM = """# The night's program
 - repeats: 1
 - calm: off
 """
-MANIFEST = {"format": 1, "key": "set", "corpus": "demo", "request": {"corpus": "demo"}}
+MANIFEST = {"format": FORMAT, "key": "set", "corpus": "demo", "request": {"corpus": "demo"}}
 MANIFEST |= {"seq_len": 64, "vocab_size": 300, "time_budget": 2}
 
 

@@ -182,6 +182,21 @@ class Falsify:
         lab.started[lab.ledger[-1]["run"]]["wall_seconds"] += 100
         return ["lasted longer than its own clock says: ", " by 113 s"]
 
+    def train_on_with_the_rows_at_hand(lab):
+        for run in lab.ledger[1::2]:
+            run |= dict(startup_seconds=40, training_seconds=300, scoring_seconds=9)
+            lab.started[run["run"]] |= dict(wall_seconds=353, asked_seconds=343)
+        lab.started[lab.ledger[-1]["run"]]["asked_seconds"] -= 9
+        return ["its own clock says, with the rows of its score at hand: ", " by 10 s"]
+
+    def replace_the_judge(lab):
+        lab.ledger[-1]["replaced"] = ["prepare.cross_entropy"]
+        return ["locked code was replaced while it ran: prepare.cross_entropy (in "]
+
+    def load_the_weights_of_an_earlier_run(lab):
+        lab.ledger[-1]["opened"] = ["/tmp/weights.pt"]
+        return ["train.py opened or started what is not the run's own: /tmp/weights.pt (in "]
+
     def damage_the_journal(lab):
         lab.damaged_records = 1  # as NightReport.here counts them
         return ["1 lines of the night's journal are damaged"]

@@ -59,7 +59,7 @@ def test_a_night_with_all_that_a_run_can_do(lab):
 
 def test_steps_memory_phases_and_losses_are_those_of_the_locked_clock(tmp_path):
     train = """
-import torch
+import os, torch
 from autoresearch.referee.clock import clock
 
 device = torch.device("cpu")
@@ -71,6 +71,8 @@ for step in range(21):
     while clock.elapsed < (step + 1) / 50:
         pass
 clock.ask_score(device)
+if "AUTORESEARCH_ROWS" in os.environ:  # as the evaluator asks
+    os.write(int(os.environ["AUTORESEARCH_ROWS"]), b"?")
 clock.end(score=0.5)
 """
     lab = Lab.made(tmp_path / "it", train=train)
@@ -107,6 +109,18 @@ def test_a_score_counts_where_the_run_ended_well_on_the_split_that_was_asked_for
     ended = dict(code=code, stopped=None, wall_seconds=1.0)
     end = worker.outcome(ended, [dict(event="start"), said], "log", "val")
     assert end["score"] == score and (end["failure"] is None) == (score is not None)
+
+
+@pytest.mark.parametrize(
+    "asked, scores, words",
+    [(None, 1, "never asked for the rows"), (3.0, 2, "has 2 scores"), (3.0, 1, None)],
+)
+def test_a_score_that_another_hand_wrote_does_not_count(asked, scores, words):
+    ended = dict(code=0, stopped=None, wall_seconds=9.0, asked_seconds=asked)
+    records = [dict(event="start")] + scores * [dict(event="end", split="val", score=0.5)]
+    end = worker.outcome(ended, records, "log", "val")
+    assert end["score"] == (None if words else 0.5)
+    assert end["failure"] is None if words is None else words in end["failure"]
 
 
 def test_a_run_has_a_home_of_its_own_and_no_file_that_is_not_committed(lab):
