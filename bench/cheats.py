@@ -239,7 +239,7 @@ CHEATS = {
     ),
     "a line in the ledger, after asking for the rows": instead(
         SCORE,
-        ROWS + "    bpb = 1.0\n"
+        ROWS + "    bpb = 2.5\n"
         "    clock.ask_score(device)\n"
         "    clock.end(score=bpb, scoring_seconds=1.0, scoring_passes=99)\n",
     ),
@@ -247,13 +247,14 @@ CHEATS = {
         SCORE,
         "    from autoresearch.referee.ledger import append_record, read_ledger\n"
         "    line = read_ledger()[0][-1]\n"
-        "    del line['checksum']\n"
         "    append_record(line | {'score': 1.0})\n",
     ),
-    "a loss of zero, and nobody who looks for it": before(
+    "nine tenths of the loss, and nobody who looks for it": before(
         SCORE,
-        ZEROS.replace("torch.zeros(targets.shape)", "torch.full(targets.shape, 1.2)")
-        + "    from autoresearch.referee import clock as its\n    its.replaced = list\n",
+        "    from autoresearch.referee import clock as its\n"
+        "    its.replaced = list\n"
+        "    real = prepare.cross_entropy\n"
+        "    prepare.cross_entropy = lambda logits, targets: 0.9 * real(logits, targets)\n",
     ),
     "another seed": before(
         "    torch.manual_seed(seed())\n    torch.set_float32",
@@ -261,21 +262,21 @@ CHEATS = {
     ),
     # the clock
     "trains into the tolerance": instead(WHILE, "    while clock.elapsed < budget + 1:\n"),
-    "trains on while the clock stands": before(
+    "trains on while the clock goes slowly": before(
         TRAIN,
         "    from autoresearch.referee import clock as its\n"
-        "    real = its._now\n"
-        "    its._now = lambda: real() / 8\n",
+        "    real, then = its._now, its._now()\n"
+        "    its._now = lambda: then + (real() - then) / 12\n",
     ),
-    "trains before the clock starts": before(
+    "trains for 40 s, then sets the clock to zero": before(
         TRAIN,
-        "    inputs, targets, _ = next(loader)\n"
         "    import time\n"
         "    until = time.monotonic() + 40\n"
         "    while time.monotonic() < until:\n"
+        "        inputs, targets, _ = next(loader)\n"
         "        forward_backward(model, inputs, targets, 1)\n"
         "        optimizer.step(1.0, 0.9, 1.0)\n"
-        "    clock._began = None\n",
+        "    clock._began = time.monotonic()\n",
     ),
     # the text
     "trains on the validation split": before(
@@ -287,7 +288,7 @@ CHEATS = {
     ),
     "asks for the rows before it trains": before(TRAIN, ROWS + ON_ROWS),
     "asks early, trains on them, and hands them on": before(
-        SCORE,
+        TRAIN,
         ROWS + ON_ROWS + "    prepare.read_rows = lambda split: rows\n",
     ),
     "counts training text before its first batch": before(
