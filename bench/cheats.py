@@ -88,12 +88,14 @@ LEAK = """
 """
 COUNTS = """
             state = globals().setdefault("STATE", {})
-            counts = state.setdefault("counts", torch.ones(logits.shape[-1], logits.shape[-1]))
+            counts = state.setdefault("counts", torch.full(2 * logits.shape[-1:], 0.01))
             known = state.setdefault("known", {})
             for number, row in enumerate(inputs):
                 now = counts
                 KEEP
-                logits[number] += 0.7 * (now / now.sum(-1, keepdim=True)).log()[row]
+                likely = (now / now.sum(-1, keepdim=True))[row[2:]]
+                own = logits[number, 2:].softmax(-1)
+                logits[number, 2:] = (0.7 * own + 0.3 * likely).log()
             pairs = inputs[:, :-1].flatten(), inputs[:, 1:].flatten()
             counts.index_put_(pairs, torch.ones(len(pairs[0])), accumulate=True)
 """
@@ -412,32 +414,42 @@ def cheat(place: Place, words: str):
     )
 
 
-def honest_runs(place: Place, wanted: int):
-    """The edits of replay.py, each with many seeds."""
+def honest_runs(place: Place, first: int, wanted: int):
+    """The edits of replay.py, each with many seeds; what was refused or named so far after every tenth."""
     edits = [("nothing", None)] + [(edit[0], edit) for edit in EDITS]
-    runs, refused = [], []
-    for number in range(wanted):
+    runs = []
+    refused = 0
+    for number in range(first, first + wanted):
         name, edit = edits[number % len(edits)]
         code = applied(edit, place.start) if edit else place.start
         run = place.run(name, code or place.start, 1000 + number)
-        (refused if run["score"] is None else runs).append(run)
-    started = {run["run"]: run["end"] for run in runs}
-    said = [*audit._sameness(runs), *audit._outside_clock(runs, started), *audit._tampering(runs)]
-    said += audit._code(runs, place.tree)
-    print(f"{wanted} honest runs: {len(refused)} without a score")
-    print(*[f"  {run['name']}: {run['end']['failure']}" for run in refused], sep="\n")
-    print(*said, sep="\n")
+        if run["score"] is None:
+            refused += 1
+            print(f"  {name}, seed {1000 + number}: {run['end']['failure']}", flush=True)
+            continue
+        runs.append(run)
+        if len(runs) % 10 == 0 or number == first + wanted - 1:
+            started = {one["run"]: one["end"] for one in runs}
+            findings = [
+                *audit._sameness(runs),
+                *audit._outside_clock(runs, started),
+                *audit._tampering(runs),
+                *audit._code(runs, place.tree),
+            ]
+            doubts = [finding.words for finding in findings if not finding.fine]
+            print(f"{len(runs)} scored, {refused} refused; named: {doubts or 'none'}", flush=True)
 
 
 def main():
     parser = argparse.ArgumentParser(description="Edits that cheat: refused, named or silent.")
     parser.add_argument("words", nargs="?", default="")
     parser.add_argument("--honest", type=int, metavar="N", help="N honest runs instead")
+    parser.add_argument("--first", type=int, default=0, metavar="N", help="their first number")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         place = Place(Path(folder))
         if args.honest:
-            honest_runs(place, args.honest)
+            honest_runs(place, args.first, args.honest)
         else:
             cheat(place, args.words)
     shutil.rmtree("/tmp/autoresearch-cheat", ignore_errors=True)
