@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -165,6 +166,22 @@ def test_a_machine_without_namespaces_says_so_in_the_status(fresh, tmp_path):
     lab.say("begin")
     lab.until_ended(3)
     assert "runs here are not cut off from the network" in lab.say()
+
+
+def test_a_machine_that_cannot_hide_the_rows_says_so_in_the_status(fresh, tmp_path, monkeypatch):
+    monkeypatch.setenv("AUTORESEARCH_CACHE", str(fresh.cache))
+    if not worker.Isolation.here().hides:
+        pytest.skip(worker.Isolation.here().warning)
+    lab = fresh.copy(tmp_path / "it")
+    real = shutil.which("unshare")
+    one_namespace = f'#!/bin/sh\n[ "$1 $2" = "-r sh" ] && exit 1\nexec {real} "$@"\n'
+    (tmp_path / "unshare").write_text(one_namespace)
+    (tmp_path / "unshare").chmod(0o755)
+    lab.env["PATH"] = f"{tmp_path}:{lab.env['PATH']}"
+    lab.say("begin")
+    assert lab.until_ended(3)["score"] is not None
+    said = lab.say()
+    assert "can read the text that scores them" in said and "not cut off" not in said
 
 
 def test_what_a_killed_compiler_had_in_hand_is_no_kernel_for_the_next_run(lab):
