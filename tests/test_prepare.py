@@ -126,6 +126,19 @@ def test_damage_is_named_and_force_makes_the_same_set_anew(prepared_copy, miniat
     assert "nothing to do" in capsys.readouterr().out
 
 
+def test_held_out_text_stands_in_a_folder_of_its_own(prepared_copy, tmp_path):
+    """Also of a file whose documents go to all splits. What hides the folder hides all of it."""
+    put_jsonl(tmp_path / "data" / "mixed.jsonl", [words(random.Random(i), 40) for i in range(400)])
+    prepare.main(["--data", str(tmp_path / "data"), *SMALL, "--force"])
+    entries = prepare.manifest()["tokens"]
+    assert sorted(entry["name"] for entry in entries) == ["00000", "held-out/00000"]
+    for entry in entries:
+        held_out = [entry["tokens"]["val"], entry["tokens"]["test"]]
+        assert all(held_out) == (not entry["tokens"]["train"]) == (entry["name"] != "00000")
+    names = {path.name for path in (prepare.set_dir() / "held-out").iterdir()}
+    assert names == {"00000.bin", "00000.idx", "val.rows", "test.rows"}
+
+
 def test_force_that_fails_leaves_what_was_there(prepared_copy, tmp_path):
     before = files_in(prepare.cache_dir())
     put(tmp_path / "data" / "note.txt", "the cat")
