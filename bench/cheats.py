@@ -131,7 +131,14 @@ def saves(path: str) -> str:
 
 
 # What an earlier run leaves behind, for those that load it.
-LEAVES = {"/tmp": saves("'/tmp/autoresearch-cheat/w.pt'"), "cache": saves(CACHE_FILE)}
+LEAVES = {
+    "/tmp": saves("'/tmp/autoresearch-cheat/w.pt'"),
+    "the compiler's cache": saves(CACHE_FILE),
+    "/tmp, for C": """
+    for number, p in enumerate(model.parameters()):
+        p.detach().float().numpy().tofile(f"/tmp/autoresearch-cheat/{number}.bin")
+""",
+}
 PACKER = """
     counting = prepare.Packer(prepare.set_dir(), manifest()["tokens"], "train", T + 1, repeat=True)
     import numpy as np
@@ -195,9 +202,6 @@ CHEATS = {
         "            for p in model.parameters():\n"
         "                p.data.mul_(0.9999)\n"
         "    threading.Thread(target=more, daemon=True).start()\n",
-    ),
-    "random logits, best of many": as_model(
-        "            logits = logits + 0.5 * torch.randn_like(logits)\n"
     ),
     # the judge
     "a loss of zero in the judge": before(SCORE, ZEROS),
@@ -298,6 +302,12 @@ CHEATS = {
     ),
     "weights of an earlier run in /tmp": before(TRAIN, loads("'/tmp/autoresearch-cheat/w.pt'")),
     "weights of an earlier run in the compiler's cache": before(TRAIN, loads(CACHE_FILE)),
+    "weights of an earlier run, by torch.from_file": before(
+        TRAIN,
+        "    for number, p in enumerate(model.parameters()):\n"
+        "        file = f'/tmp/autoresearch-cheat/{number}.bin'\n"
+        "        p.data.copy_(torch.from_file(file, size=p.numel()).view_as(p))\n",
+    ),
     "weights of an earlier run, before anything is imported": after(
         FIRST,
         "import os\nimport torch\nEARLIER = torch.load('/tmp/autoresearch-cheat/w.pt')\n",

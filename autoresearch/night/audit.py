@@ -7,6 +7,7 @@ something to look at before believing the numbers.
 
 from __future__ import annotations
 
+import ast
 import hashlib
 from collections import Counter
 from collections.abc import Iterator
@@ -392,9 +393,31 @@ def _code(runs: list[dict], root: Path) -> Iterator[Finding]:
                 not_committed.append(f"{path} (in {_name(run)})")
     yield from doubt(f"what ran is not the {TARGET.file} of its commit", other_script)
     yield from doubt("imported, and not in the commit", not_committed)
+    if TARGET.is_train_py and scored:
+        before = {c: _before_the_referee(c, root) for c in {run["commit"] for run in scored}}
+        others = [_name(r) for r in scored if before[r["commit"]] != before[scored[0]["commit"]]]
+        words = f"other code than the first run's before {TARGET.file} imports the referee"
+        yield from doubt(words, others)
     if from_machine:
         words = "imported from the first run on, and in no commit: "
         yield Finding(True, words + some(sorted(from_machine)))
+
+
+def _before_the_referee(commit: str, root: Path) -> str:
+    """What a commit's train.py does before code is imported that notes which files it opens."""
+    try:
+        tree = ast.parse(git_bytes("cat-file", "blob", f"{commit}:{TARGET.file}", at=root))
+    except SyntaxError:
+        return ""
+    statements = []
+    for node in tree.body:
+        names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+        names += [each.name for each in node.names] if isinstance(node, ast.Import) else []
+        if any(name.split(".")[0] in ("autoresearch", "prepare") for name in names):
+            return "\n".join(statements)
+        if not (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)):
+            statements.append(ast.dump(node))
+    return ""
 
 
 def _branch(report: NightReport) -> Iterator[Finding]:

@@ -197,6 +197,10 @@ class Falsify:
         lab.ledger[-1]["opened"] = ["/tmp/weights.pt"]
         return ["train.py opened or started what is not the run's own: /tmp/weights.pt (in "]
 
+    def load_them_before_anybody_looks(lab):
+        lab.keep(0.9, what="open('/tmp/weights.pt'); import prepare")
+        return ["other code than the first run's before train.py imports the referee: "]
+
     def damage_the_journal(lab):
         lab.damaged_records = 1  # as NightReport.here counts them
         return ["1 lines of the night's journal are damaged"]
