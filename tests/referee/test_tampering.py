@@ -38,13 +38,13 @@ REPLACED = {
 OPENED = {
     "by path": ("open('/etc/hostname')", "/etc/hostname"),
     "by torch": ("torch.save([], '{folder}/../w.pt'); torch.load('{folder}/../w.pt')", "/w.pt"),
-    "by numpy": ("import numpy; numpy.fromfile('/etc/hostname', 'u1')", "/etc/hostname"),
+    "by numpy": ("import numpy; numpy.fromfile('/etc/hosts', 'u1')", "/etc/hosts"),
     "by a process": ("import subprocess; subprocess.run(['true'])", "true"),
     "training tokens, by hand": (
         "import numpy; numpy.memmap(prepare.set_dir() / '00000.bin', 'u2')",
         "/00000.bin",
     ),
-    "training tokens, by locked code": (f"next({PACKER}.batches)", "/00000."),
+    "training tokens, by locked code": (f"next({PACKER}.batches)", "/00000.idx"),
 }
 
 
@@ -76,18 +76,19 @@ def test_an_honest_run_replaces_and_opens_nothing(ledger_of):
     assert all(what.endswith("/train.py") for what in run["opened"])  # by the fork server
 
 
-@pytest.mark.parametrize("name", REPLACED)
-def test_what_is_replaced_stands_in_the_ledger(ledger_of, name):
-    code, wanted = REPLACED[name]
-    run = ledger_of((SCORE, f"    {code}\n" + SCORE))
-    assert any(found.endswith(wanted) for found in run["replaced"]), run
+def test_what_is_replaced_stands_in_the_ledger(ledger_of):
+    code = "".join(f"    {code}\n" for code, _ in REPLACED.values())
+    run = ledger_of((SCORE, code + SCORE))
+    for name, (_, wanted) in REPLACED.items():
+        assert any(found.endswith(wanted) for found in run["replaced"]), (name, run["replaced"])
 
 
-@pytest.mark.parametrize("name", OPENED)
-def test_what_is_opened_stands_in_the_ledger(ledger_of, tmp_path, name):
-    code, wanted = OPENED[name]
+def test_what_is_opened_stands_in_the_ledger(ledger_of, tmp_path):
+    code = "".join(f"    {code}\n" for code, _ in OPENED.values())
     code = code.replace("{folder}", str(tmp_path / "own"))
-    run = ledger_of((TRAIN, f"    {code}\n" + TRAIN))
+    run = ledger_of((TRAIN, code + TRAIN))
     opened = [what for what in run["opened"] if not what.endswith("train.py")]  # by the fork server
-    assert opened and all(wanted in what for what in opened), opened
+    for name, (_, wanted) in OPENED.items():
+        assert any(wanted in what for what in opened), (name, opened)
+    assert all(any(wanted in what for _, wanted in OPENED.values()) for what in opened)
     assert run["replaced"] == [] and run["score"] > 0
