@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from forks import Forks
 from miniature import MINIATURE, run, write_texts
 
 from autoresearch.referee.clock import clock
@@ -42,6 +43,15 @@ def miniature(tmp_path_factory) -> Path:
     done = run("prepare.py", "--data", texts, *MINIATURE, cache=base / "cache")
     assert done.returncode == 0, done.stderr
     return base / "cache"
+
+
+@pytest.fixture(scope="module")
+def processes(miniature):
+    """A fork server that has imported `drive`, on the miniature set. Nothing is compiled."""
+    environment = {"AUTORESEARCH_CACHE": str(miniature), "TORCH_COMPILE_DISABLE": "1"}
+    forks = Forks("import drive", **environment)
+    yield forks
+    forks.close()
 
 
 @pytest.fixture(autouse=True)

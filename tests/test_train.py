@@ -12,7 +12,7 @@ import sys
 import pytest
 import torch
 from drive import SOURCE, edited, run_small, score
-from forks import Forks, assert_failed
+from forks import assert_failed
 from miniature import ROOT
 
 import train
@@ -86,14 +86,6 @@ def test_the_last_step_is_the_last_that_fits(monkeypatch, slow):
 
 
 # ---------------------------------------------------------------------------------- whole runs
-
-
-@pytest.fixture(scope="module")
-def processes(miniature):
-    environment = {"AUTORESEARCH_CACHE": str(miniature), "TORCH_COMPILE_DISABLE": "1"}
-    forks = Forks("import drive", **environment)
-    yield forks
-    forks.close()
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ test_leaks.py has many more models that see the future or learn while they are s
 
 import pytest
 from drive import edited, run_small, score
-from forks import Forks, assert_failed
+from forks import assert_failed
 
 WHILE = "    while clock.elapsed + step_seconds < budget:\n"
 TRAIN = "    train(model, optimizer, hp, loader, warm.parts, budget, progress)\n"
@@ -46,14 +46,6 @@ REFUSED = {
         ["sees the future"],
     ),
 }
-
-
-@pytest.fixture(scope="module")
-def processes(miniature):
-    environment = {"AUTORESEARCH_CACHE": str(miniature), "TORCH_COMPILE_DISABLE": "1"}
-    forks = Forks("import drive", **environment)
-    yield forks
-    forks.close()
 
 
 @pytest.mark.parametrize("name", REFUSED)

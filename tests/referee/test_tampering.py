@@ -2,7 +2,6 @@
 
 import pytest
 from drive import edited, run_small
-from forks import Forks
 
 from autoresearch.referee.ledger import joined, read_ledger
 
@@ -46,14 +45,6 @@ OPENED = {
     ),
     "training tokens, by locked code": (f"next({PACKER}.batches)", "/00000.idx"),
 }
-
-
-@pytest.fixture(scope="module")
-def processes(miniature):
-    environment = {"AUTORESEARCH_CACHE": str(miniature), "TORCH_COMPILE_DISABLE": "1"}
-    forks = Forks("import drive", **environment)
-    yield forks
-    forks.close()
 
 
 @pytest.fixture
