@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from lab import needs_proc
 from miniature import ROOT
-from repository import make_repository
+from repository import git, make_repository
 
 from autoresearch.common import Fail
 from autoresearch.night import target
@@ -161,8 +161,8 @@ def test_settings_that_cannot_be_used_are_said_when_the_night_begins(tmp_path, s
 def test_a_link_is_no_file_to_change(tmp_path):
     place = Place(tmp_path / "it", edit="- edit: link.py")
     (place.root / "link.py").symlink_to("lib/answer.py")
-    for words in (["add", "-A"], ["commit", "-q", "-m", "link"]):
-        subprocess.run(["git", *words], cwd=place.root, check=True, env=place.env)
+    git(place.root, "add", "-A")
+    git(place.root, "commit", "-q", "-m", "link")
     assert "`edit: link.py`: it is a link" in place.refused("begin")
 
 
@@ -215,9 +215,8 @@ def test_what_measures_is_part_of_the_fingerprint(tmp_path):
 
     def commit(path: str) -> str:
         (place.root / path).write_text(f"# {path}\n")
-        git = ["git", "-c", "core.hooksPath=/dev/null"]
-        subprocess.run([*git, "add", "-A"], cwd=place.root, check=True)
-        subprocess.run([*git, "commit", "-q", "-m", "x"], cwd=place.root, check=True, env=place.env)
+        git(place.root, "add", "-A")
+        git(place.root, "-c", "core.hooksPath=/dev/null", "commit", "-q", "-m", "x")
         return target.judge_fingerprint(aim, place.root, "HEAD")
 
     first = target.judge_fingerprint(aim, place.root, "HEAD")
