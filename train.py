@@ -305,11 +305,11 @@ class GPT(nn.Module):
                 nn.init.zeros_(block.attention.gate.weight)
         return self
 
-    def compile_parts(self):
+    def compile_parts(self, compile: Callable = warmup.compile):
         """In place, by parts: the loss is a loop over pieces, which compiled whole is unrolled."""
-        self.trunk = warmup.compile(self.trunk)
-        self.logits = warmup.compile(self.logits)
-        self.loss_piece = warmup.compile(self.loss_piece)
+        self.trunk = compile(self.trunk)
+        self.logits = compile(self.logits)
+        self.loss_piece = warmup.compile(self.loss_piece)  # in autograd.Function, without gradients
 
     def forward(self, inputs: Tensor, targets: Tensor | None = None) -> Tensor:
         x = self.trunk(inputs)
@@ -637,8 +637,8 @@ def main() -> float:
     torch.manual_seed(seed())
     torch.set_float32_matmul_precision("high")
     model, attend = build_model(hp, vocab_size, T, device, dtype)
-    model.compile_parts()
-    optimizer = MuonAdamW(param_groups(model))
+    model.compile_parts(warmup.compile_training if device.type == "cpu" else warmup.compile)
+    optimizer = MuonAdamW(param_groups(model), compiled=device.type != "cpu")
     attention_name, attention_fell_back = attention.describe(attend)
     print(
         f"{device_name(device)}: size {size}, {short(dtype)}, {attention_name} attention, "

@@ -46,6 +46,15 @@ def compile(function: Callable) -> Callable:
     return torch.compile(function, dynamic=False) if _compiles() else function
 
 
+def compile_training(function: Callable) -> Callable:
+    """`compile` where gradients are recorded, the function itself elsewhere.
+
+    For CPUs: a graph for scoring takes 10 s to compile, and saves an eighth of scoring's few seconds.
+    """
+    compiled = compile(function)
+    return lambda *args: (compiled if torch.is_grad_enabled() else function)(*args)
+
+
 def _compiles() -> bool:
     return os.environ.get("TORCH_COMPILE_DISABLE") != "1"
 

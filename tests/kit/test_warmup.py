@@ -197,6 +197,14 @@ print("compiled:", warm.compiled, "fell back:", warm.fell_back)
 COMPILED = ["compiled: True fell back: None"]
 
 
+def test_compiled_for_training_is_the_function_itself_where_no_gradient_is_recorded(monkeypatch):
+    monkeypatch.setattr(warmup, "compile", lambda function: lambda x: ("compiled", function(x)))
+    double = warmup.compile_training(lambda x: 2 * x)
+    assert double(3) == ("compiled", 6)
+    with torch.no_grad():
+        assert double(3) == 6
+
+
 def test_a_damaged_cache_is_left_for_a_fresh_one(warmed_up, tmp_path):
     """Half a library in it, as a kill while compiling leaves it, would fail in every later run."""
     cache = tmp_path / "cache"

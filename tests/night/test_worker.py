@@ -257,3 +257,13 @@ def test_two_runs_at_once_see_a_gpu_each_or_share_the_cores(lab, tmp_path, visib
     lab.until_ended(numbers[0], go="x")
     for n in numbers[1:]:
         lab.until_ended(n)
+
+
+def test_a_run_writes_bytecode_whatever_the_user_set(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+    asked, run = {"seed": 42, "kind": "try"}, {"id": "one", "slot": {}}
+    environment = worker.run_environment(tmp_path, tmp_path / "c", asked, run, tmp_path / "p")
+    (tmp_path / "imported.py").write_text("")
+    python = [sys.executable, "-c", "import imported"]
+    subprocess.run(python, env=environment, cwd=tmp_path, check=True)
+    assert list((tmp_path / "__pycache__").glob("imported.*.pyc"))
