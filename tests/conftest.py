@@ -13,6 +13,8 @@ from autoresearch.referee.clock import clock
 
 # Tiny tensors: two threads on a busy machine mostly wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Containers often set it: then each process that a test starts compiles torch's Python again.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 # Begun first, so that the other processes have something to do until the end.
 LONGEST = [

@@ -49,6 +49,7 @@ from autoresearch.night.status import (
     print_lines,
     print_status,
     record_lines,
+    repeat_line,
     standing_lines,
     title_of,
     what_next,
@@ -352,16 +353,17 @@ def wait(night: Night, seconds: float):
             why = failures.last(night)["why"]
             lines.append(f"the supervisor ended and starts again: {why}")
         records = night.records()
+        repeats = night.repeats()
         lines += news_lines(night, records[known:])
+        lines += [repeat_line(r) for r in repeats[reported.get("repeats", 0) :][-4:]]
         standing, best = standing_lines(night), best_lines(night.records(), night.repeats())
         said = (*lines, *reported.get("said", []))
         lines += [line for line in standing if line not in said]
         lines += best if any(line not in said for line in best) else []
         print_lines([*lines, *(open_lines(night) or ["nothing waits and nothing runs"])])
         print("next:", what_next(night))
-        write_json(
-            night.folder / "reported.json", {"records": len(records), "said": standing + best}
-        )
+        now_reported = {"records": len(records), "repeats": len(repeats), "said": standing + best}
+        write_json(night.folder / "reported.json", now_reported)
 
 
 def about_to_change(night: Night) -> bool:
@@ -611,7 +613,8 @@ def list_runs(count: int):
             idea = title_of(asked)
         cells = [n, *run_cells(run, "running, or cut off" if is_open else "cut off"), idea]
         print(cut(printable(RUNS_TABLE.format(cells[1], cells[0], *map(str, cells[2:]))), 160))
-    print(f"from {ledger_path()}; n is the experiment; * has uncommitted changes")
+    earlier = f"; earlier ones: uv run night.py runs {10 * count}" if len(runs) == count else ""
+    print(f"from {ledger_path()}; n is the experiment; * has uncommitted changes{earlier}")
     print("next: uv run night.py says where the night stands")
 
 

@@ -71,7 +71,7 @@ def top_level(text: str) -> dict[str, str]:
 def earlier_changes(lines: list[str], records: list[dict]) -> list[tuple[dict, str]]:
     """(record, `the same` or `nearly the same` or `other values in`) of what changed the same lines.
 
-    The same line has the same text but for its numbers. Newest first.
+    The same lines, added and taken out, have the same text but for their numbers. Newest first.
     """
     wanted = _masked(lines)
     found = []
@@ -94,7 +94,7 @@ def _added(lines: list[str]) -> list[str]:
 
 
 def _masked(lines: list[str]) -> list[str]:
-    return [NUMBER.sub("#", line) for line in _added(lines)]
+    return [NUMBER.sub("#", line) for line in lines]
 
 
 def _numbers(lines: list[str]) -> list[float]:

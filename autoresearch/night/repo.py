@@ -121,13 +121,35 @@ def merged(ours: Contents, base: Contents, theirs: Contents) -> Contents | None:
 def merged_file(ours: bytes, base: bytes, theirs: bytes) -> bytes | None:
     """`ours` with the change from `base` to `theirs`; None where the two conflict.
 
-    git takes changes of neighbouring lines for a conflict, and settings in a table are neighbours.
-    So a line that all three share is put between any two lines, and taken out again.
+    Two values of one setting are no conflict: theirs is taken, as the cells of a grid need it. git takes
+    changes of neighbouring lines for a conflict, and settings in a table are neighbours. So a line that
+    all three share is put between any two lines, and taken out again.
     """
     between = b"\n\x01\n"
     with tempfile.TemporaryDirectory() as folder:
         paths = [Path(folder, name) for name in ("ours", "base", "theirs")]
         for path, content in zip(paths, (ours, base, theirs)):
             path.write_bytes(content.replace(b"\n", between))
-        content = common.git_bytes("merge-file", "-p", *map(str, paths), at=folder, check=False)
-    return None if content is None else content.replace(between, b"\n")
+        # Where nothing conflicts, it is the same whose side git is to take.
+        by_side = [
+            common.git_bytes("merge-file", "-p", side, *map(str, paths), at=folder, check=False)
+            for side in ("--ours", "--theirs")
+        ]
+    if None in by_side:  # not text
+        return None
+    mine, other = (content.replace(between, b"\n") for content in by_side)
+    only_values = [*map(_without_values, mine.split(b"\n"))] == [
+        *map(_without_values, other.split(b"\n"))
+    ]
+    return other if only_values else None
+
+
+VALUE = (
+    rb"""(?<![\w.])-?(?:\d[\w.]*(?:(?<=[eE])[-+]\d+)?|True|False|None|true|false|"[^"]*"|'[^']*')"""
+)
+VALUES = re.compile(VALUE + rb"(?:\s*(?:\*\*|[-+*/])\s*" + VALUE + rb")*")  # 2**13, 1 / 8
+COMMENT = re.compile(rb"\s+(?:#|//|--).*")
+
+
+def _without_values(line: bytes) -> bytes:
+    return VALUES.sub(b"?", COMMENT.sub(b"", line))

@@ -79,6 +79,16 @@ def record_lines(record: dict) -> list[str]:
     return lines
 
 
+def repeat_line(record: dict) -> str:
+    """What came of a run that measured the best again."""
+    came = (
+        "without a score" if record["score"] is None else f"{TARGET.metric} {record['score']:.6f}"
+    )
+    if record["why"].startswith(rules.DROPPED):
+        came = "ended early, for an experiment that waited"
+    return f"{record['n']}: {came}  ({title_of(record)})"
+
+
 def log_of(night: Night, record: dict, name: str = "run", ending: str = "log") -> Path:
     """The log of the run that counts; or another of its files."""
     folder = night.folder_of(record["n"]) or night.done

@@ -227,7 +227,9 @@ class Supervisor:
         contents = merged(*three)
         line = asked.get("line")
         what = f"the tip of {line}'s line" if line else "the best"
-        if contents is None:
+        again = [run.get("again", "") for run in experiment.runs()]
+        measured = contents == three[2] and any(w.startswith(rules.BEST_MOVED) for w in again)
+        if contents is None or measured:  # nothing is left of the best's change: its runs are known
             return None, f"it conflicts with {what}, {base[:7]}"
         if contents == three[0]:  # a run would measure the best again, and luck could keep it
             return None, f"its change is in {what}, {base[:7]}, already"

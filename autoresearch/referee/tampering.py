@@ -105,6 +105,7 @@ def _place(file: str) -> str:
         return "compiler"
     known = [sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")]
     known += [*site.getsitepackages(), site.getusersitepackages()]
+    known += map(os.path.realpath, [*known])  # the environment may be a link
     if file.startswith(tuple(known)):
         return "library"
     file = os.path.realpath(file)

@@ -132,6 +132,12 @@ MANIFEST = {"format": FORMAT, "key": "set", "corpus": "demo", "request": {"corpu
 MANIFEST |= {"seq_len": 64, "vocab_size": 300, "time_budget": 2}
 
 
+class Code(str):
+    """An expression as a constant's value: to another value, its line is a conflict."""
+
+    __repr__ = str.__str__
+
+
 class Lab:
     """A repository with its cache, and the commands as an agent types them."""
 
@@ -140,7 +146,6 @@ class Lab:
         self.state_dir = self.root / ".night"
         # torch names its compiler's cache in the environment of a process that has compiled
         other = ("TORCHINDUCTOR", "TRITON", "GIT_", "EMAIL", "AUTORESEARCH", "RAY_ADDRESS")
-        other += ("PYTHONDONTWRITEBYTECODE",)  # each command would compile all of night/
         clean = {k: v for k, v in os.environ.items() if not k.startswith(other)}
         self.env = {**clean, "AUTORESEARCH_CACHE": str(self.cache), "CUDA_VISIBLE_DEVICES": ""}
         self.env |= {"GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_SYSTEM": os.devnull}

@@ -4,6 +4,7 @@ import contextlib
 from dataclasses import replace
 
 import pytest
+from lab import Code
 
 from autoresearch.common import Fail
 from autoresearch.night import confirm, failures, rules
@@ -158,7 +159,7 @@ def test_a_supervisor_that_failed_ends_the_waiting_with_its_words(measured, monk
 
 def test_a_real_night_that_displaced_a_best_is_confirmed_and_stands_the_audit(lab):
     lab.set("- slots: 2")
-    small = lab.attempt("a little wider", WIDTH=1, HOLD="small")
+    small = lab.attempt("a little wider", WIDTH=1, HOLD=Code("str('small')"))
     large = lab.attempt("much wider", WIDTH=5, HOLD="large")
     lab.until(lambda: len(lab.running()) == 2)
     waits = lab.attempt("waits, and conflicts with both", HOLD="waits")

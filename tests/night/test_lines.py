@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from lab import Code
 from test_rules import BASELINE, kept, run
 
 from autoresearch.common import Fail
@@ -180,7 +181,7 @@ def test_a_night_with_a_second_line(lab):
     assert json.loads(lab.say("page", "--json"))["lines"] == [words]
     lab.check()
     # worse than the tip, better than N: left
-    lab.edit(DEPTH=0.2)
+    lab.edit(DEPTH=Code("float(0.2)"))
     assert "conflict with the tip of" in lab.refused("try", "less deep", "--on", root)
     assert "your edits were saved" in lab.say("bring", f"on-{root}")
     n = lab.attempt("less deep", "--on", root, DEPTH=0.2)

@@ -50,8 +50,30 @@ def test_changes_of_neighbouring_lines_merge_and_of_one_line_do_not():
     base = b"a = 1\nb = 2\nc = 3\nd = 4\n"
     one, other = base.replace(b"b = 2", b"b = 20"), base.replace(b"c = 3\n", b"")
     assert merged(one, base, other) == b"a = 1\nb = 20\nd = 4\n"
-    assert merged(one, base, base.replace(b"b = 2", b"b = 21")) is None
+    assert merged(one, base, base.replace(b"b = 2", b"c = 2")) is None
+    assert merged(one, base, base.replace(b"b = 2\n", b"")) is None
     assert merged(base, base, base + b"e") == base + b"e"  # no newline at its end
+
+
+@pytest.mark.parametrize(
+    "base, ours, theirs, conflict",
+    [
+        ("LR = 0.04  # of Muon", "LR = 0.08  # of Muon", "LR = 2e-2  # lower", False),
+        ("N = 2**13", "N = 2**12", "N = 512", False),
+        ("WINDOW = 1 / 8", "WINDOW = 1 / 4", "WINDOW = 0.5", False),
+        ("PATTERN = 'SSSL'", "PATTERN = 'SL'", "PATTERN = 'L'", False),
+        ("HEADS = None", "HEADS = 2", "HEADS = 4", False),
+        ("x = f(x, 1)", "x = f(x, 2)", "x = f(x, -3)", False),
+        ("x = f(x)", "x = g(x)", "x = h(x)", True),
+        ("x = x1 + 1", "x = x2 + 1", "x = x3 + 1", True),
+        ("A = 1", "A = 2\nB = 1", "A = 3", True),
+    ],
+)
+def test_two_values_of_one_setting_are_no_conflict_and_the_changes_own_is_taken(
+    base, ours, theirs, conflict
+):
+    files = [f"first = 1\n{line}\nlast = 1\n".encode() for line in (ours, base, theirs)]
+    assert merged(*files) == (None if conflict else files[2])
 
 
 def test_the_same_change_on_another_file_has_the_same_id(night):

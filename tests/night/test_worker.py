@@ -259,6 +259,15 @@ def test_two_runs_at_once_see_a_gpu_each_or_share_the_cores(lab, tmp_path, visib
         lab.until_ended(n)
 
 
+def test_all_cells_of_a_grid_run_each_with_its_own_value_on_the_best(lab):
+    small, large = lab.attempt("wider", WIDTH=1), lab.attempt("much wider", WIDTH=5, DEPTH=0.1)
+    record = lab.until_ended(large)
+    assert lab.record(small)["status"] == record["status"] == "keep"
+    assert record["base"] == lab.record(small)["commit"]
+    code = lab.git("show", f"{record['commit']}:train.py")
+    assert "WIDTH = 5" in code and "DEPTH = 0.1" in code
+
+
 def test_a_run_writes_bytecode_whatever_the_user_set(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
     asked, run = {"seed": 42, "kind": "try"}, {"id": "one", "slot": {}}
