@@ -148,7 +148,7 @@ VALUE = (
     rb"""(?<![\w.])-?(?:\d[\w.]*(?:(?<=[eE])[-+]\d+)?|True|False|None|true|false|"[^"]*"|'[^']*')"""
 )
 VALUES = re.compile(VALUE + rb"(?:\s*(?:\*\*|[-+*/])\s*" + VALUE + rb")*")  # 2**13, 1 / 8
-COMMENT = re.compile(rb"\s+(?:#|//|--).*")
+COMMENT = re.compile(rb"(?:\s+#|;\s*//|\s{2,}(?://|--)).*")  # `a // b` is none
 
 
 def _without_values(line: bytes) -> bytes:

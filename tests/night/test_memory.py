@@ -86,3 +86,10 @@ def test_after_many_experiments_without_a_keep_the_status_says_what_may_help(lab
     assert "2 experiments without a keep. From the records:" in said
     assert "near misses on this best, never combined: 5 (miss 1); 4 (miss 0): bring one" in said
     assert "never changed: EVENT, HOLD, COMMENT, NOTE" in said
+
+
+def test_lines_taken_out_are_compared_too():
+    two, one = ["- (4.0, -2.8, 0.5),", "- (3.8, -2.7, 0.5),"], ["- (3.2, -2.3, 0.4),"]
+    record = {"lines": two}
+    assert earlier_changes(one, [record]) == []
+    assert earlier_changes(two, [record]) == [(record, "the same")]

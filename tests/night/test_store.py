@@ -64,6 +64,8 @@ def test_changes_of_neighbouring_lines_merge_and_of_one_line_do_not():
         ("PATTERN = 'SSSL'", "PATTERN = 'SL'", "PATTERN = 'L'", False),
         ("HEADS = None", "HEADS = 2", "HEADS = 4", False),
         ("x = f(x, 1)", "x = f(x, 2)", "x = f(x, -3)", False),
+        ("int n = 1;  // old", "int n = 2;  // wide", "int n = 4;  // wider", False),
+        ("n = a // b", "n = a // c", "n = a // d", True),
         ("x = f(x)", "x = g(x)", "x = h(x)", True),
         ("x = x1 + 1", "x = x2 + 1", "x = x3 + 1", True),
         ("A = 1", "A = 2\nB = 1", "A = 3", True),

@@ -3,6 +3,7 @@
 import pytest
 from drive import edited, run_small
 
+from autoresearch.referee import tampering
 from autoresearch.referee.ledger import joined, read_ledger
 
 TRAIN = "    train(model, optimizer, hp, loader, warm.parts, budget, progress)\n"
@@ -83,3 +84,12 @@ def test_what_is_opened_stands_in_the_ledger(ledger_of, tmp_path):
         assert any(wanted in what for what in opened), (name, opened)
     assert all(any(wanted in what for _, wanted in OPENED.values()) for what in opened)
     assert run["replaced"] == [] and run["score"] > 0
+
+
+def test_a_linked_environment_is_a_library(tmp_path, monkeypatch):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    monkeypatch.setattr(tampering.sysconfig, "get_path", lambda name: str(tmp_path / "link"))
+    place = tampering._place.__wrapped__
+    assert place(str(tmp_path / "link/a.py")) == place(str(tmp_path / "real/a.py")) == "library"
+    assert place(str(tmp_path / "other/a.py")) == "run"
