@@ -35,12 +35,16 @@ from autoresearch.common import Fail, Parser, file_problem, prepare_output
 from autoresearch.night import (
     agent,
     audit,
+    begin,
+    bring,
     commands,
     confirm,
     memory,
     new,
     objects,
     page,
+    runs,
+    show,
     status,
     supervisor,
     sweep,
@@ -161,9 +165,9 @@ def main(argv: list[str] | None = None):
     if args.command == "supervise":
         return supervisor.supervise(make_engine, page.Refresher)
     if args.command == "runs" and args.search:
-        return commands.say_search(Night(), args.search)
+        return memory.say_search(Night(), args.search)
     if args.command == "runs":
-        return objects.say_runs(args.count) if args.json else commands.list_runs(args.count)
+        return objects.say_runs(args.count) if args.json else runs.list_runs(args.count)
     if args.command == "audit":
         return objects.say_audit() if args.json else audit.say_audit()
     if args.command == "new":
@@ -191,22 +195,22 @@ def main(argv: list[str] | None = None):
         if args.command is None:
             objects.say_status(night) if args.json else status.print_status(night)
         elif args.command == "begin":
-            commands.begin(night)
+            begin.begin(night)
         elif args.command == "try":
             commands.try_(night, args.message, args.simpler, args.expect, args.on)
         elif args.command == "note":
             memory.note(night, args.message)
             print("next:", status.what_next(night))
         elif args.command == "show":
-            commands.show(night, args.n, args.diff)
+            show.show(night, args.n, args.diff)
         elif args.command == "bring":
-            commands.bring(night, args.what)
+            bring.bring(night, args.what)
         elif args.command == "again":
             commands.again(night, args.n)
         elif args.command == "drop":
             commands.drop(night, args.n)
         elif args.command == "stop":
-            commands.stop(night)
+            begin.stop(night)
             page.write_page(night)
 
 

@@ -152,6 +152,13 @@ def search(root: Path, words: list[str], most: int = 30) -> list[str]:
 # ----------------------------------------------------------------------------------------- lessons
 
 
+def say_search(night: Night, words: str):
+    """The experiments of all nights that have these words."""
+    lines = search(night.root, words.split())
+    print(*(lines or [f"no experiment of any night has: {words}"]), sep="\n")
+    print("next: uv run night.py says where the night stands")
+
+
 def note(night: Night, text: str):
     """Appends a line to lessons.md: when, in which night, on which best."""
     if not text.strip():

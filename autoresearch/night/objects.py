@@ -11,11 +11,11 @@ from autoresearch.common import one_line, utc
 from autoresearch.night import failures, results, rules
 from autoresearch.night import lines as second_lines
 from autoresearch.night.audit import audit, summary_of
-from autoresearch.night.commands import last_runs
 from autoresearch.night.confirm import confirmation_lines
 from autoresearch.night.experiment import Experiment
 from autoresearch.night.picture import better_than_best
 from autoresearch.night.report import NightReport, cost_of
+from autoresearch.night.runs import last_runs
 from autoresearch.night.settings import TARGET
 from autoresearch.night.status import (
     best_losses,

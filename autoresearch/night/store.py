@@ -181,6 +181,15 @@ class Night:
                 return place / str(n)
         return None
 
+    def find(self, n: int) -> tuple[dict, Experiment]:
+        """(an experiment's record, or what was asked for where it has not ended; the experiment)."""
+        folder = self.folder_of(n)
+        experiment = Experiment.at(folder) if folder else None
+        if experiment is None:
+            raise Fail(f"there is no experiment {n}: they go from 1 to {self.next_number() - 1}")
+        records = [record for record in self.ended() if record["n"] == n]
+        return records[0] if records else experiment.asked, experiment
+
     def timed_runs(self) -> list[dict]:
         """All runs of all experiments: Experiment.timed_runs."""
         folders = [*self.queue.glob("[0-9]*"), *self.done.glob("[0-9]*")]

@@ -41,9 +41,9 @@ def in_a_fork(lab, words, k=0):
             os.chdir(lab / "lab")
             sys.path.insert(0, str(lab / "lab"))
             import night
-            from autoresearch.night import commands, supervisor, worker
+            from autoresearch.night import supervisor, worker
             # The supervisor is started below, in the foreground; unshare would take half of the time.
-            commands.wake = supervisor.wake = lambda night: None
+            supervisor.wake = lambda night: None
             worker.Isolation.here = lambda: worker.Isolation([], "")
             if k != 0:
                 traced(lab, k, lambda: night.main(words))
@@ -119,8 +119,8 @@ def queued_only(lab: Lab, message: str, *options: str, **constants):
     """`try`, but no supervisor starts: as if it had been killed at once."""
     lab.edit(**constants)
     code = (
-        "import night; from autoresearch.night import commands, supervisor;"
-        "commands.wake = supervisor.wake = lambda _: None;"
+        "import night; from autoresearch.night import supervisor;"
+        "supervisor.wake = lambda _: None;"
         f"night.main({['try', message, *options]})"
     )
     command = [sys.executable, "-c", code]
