@@ -6,6 +6,7 @@ Only a command moves the agent's branch and file (store.sync_branch); the superv
 
 from __future__ import annotations
 
+import math
 import shlex
 import time
 import warnings
@@ -13,6 +14,7 @@ import warnings
 from autoresearch.common import Fail, one_line, read_json, some, write_json
 from autoresearch.night import failures, memory, rules, supervisor
 from autoresearch.night import lines as second_lines
+from autoresearch.night.evidence import MAX_RUNS
 from autoresearch.night.repo import Contents, merged
 from autoresearch.night.settings import BASELINE_SEEDS, CLUSTER_TIMEOUT, TARGET
 from autoresearch.night.status import (
@@ -74,9 +76,20 @@ def try_(night: Night, message: str, simpler: bool, expect: float | None, on: in
     place = f"the best, {best['commit'][:7]}" if best else f"the baseline, {night.tip()[:7]}"
     there = f" on {on}'s line, {base[:7]}" if line else ""
     print(f"{n}: queued as {commit[:7]}{there}; {TARGET.file} is {place} again")
-    if earlier:
-        print(*(f"   {line}" for line in earlier), sep="\n")
+    for said in [*earlier, *expectation_lines(night, expect)]:
+        print(f"   {said}")
     print("next:", what_next(night))
+
+
+def expectation_lines(night: Night, expect: float | None) -> list[str]:
+    """Says where the runs that an experiment gets cannot show what is expected of it."""
+    noise = rules.noise([*night.records(), *night.repeats()]) or 0.0
+    if not expect or abs(expect) * math.sqrt(MAX_RUNS) >= noise:
+        return []
+    return [
+        f"{expect:+g} is too small to be seen: the noise of a run is {noise:.6f}, and an experiment "
+        f"gets {MAX_RUNS} runs at most; try a larger change, or several small ones as one"
+    ]
 
 
 def on_line(night: Night, n: int, edits: Contents) -> tuple[Contents, str, dict]:

@@ -149,14 +149,14 @@ def search(root: Path, words: list[str], most: int = 30) -> list[str]:
     return lines + [f"and {more} older ones: use more words"] * (more > 0)
 
 
-# ----------------------------------------------------------------------------------------- lessons
-
-
 def say_search(night: Night, words: str):
     """The experiments of all nights that have these words."""
     lines = search(night.root, words.split())
     print(*(lines or [f"no experiment of any night has: {words}"]), sep="\n")
     print("next: uv run night.py says where the night stands")
+
+
+# ----------------------------------------------------------------------------------------- lessons
 
 
 def note(night: Night, text: str):
@@ -203,7 +203,9 @@ def stagnation_lines(night: Night) -> list[str]:
     near = [r for r in near if best and r["base"] == best["commit"]]
     near.sort(key=lambda record: -record["seen"][0])
     if len(near) > 1:
-        names = "; ".join(f"{r['n']} ({one_line(r['message'], 40)})" for r in near[:3])
+        names = "; ".join(
+            f"{r['n']} ({one_line(r['message'], 40)}, {r['got']:+.6f})" for r in near[:3]
+        )
         lines.append(
             f"  near misses on this best, never combined: {names}: bring one, bring another, try"
         )

@@ -282,3 +282,14 @@ def test_what_cannot_be_done_is_one_line_and_changes_nothing(
     assert state() == was
     if (lab.state_dir / "nov21/queue").is_dir():
         assert lab.queue() == []
+
+
+def test_try_says_where_the_noise_hides_what_is_expected(lab):
+    # seeds 42 to 44 score 1, 0.9999 and 0.9998: a noise of 0.0001
+    lab.edit(COMMENT=1)
+    assert "too small" not in lab.say("try", "all of the noise", "--expect", "-0.0001")
+    lab.edit(COMMENT=2)
+    said = lab.say("try", "a fifth of it", "--expect", "-0.00002")
+    assert "   -2e-05 is too small to be seen: the noise of a run is 0.0001" in said
+    lab.edit(COMMENT=3)
+    assert "too small" not in lab.say("try", "nothing changes", "--expect", "0")
