@@ -27,8 +27,8 @@ from statistics import fmean
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from autoresearch.night import audit
 from autoresearch.night.doubts import too_good
+from autoresearch.night.run_audit import audit_runs
 from autoresearch.night.worker import outcome
 from autoresearch.referee.ledger import joined
 from bench.replay import EDITS, applied, value
@@ -379,12 +379,7 @@ def named(run: dict, honest: list[dict], root: Path) -> list[str]:
     """What the audit says of a run among honest ones."""
     runs = [*honest, run]
     started = {one["run"]: one["end"] for one in runs}
-    findings = [
-        *audit._sameness(runs),
-        *audit._outside_clock(runs, started),
-        *audit._tampering(runs),
-        *audit._code(runs, root),
-    ]
+    findings = audit_runs(runs, started, root)
     words = [finding.words for finding in findings if not finding.fine]
     if run.get("seed") != SEEDS[0] and run not in honest:
         words.append(f"another seed than {SEEDS[0]}")
@@ -440,12 +435,7 @@ def honest_runs(place: Place, first: int, wanted: int):
         runs.append(run)
         if len(runs) % 10 == 0 or number == first + wanted - 1:
             started = {one["run"]: one["end"] for one in runs}
-            findings = [
-                *audit._sameness(runs),
-                *audit._outside_clock(runs, started),
-                *audit._tampering(runs),
-                *audit._code(runs, place.tree),
-            ]
+            findings = audit_runs(runs, started, place.tree)
             doubts = [finding.words for finding in findings if not finding.fine]
             print(f"{len(runs)} scored, {refused} refused; named: {doubts or 'none'}", flush=True)
 

@@ -7,51 +7,24 @@ something to look at before believing the numbers.
 
 from __future__ import annotations
 
-import ast
-import hashlib
-from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
-from statistics import fmean, median
+from statistics import fmean
 
-from autoresearch.common import Fail, git, git_bytes, one_line, printable, some
+from autoresearch.common import Fail, git, one_line, some
 from autoresearch.night import lines as second_lines
 from autoresearch.night.doubts import FEW_STEPS
 from autoresearch.night.evidence import Seen
+from autoresearch.night.findings import Finding, commit_of, doubt, matching, name_of
 from autoresearch.night.report import NightReport
 from autoresearch.night.results import Row
 from autoresearch.night.rules import best_of, displaced_by, lineage, scores_of_commit, seed_of
+from autoresearch.night.run_audit import audit_runs, objects
 from autoresearch.night.settings import BASELINE_SEEDS, TARGET
 from autoresearch.referee.ledger import joined
 
-UNSEEN_SECONDS = 20  # that no clock of a run sees, more than usual
-UNSEEN_SCORING_SECONDS = 5  # from the question for its rows to its end
 SURE_OF_ONE_RUN = 2  # standard errors; a best with less on one run is named
-
-
-@dataclass(frozen=True)
-class Finding:
-    fine: bool  # False where it speaks against the results
-    words: str
-
-    def __str__(self) -> str:
-        return f"{' ' if self.fine else '!'} {printable(self.words)}"
-
-
-def doubt(words: str, items) -> Iterator[Finding]:
-    """A finding against the results where there are such items."""
-    items = list(items)
-    if items:
-        yield Finding(False, f"{words}: {some(items)}")
-
-
-def matching(what: str, count: int, wrong: list) -> Iterator[Finding]:
-    """How many of `count` scores match the ledger, and which do not."""
-    if count:
-        words = f"{count - len(wrong)} of {count} {what} match the ledger"
-        yield Finding(not wrong, words + (f"; not {some(wrong)}" if wrong else ""))
 
 
 def say_audit():
@@ -99,7 +72,7 @@ def audit(report: NightReport) -> Iterator[Finding]:
     own = [run for run in runs if _is_own(run, report, claimed)]
     own_ids = {run["run"] for run in own}
     val = [run for run in runs if run.get("split") == "val"]
-    val = [run for run in val if run["run"] in own_ids or _commit(run) in claimed]
+    val = [run for run in val if run["run"] in own_ids or commit_of(run) in claimed]
     test = [run for run in own if run.get("split") == "test"]
     confirming = [run for run in test if run["run"] in report.started]
     if val:
@@ -108,11 +81,9 @@ def audit(report: NightReport) -> Iterator[Finding]:
         known |= report.started.keys()
         yield from _scores(report.rows, val, matched)
         yield from _runs_left_out([r for r in val if r["run"] in own_ids - known])
-        yield from _sameness([*val, *confirming])
-        yield from _outside_clock([*val, *confirming], report.started)
-        yield from _tampering([*val, *confirming])
     elif report.rows:
         yield Finding(False, "the ledger holds no run of this night: no score can be checked")
+    yield from audit_runs([*val, *confirming], report.started, report.root if in_git else None)
     for words in report.slower:
         yield Finding(True, words)
     if report.damaged:
@@ -125,19 +96,10 @@ def audit(report: NightReport) -> Iterator[Finding]:
     for words in second_lines.all_lines(report.records):
         yield Finding(True, words)
     if in_git:
-        yield from _code([*val, *confirming], report.root)
         yield from _branch(report)
 
 
 # ------------------------------------------------------------------------------- rows and ledger
-
-
-def _commit(run: dict) -> str:
-    return (run.get("commit") or "")[:7]
-
-
-def _name(run: dict) -> str:
-    return f"{_commit(run) or '-'} at {run.get('time')}"
 
 
 def _is_own(run: dict, report: NightReport, claimed: set[str]) -> bool:
@@ -149,14 +111,14 @@ def _is_own(run: dict, report: NightReport, claimed: set[str]) -> bool:
     if place.startswith(f"{report.root}/.night/{tag}/"):
         return True
     here = Path(place).resolve() == report.root
-    return here and (run.get("branch") == report.branch or _commit(run) in claimed)
+    return here and (run.get("branch") == report.branch or commit_of(run) in claimed)
 
 
 def _match(rows: list[Row], runs: list[dict]) -> dict[int, list[dict]]:
     """{row's n: the runs that measured it}, no run twice. A crash may have a run without a score."""
     by_commit: dict[str, list[dict]] = {}
     for run in runs:
-        by_commit.setdefault(_commit(run), []).append(run)
+        by_commit.setdefault(commit_of(run), []).append(run)
     matched = {}
     for row in rows:
         candidates = by_commit.get(row.hash[:7], []) if row.hash else []
@@ -185,7 +147,7 @@ def _scores(rows: list[Row], runs: list[dict], matched: dict[int, list[dict]]) -
     for row in scored:
         measuring = matched.get(row.n)
         if measuring is None:
-            same = [other for other in runs if row.hash and _commit(other) == row.hash[:7]]
+            same = [other for other in runs if row.hash and commit_of(other) == row.hash[:7]]
             measured = [f"{other['score']:.6f}" for other in same if other.get("score") is not None]
             claim = f"{row.score:.6f} claimed, {some(measured) or 'nothing'} measured"
             mismatched.append(f"experiment {row.n} ({one_line(row.commit, 20)}: {claim})")
@@ -200,76 +162,12 @@ def _scores(rows: list[Row], runs: list[dict], matched: dict[int, list[dict]]) -
 
 def _runs_left_out(runs: list[dict]) -> Iterator[Finding]:
     """Runs of this night that have no row and that the night did not start."""
-    scored = [f"{run['score']:.6f} ({_name(run)})" for run in runs if run.get("score") is not None]
+    scored = [
+        f"{run['score']:.6f} ({name_of(run)})" for run in runs if run.get("score") is not None
+    ]
     yield from doubt(f"{len(scored)} measured scores have no row", scored)
     if not scored:
         yield Finding(True, "every measured score has its row")
-
-
-def _sameness(runs: list[dict]) -> Iterator[Finding]:
-    """Scores are comparable on one fingerprint, device, torch and driver."""
-    for key, several in (
-        ("fingerprint", "fingerprints"),
-        ("device", "devices"),
-        ("torch", "versions of torch"),
-        ("driver", "versions of the driver"),
-    ):
-        count = Counter(run[key] for run in runs if run.get(key)).most_common()
-        if len(count) == 1:
-            yield Finding(True, f"one {key} throughout: {count[0][0]}")
-        elif count:
-            groups = some(f"{value} ({times} runs)" for value, times in count)
-            words = f"{len(count)} {several}, whose scores cannot be compared: {groups}"
-            yield Finding(False, words)
-
-
-def _outside_clock(runs: list[dict], started: dict[str, dict]) -> Iterator[Finding]:
-    """What a run's own clock says against the seconds that the night counted for its process.
-
-    Where the rows of the score were hidden, the night knows when the run asked for them: before that it
-    trained, afterwards it may only score. Importing and ending take seconds that no clock of a run sees,
-    and all runs about the same.
-    """
-    whole, training, scoring = [], [], []  # (seconds that are not explained, and may be, run)
-    for run in runs:
-        ended = started.get(run["run"], {})
-        wall, asked = ended.get("wall_seconds"), ended.get("asked_seconds")
-        parts = [run.get(f"{part}_seconds") for part in ("startup", "training", "scoring")]
-        if not wall or None in parts:
-            continue
-        spare = max(UNSEEN_SECONDS, 0.2 * parts[1])
-        if asked:
-            training.append((asked - parts[0] - parts[1], spare, run))
-            spare = max(UNSEEN_SCORING_SECONDS, 0.2 * parts[2])
-            scoring.append((wall - asked - parts[2], spare, run))
-        else:
-            whole.append((wall - sum(parts), spare, run))
-    longer = "its process lasted longer than its own clock says"
-    yield from doubt(longer, _longer_than_usual(whole))
-    yield from doubt(f"{longer}, before it asked for its score", _longer_than_usual(training))
-    yield from doubt(f"{longer}, with the rows of its score at hand", _longer_than_usual(scoring))
-
-
-def _longer_than_usual(unseen: list[tuple[float, float, dict]]) -> list[str]:
-    usual = median(seconds for seconds, *_ in unseen) if unseen else 0.0
-    return [
-        f"{_name(run)} by {seconds:.0f} s"
-        for seconds, spare, run in unseen
-        if seconds > usual + spare
-    ]
-
-
-def _tampering(runs: list[dict]) -> Iterator[Finding]:
-    """What runs did beside training: referee/tampering.py. And whose rows were within their reach."""
-    scored = [run for run in runs if run.get("score") is not None]
-    replaced = [f"{name} (in {_name(run)})" for run in scored for name in run.get("replaced", [])]
-    yield from doubt("locked code was replaced while it ran", replaced)
-    opened = [f"{what} (in {_name(run)})" for run in scored for what in run.get("opened", [])]
-    yield from doubt(f"{TARGET.file} opened or started what is not the run's own", opened)
-    readable = sum(run.get("held_out") == "readable" for run in scored)
-    if readable:
-        words = f"{readable} of {len(scored)} scored runs could read the text that scores them"
-        yield Finding(True, words)
 
 
 # ------------------------------------------------------------------------------- the test split
@@ -297,7 +195,7 @@ def _confirmation(
     recorded = {(record["commit"], record["seed"]) for record in scored}
     runs = [run for run in confirming if run.get("score") is not None]
     missing = [r for r in runs if (r.get("commit"), r.get("seed")) not in recorded]
-    yield from doubt("scored on the test split, not in the confirmation", map(_name, missing))
+    yield from doubt("scored on the test split, not in the confirmation", map(name_of, missing))
 
 
 # ---------------------------------------------------------------------------------- the journal
@@ -336,95 +234,11 @@ def _weak_verdicts(records: list[dict], repeats: list[dict]) -> Iterator[Finding
 # ------------------------------------------------------------------------------------------- git
 
 
-def _objects(names: set[str], root: Path) -> dict[str, str]:
-    """{name: object id} of those that git has, by one process. name: `COMMIT^{commit}` or `COMMIT:PATH`."""
-    asked = sorted(name for name in names if name.isprintable())
-    given = "".join(f"{name}\n" for name in asked).encode()
-    answer = git_bytes("cat-file", "--batch-check=%(objectname)", at=root, give=given).decode()
-    return {name: found for name, found in zip(asked, answer.splitlines()) if " " not in found}
-
-
-def _sha256_in_git(names: set[str], root: Path) -> dict[str, str]:
-    """{`COMMIT:PATH`: sha256 of the file} of those that git has."""
-    blobs = _objects(names, root)
-    digests = {}
-    for blob in set(blobs.values()):
-        content = git_bytes("cat-file", "blob", blob, at=root)
-        digests[blob] = hashlib.sha256(content).hexdigest()
-    return {name: digests[blob] for name, blob in blobs.items()}
-
-
-def _is_file(name: str, start: str, digests: dict[str, str], root: Path) -> bool:
-    """Whether a sha256 beginning with `start` is that of `COMMIT:PATH`, or of a checkout of it."""
-    if name not in digests or digests[name].startswith(start):
-        return name in digests
-    checked_out = git_bytes("cat-file", "--filters", name, at=root, check=False)  # CRLF, perhaps
-    return checked_out is not None and hashlib.sha256(checked_out).hexdigest().startswith(start)
-
-
-def _code(runs: list[dict], root: Path) -> Iterator[Finding]:
-    """What ran and what it imported, against what git holds under the run's commit."""
-    scored = [run for run in runs if run.get("score") is not None]
-    first_imported = next((run["imported"] for run in scored if "imported" in run), {})
-    # Uncommitted changes are a finding of their own; git may have collected what was discarded.
-    scored = [run for run in scored if run.get("commit") and not run.get("changed")]
-    known = _objects({f"{run['commit']}^{{commit}}" for run in scored}, root)
-    scored = [run for run in scored if f"{run['commit']}^{{commit}}" in known]
-    names = {
-        f"{run['commit']}:{path}"
-        for run in scored
-        for path in [*TARGET.files, *run.get("imported", {})]
-    }
-    digests = _sha256_in_git(names, root)
-    other_script = []
-    not_committed = []
-    from_machine = set()
-    for run in scored:
-        ran = run.get("files") or {TARGET.files[0]: run.get("train_sha256")}
-        for file, digest in ran.items():
-            if digest and not _is_file(f"{run['commit']}:{file}", digest, digests, root):
-                other_script.append(_name(run))
-        for path, start in run.get("imported", {}).items():
-            if _is_file(f"{run['commit']}:{path}", start, digests, root):
-                continue
-            if first_imported.get(path) == start and Path(path).is_absolute():
-                from_machine.add(path)  # a kernel from the hub, for example
-            else:
-                not_committed.append(f"{path} (in {_name(run)})")
-    yield from doubt(f"what ran is not the {TARGET.file} of its commit", other_script)
-    yield from doubt("imported, and not in the commit", not_committed)
-    if TARGET.is_train_py and scored:
-        before = {c: _before_the_referee(c, root) for c in {run["commit"] for run in scored}}
-        others = [_name(r) for r in scored if before[r["commit"]] != before[scored[0]["commit"]]]
-        words = f"other code than the first run's before {TARGET.file} imports the referee"
-        yield from doubt(words, others)
-    if from_machine:
-        words = "imported from the first run on, and in no commit: "
-        yield Finding(True, words + some(sorted(from_machine)))
-
-
-def _before_the_referee(commit: str, root: Path) -> str:
-    """What a commit's train.py does before code is imported that notes which files it opens."""
-    try:
-        tree = ast.parse(git_bytes("cat-file", "blob", f"{commit}:{TARGET.file}", at=root))
-    except SyntaxError:
-        return ""
-    statements = []
-    for node in tree.body:
-        names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-        names += [each.name for each in node.names] if isinstance(node, ast.Import) else []
-        if any(name.split(".")[0] in ("autoresearch", "prepare") for name in names):
-            return "\n".join(statements)
-        if not (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)):
-            statements.append(ast.dump(node))
-    return ""
-
-
 def _branch(report: NightReport) -> Iterator[Finding]:
     """Every kept commit is on the branch, nothing else is, and none touches another file."""
     root = report.root
     kept = [row for row in report.rows if row.status == "keep"]
-    ids = _objects({f"{row.hash}^{{commit}}" for row in kept if row.hash}, root)
+    ids = objects({f"{row.hash}^{{commit}}" for row in kept if row.hash}, root)
     commits = {row.n: ids.get(f"{row.hash}^{{commit}}") for row in kept}
     unknown = [one_line(row.commit, 20) or "-" for row in kept if not commits[row.n]]
     yield from doubt("kept, but git knows no such commit", unknown)

@@ -10,7 +10,8 @@ import pytest
 from drive import SMALL, edited
 from miniature import ROOT
 
-from autoresearch.night import audit, worker
+from autoresearch.night import worker
+from autoresearch.night.run_audit import outside_clock
 from autoresearch.referee.ledger import joined
 
 TRAIN = "    train(model, optimizer, hp, loader, warm.parts, budget, progress)\n"
@@ -91,7 +92,7 @@ def named(run) -> list[str]:
     runs = [dict(usual, run=str(i)) for i in range(9)] + [run.ledger]
     started = {str(i): {"wall_seconds": 10, "asked_seconds": 8} for i in range(9)}
     started[run.ledger["run"]] = vars(run)
-    return [finding.words for finding in audit._outside_clock(runs, started) if not finding.fine]
+    return [finding.words for finding in outside_clock(runs, started) if not finding.fine]
 
 
 def test_nothing_of_the_rows_is_in_reach_until_the_run_asks_for_its_score(watched, miniature):
