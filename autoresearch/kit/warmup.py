@@ -49,7 +49,8 @@ def compile(function: Callable) -> Callable:
 def compile_training(function: Callable) -> Callable:
     """`compile` where gradients are recorded, the function itself elsewhere.
 
-    For CPUs: a graph for scoring takes 10 s to compile, and saves an eighth of scoring's few seconds.
+    For CPUs in float32: a graph for scoring takes 10 s to compile, and saves an eighth of scoring's
+    few seconds. In bf16 it makes scoring three times as fast.
     """
     compiled = compile(function)
     return lambda *args: (compiled if torch.is_grad_enabled() else function)(*args)
