@@ -20,7 +20,7 @@ from autoresearch.night.findings import Finding, commit_of, doubt, matching, nam
 from autoresearch.night.report import NightReport
 from autoresearch.night.results import Row
 from autoresearch.night.rules import best_of, displaced_by, lineage, scores_of_commit, seed_of
-from autoresearch.night.run_audit import audit_runs, objects
+from autoresearch.night.run_audit import audit_runs, object_ids
 from autoresearch.night.settings import BASELINE_SEEDS, TARGET
 from autoresearch.referee.ledger import joined
 
@@ -238,7 +238,7 @@ def _branch(report: NightReport) -> Iterator[Finding]:
     """Every kept commit is on the branch, nothing else is, and none touches another file."""
     root = report.root
     kept = [row for row in report.rows if row.status == "keep"]
-    ids = objects({f"{row.hash}^{{commit}}" for row in kept if row.hash}, root)
+    ids = object_ids({f"{row.hash}^{{commit}}" for row in kept if row.hash}, root)
     commits = {row.n: ids.get(f"{row.hash}^{{commit}}") for row in kept}
     unknown = [one_line(row.commit, 20) or "-" for row in kept if not commits[row.n]]
     yield from doubt("kept, but git knows no such commit", unknown)

@@ -145,8 +145,9 @@ def search(root: Path, words: list[str], most: int = 30) -> list[str]:
         score = "not run" if record["score"] is None else f"{record['score']:.6f}{got}"
         what = one_line(f"{record['message']}: {record['why']}", 90)
         lines.append(f"{ended[:10]} {tag} {record['n']}: {record['status']} {score}  {what}")
-    more = len(found) - most
-    return lines + [f"and {more} older ones: use more words"] * (more > 0)
+    if len(found) > most:
+        lines.append(f"and {len(found) - most} older ones: use more words")
+    return lines
 
 
 def say_search(night: Night, words: str):

@@ -111,7 +111,7 @@ def count_line(report: NightReport) -> str:
     """How many experiments came to what."""
     count = report.counts()
     unmeasured = f", {count['not_measured']} not measured" if count["not_measured"] else ""
-    plural = "s" * (count["experiments"] != 1)
+    plural = "" if count["experiments"] == 1 else "s"
     return (
         f"{count['experiments']} experiment{plural}: {count['keep']} kept, {count['discard']} discarded, "
         f"{count['crash']} crashed{unmeasured}"

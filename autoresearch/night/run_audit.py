@@ -101,7 +101,7 @@ def _tampering(runs: list[dict]) -> Iterator[Finding]:
         yield Finding(True, words)
 
 
-def objects(names: set[str], root: Path) -> dict[str, str]:
+def object_ids(names: set[str], root: Path) -> dict[str, str]:
     """{name: object id} of those that git has, by one process. name: `COMMIT^{commit}` or `COMMIT:PATH`."""
     asked = sorted(name for name in names if name.isprintable())
     given = "".join(f"{name}\n" for name in asked).encode()
@@ -111,7 +111,7 @@ def objects(names: set[str], root: Path) -> dict[str, str]:
 
 def _sha256_in_git(names: set[str], root: Path) -> dict[str, str]:
     """{`COMMIT:PATH`: sha256 of the file} of those that git has."""
-    blobs = objects(names, root)
+    blobs = object_ids(names, root)
     digests = {}
     for blob in set(blobs.values()):
         content = git_bytes("cat-file", "blob", blob, at=root)
@@ -133,7 +133,7 @@ def _code(runs: list[dict], root: Path) -> Iterator[Finding]:
     first_imported = next((run["imported"] for run in scored if "imported" in run), {})
     # Uncommitted changes are a finding of their own; git may have collected what was discarded.
     scored = [run for run in scored if run.get("commit") and not run.get("changed")]
-    known = objects({f"{run['commit']}^{{commit}}" for run in scored}, root)
+    known = object_ids({f"{run['commit']}^{{commit}}" for run in scored}, root)
     scored = [run for run in scored if f"{run['commit']}^{{commit}}" in known]
     names = {
         f"{run['commit']}:{path}"

@@ -93,4 +93,7 @@ def loss_lines(night: Night, record: dict, curve: list[tuple[float, float]]) -> 
         if loss is not None and percent <= curve[-1][0] + 10:
             cells.append(f"{percent}% {loss:.3f}" + (f" ({beside:.3f})" if beside else ""))
     head = f"loss ({name}): " if other else "loss: "
-    return [head + " ".join(cells[:5]), *["   " + " ".join(cells[5:])][: len(cells) > 5]]
+    lines = [head + " ".join(cells[:5])]
+    if len(cells) > 5:
+        lines.append("   " + " ".join(cells[5:]))
+    return lines
