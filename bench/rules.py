@@ -19,7 +19,7 @@ from statistics import fmean
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from autoresearch.night import rules, settings  # noqa: E402  (the path comes first)
+from autoresearch.night import journal, rules, settings  # noqa: E402  (the path comes first)
 
 RUNS = 100
 MIXTURES = {  # share of the ideas: true gain
@@ -46,7 +46,7 @@ class Night:
         for number in range(seeds):
             lost = 4 if noise == "busy baseline" and number == 1 else 0
             self.decided("baseline", "0", "0", [self.run("0", "0", number, lost)])
-        self.floor = rules.spread([record["score"] for record in self.records])
+        self.floor = journal.spread([record["score"] for record in self.records])
 
     def run(self, commit: str, base: str, number: int, lost: float = 0.0) -> dict:
         """A run of a commit with its number-th seed, and its score."""
@@ -60,7 +60,7 @@ class Night:
         return rules.History(self.records, [], {}, {})
 
     def best(self) -> dict:
-        return rules.best_of(self.records)
+        return journal.best_of(self.records)
 
     def decided(self, kind: str, commit: str, base: str, runs: list[dict]) -> bool:
         """Whether an experiment has ended; then it has its record, as store.record writes it."""
@@ -75,7 +75,7 @@ class Night:
             record["seen"] = [step.verdict.seen.gain, step.verdict.seen.variance]
         if step.verdict and step.verdict.level:
             level = step.verdict.level
-            record["level"] = [rules.gain(level.mean, 0), level.variance**0.5]
+            record["level"] = [journal.gain(level.mean, 0), level.variance**0.5]
         self.records.append(record)
         return True
 
@@ -83,8 +83,8 @@ class Night:
         asked = dict(kind=kind, simpler=False)
         if self.rule == "rule" or kind == "baseline":
             return rules.next_step(asked, runs, self.history())
-        on = rules.kept_as(base, self.records)["score"]
-        better = rules.gain(runs[-1]["score"], on)
+        on = journal.kept_as(base, self.records)["score"]
+        better = journal.gain(runs[-1]["score"], on)
         kept = better > (self.floor if self.rule == "floor of 3" else 0)
         if kept and base != self.best()["commit"]:
             return rules.Again(rules.BEST_MOVED)

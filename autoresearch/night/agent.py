@@ -26,7 +26,7 @@ from datetime import datetime, timedelta
 from pathlib import Path
 
 from autoresearch.common import Fail, append_line, lock, one_line, read_json, utc, write_json
-from autoresearch.night import rules
+from autoresearch.night import journal
 from autoresearch.night.clients import CLIENTS, Reading
 from autoresearch.night.notify import notify
 from autoresearch.night.processes import (
@@ -275,7 +275,7 @@ class Sessions:
     def tell(self, words: str):
         self.say(words)
         records = self.night.records()
-        best = rules.best_of(records)
+        best = journal.best_of(records)
         score = f"; best {best['score']:.6f} after {len(records)} experiments" if best else ""
         notify(self.night, f"night {self.night.tag}: {words}{score}")
 

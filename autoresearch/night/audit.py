@@ -17,9 +17,10 @@ from autoresearch.night import lines as second_lines
 from autoresearch.night.doubts import FEW_STEPS
 from autoresearch.night.evidence import Seen
 from autoresearch.night.findings import Finding, commit_of, doubt, matching, name_of
+from autoresearch.night.journal import best_of, displaced_by, lineage, scores_of_commit
 from autoresearch.night.report import NightReport
 from autoresearch.night.results import Row
-from autoresearch.night.rules import best_of, displaced_by, lineage, scores_of_commit, seed_of
+from autoresearch.night.rules import seed_of
 from autoresearch.night.run_audit import audit_runs, object_ids
 from autoresearch.night.settings import BASELINE_SEEDS, TARGET
 from autoresearch.referee.ledger import joined

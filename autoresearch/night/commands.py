@@ -12,7 +12,7 @@ import time
 import warnings
 
 from autoresearch.common import Fail, one_line, read_json, some, write_json
-from autoresearch.night import failures, memory, rules, supervisor
+from autoresearch.night import failures, journal, memory, rules, supervisor
 from autoresearch.night import lines as second_lines
 from autoresearch.night.evidence import MAX_RUNS
 from autoresearch.night.repo import Contents, merged
@@ -72,7 +72,7 @@ def try_(night: Night, message: str, simpler: bool, expect: float | None, on: in
     n = night.enqueue("try", commit, base, message, BASELINE_SEEDS[0], **more)
     night.sync_branch()
     supervisor.wake(night)
-    best = rules.best_of(night.records())
+    best = journal.best_of(night.records())
     place = f"the best, {best['commit'][:7]}" if best else f"the baseline, {night.tip()[:7]}"
     there = f" on {on}'s line, {base[:7]}" if line else ""
     print(f"{n}: queued as {commit[:7]}{there}; {TARGET.file} is {place} again")
@@ -83,7 +83,7 @@ def try_(night: Night, message: str, simpler: bool, expect: float | None, on: in
 
 def expectation_lines(night: Night, expect: float | None) -> list[str]:
     """Says where the runs that an experiment gets cannot show what is expected of it."""
-    noise = rules.noise([*night.records(), *night.repeats()]) or 0.0
+    noise = journal.noise([*night.records(), *night.repeats()]) or 0.0
     if not expect or abs(expect) * math.sqrt(MAX_RUNS) >= noise:
         return []
     return [

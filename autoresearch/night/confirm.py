@@ -16,8 +16,8 @@ from statistics import mean, variance
 
 from autoresearch.common import Fail, some
 from autoresearch.night import failures
+from autoresearch.night.journal import gain, spread
 from autoresearch.night.notify import notify
-from autoresearch.night.rules import gain, spread
 from autoresearch.night.settings import TARGET
 from autoresearch.night.status import record_lines, title_of
 from autoresearch.night.store import Night

@@ -15,7 +15,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from autoresearch.common import Fail, one_line, some
-from autoresearch.night import rules
+from autoresearch.night import journal, rules
 from autoresearch.night.settings import number_setting
 
 MOST_OPEN = 3
@@ -52,7 +52,7 @@ def records_of(asked: dict, records: list[dict]) -> list[dict]:
 
 def tip_of(records: list[dict], n: int) -> dict:
     """The record of line N's best: the night's, where the line has joined."""
-    return rules.best_of(view(records, n))
+    return journal.best_of(view(records, n))
 
 
 def joined(records: list[dict], n: int) -> bool:
@@ -104,8 +104,8 @@ def next_step(
     if beside.status != "keep":
         return here
     # Whatever it is beside a lucky tip: the night never keeps a worse file than the best one measured.
-    best = rules.best_of(history.records)["commit"]
-    stands_on = rules.lineage(step.run["base"], history.records)
+    best = journal.best_of(history.records)["commit"]
+    stands_on = journal.lineage(step.run["base"], history.records)
     words = beside.beside.replace("its base", "the best")
     return replace(
         here,
@@ -123,7 +123,7 @@ def next_step(
 def root_of(records: list[dict], n: int) -> dict:
     """The record on which line N begins. Raises Fail where none can."""
     found = next((record for record in records if record["n"] == n), None)
-    best = rules.best_of(records)
+    best = journal.best_of(records)
     if found is None:
         raise Fail(f"--on {n}: no experiment {n} has ended: uv run night.py runs lists them")
     if found.get("line") and found["status"] != "keep":
@@ -132,7 +132,7 @@ def root_of(records: list[dict], n: int) -> dict:
         raise Fail(f"--on {n}: {n}'s line has joined, its tip is or was the best: try without --on")
     if found["kind"] == "baseline":
         raise Fail(f"--on {n}: {n} is the baseline: a line begins at a change that was measured")
-    if not rules.scores_of(found):
+    if not journal.scores_of(found):
         came = one_line(f"{found['status']}: {found['why']}", 60)
         raise Fail(
             f"--on {n}: a line begins at a change that was measured, and {n} was not ({came})"
@@ -158,10 +158,10 @@ def words_of(records: list[dict], n: int) -> str:
     for record in records:
         if record.get("line") == n and record["status"] == "keep":
             return f"{n}'s line has joined: {record['n']} became the best"
-    tip, best = tip_of(records, n), rules.best_of(records)
+    tip, best = tip_of(records, n), journal.best_of(records)
     own = [record for record in records if record.get("line") == n]
     kept = sum(record["on_line"] == "keep" for record in own)
-    behind = rules.gain(best["score"], tip["score"])
+    behind = journal.gain(best["score"], tip["score"])
     side = "behind" if behind >= 0 else "better, within the noise, than"
     return (
         f"{n}'s line: tip {tip['score']:.6f} ({tip['n']}), {abs(behind):.6f} {side} the best; "

@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 
 from autoresearch.common import Fail, append_line, cut, one_line, utc
-from autoresearch.night import rules
+from autoresearch.night import journal, rules
 from autoresearch.night.repo import Contents
 from autoresearch.night.settings import number_setting
 from autoresearch.night.store import Night, parsed
@@ -104,11 +104,9 @@ def _numbers(lines: list[str]) -> list[float]:
 def earlier_lines(night: Night, lines: list[str]) -> list[str]:
     """For `try`: which experiments of any night changed these lines before, and what came."""
     nights = {night.tag: night.records()}
-    for journal in sorted(
-        night.state_dir.glob("*/journal.jsonl"), key=lambda p: -p.stat().st_mtime
-    ):
-        if journal.parent.name != night.tag:
-            nights[journal.parent.name] = parsed(journal.read_bytes().split(b"\n"))
+    for path in sorted(night.state_dir.glob("*/journal.jsonl"), key=lambda p: -p.stat().st_mtime):
+        if path.parent.name != night.tag:
+            nights[path.parent.name] = parsed(path.read_bytes().split(b"\n"))
     said = []
     for tag, records in nights.items():
         for record, how in earlier_changes(lines, records)[:3]:
@@ -131,13 +129,13 @@ def search(root: Path, words: list[str], most: int = 30) -> list[str]:
     """All experiments of all nights whose message, decision or changed lines hold these words."""
     wanted = [word.lower() for word in words]
     found = []
-    for journal in root.glob(".night/*/journal.jsonl"):
-        for record in parsed(journal.read_bytes().split(b"\n")):
+    for path in root.glob(".night/*/journal.jsonl"):
+        for record in parsed(path.read_bytes().split(b"\n")):
             if record.get("kind") not in rules.TRIED:
                 continue
             text = [record["message"], record["why"], *(record.get("lines") or [])]
             if all(word in " ".join(text).lower() for word in wanted):
-                found.append((record["ended"], journal.parent.name, record))
+                found.append((record["ended"], path.parent.name, record))
     found.sort(key=lambda one: (one[0], one[2]["n"]), reverse=True)
     lines = []
     for ended, tag, record in found[:most]:
@@ -164,7 +162,7 @@ def note(night: Night, text: str):
     """Appends a line to lessons.md: when, in which night, on which best."""
     if not text.strip():
         raise Fail("say what was learnt: uv run night.py note '...'")
-    best = rules.best_of(night.records())
+    best = journal.best_of(night.records())
     where = f"best {best['score']:.6f}" if best else "no best yet"
     line = f"- {utc()[:16].replace('T', ' ')} {night.tag}, {where}: {one_line(text, 500)}"
     append_line(night.root / LESSONS, line.encode())
@@ -194,8 +192,8 @@ def stagnation_lines(night: Night) -> list[str]:
     if since < number_setting("patience", "10"):
         return []
     lines = [f"{since} experiments without a keep. From the records:"]
-    best = rules.best_of(night.records())
-    deviation = rules.noise([*night.records(), *night.repeats()]) or 0.0
+    best = journal.best_of(night.records())
+    deviation = journal.noise([*night.records(), *night.repeats()]) or 0.0
     near = [
         r
         for r in records

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 
 from autoresearch.common import one_line, utc
-from autoresearch.night import failures, results, rules
+from autoresearch.night import failures, journal, results
 from autoresearch.night import lines as second_lines
 from autoresearch.night.audit import audit, summary_of
 from autoresearch.night.confirm import confirmation_lines
@@ -36,8 +36,8 @@ def page_object(night: Night, report: NightReport) -> dict:
     records, noise = report.records, report.noise()
     rows = row_objects(report)
     by_place = {row["row"]: row for row in rows}
-    best = rules.best_of(records) or {}
-    predictions = rules.calibration(records, noise)
+    best = journal.best_of(records) or {}
+    predictions = journal.calibration(records, noise)
     ledger = read_ledger()[0] if report.confirmed else []
     given_up = failures.given_up(night)
     return {

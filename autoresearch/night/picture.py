@@ -11,8 +11,8 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from autoresearch.night.journal import gain
 from autoresearch.night.results import Row, best_row, gains, too_good_rows
-from autoresearch.night.rules import gain
 from autoresearch.night.settings import TARGET
 
 

@@ -12,17 +12,10 @@ from itertools import accumulate
 from pathlib import Path
 
 from autoresearch.common import Fail, git, seconds_between, seconds_of
+from autoresearch.night.journal import best_of, calibration, gain, noise, scores_of_commit
 from autoresearch.night.logs import log_path
 from autoresearch.night.results import STATUSES, Row, read_results
-from autoresearch.night.rules import (
-    BEST_MOVED,
-    PROMISING,
-    best_of,
-    calibration,
-    gain,
-    noise,
-    scores_of_commit,
-)
+from autoresearch.night.rules import BEST_MOVED, PROMISING
 from autoresearch.night.settings import HERE, METRIC_WHY, TARGET
 from autoresearch.night.slower import baseline_lines
 from autoresearch.night.store import Night

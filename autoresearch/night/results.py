@@ -13,8 +13,9 @@ from pathlib import Path
 
 from autoresearch.common import one_line, some, write_atomically
 from autoresearch.night.doubts import too_good
+from autoresearch.night.journal import gain
 from autoresearch.night.logs import read_log
-from autoresearch.night.rules import CONFLICT, CUT_OFF, NOT_MEASURED, gain
+from autoresearch.night.rules import CONFLICT, CUT_OFF, NOT_MEASURED
 from autoresearch.night.settings import BASELINE_SEEDS, TARGET
 
 COLUMNS = ["commit", TARGET.metric, "memory_gb", "status", "description"]

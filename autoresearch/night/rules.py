@@ -1,7 +1,7 @@
 """
 The rules of the night: pure functions of plain values, which read and write nothing.
 
-- noise, level_of_best and decide: what is kept, what gets one more run (evidence.py has the arithmetic)
+- decide: what is kept, what gets one more run (evidence.py has the arithmetic)
 - next_step: what happens to an experiment whose run has ended, was lost, or cannot start
 
 A record is the journal's line of an experiment that has ended; a run is what its run-K.json,
@@ -23,7 +23,8 @@ from autoresearch.night.doubts import (
     slow_share,
 )
 from autoresearch.night.evidence import Ideas, Level, Seen
-from autoresearch.night.settings import RUN_SEEDS, TARGET
+from autoresearch.night.journal import best_of, gain, kept_as, noise, scores_of, scores_of_commit
+from autoresearch.night.settings import RUN_SEEDS
 
 UNMEASURED_NOISE = 0.001  # of the score, while no commit has two scores
 MAX_SLOW = 3  # an experiment that others slowed so often is not measured
@@ -40,61 +41,6 @@ DROPPED = "dropped"
 STOPPED = "stopped"
 CONFLICT = "rejected (conflict)"
 NOT_MEASURED = "not measured"
-
-
-# ----------------------------------------------------------------------------------------- scores
-
-
-def gain(score: float, other: float) -> float:
-    """By how much `score` is better than `other`; negative where it is worse."""
-    return other - score if TARGET.lower_is_better else score - other
-
-
-def spread(scores: list[float]) -> float:
-    return max(scores) - min(scores)
-
-
-def scores_of(record: dict) -> list[float]:
-    """The comparable scores of its commit that a record holds: none of a run that was doubted."""
-    if record["score"] is None or record.get("slow") or record.get("not_comparable"):
-        return []
-    return record.get("scores") or [record["score"]]
-
-
-def scores_of_commit(commit: str, *of: list[dict]) -> list[float]:
-    """All comparable scores of a commit in these records."""
-    return [
-        score for records in of for r in records if r["commit"] == commit for score in scores_of(r)
-    ]
-
-
-def noise(records: list[dict]) -> float | None:
-    """One standard deviation of a run's score, from every commit that ran more than once.
-
-    Commits far from the best (a kernel's time may have fallen to a tenth) count while there is no other.
-    records: repeats of the best may be among them. None until a commit has two scores.
-    """
-    groups: dict[str, list[float]] = {}
-    for record in records:
-        groups.setdefault(record["commit"], []).extend(scores_of(record))
-    best = best_of(records)
-    near = [s for s in groups.values() if s and best and _is_near(fmean(s), best["score"])]
-    return evidence.noise_of(near) or evidence.noise_of(groups.values())
-
-
-def _is_near(score: float, other: float) -> bool:
-    return abs(score - other) <= 0.5 * abs(other)
-
-
-def best_of(records: list[dict]) -> dict | None:
-    """The record at the branch's tip: the one kept last."""
-    return next((record for record in reversed(records) if record.get("status") == "keep"), None)
-
-
-def kept_as(commit: str, records: list[dict]) -> dict:
-    """The record with which a commit was kept; empty where it was not."""
-    found = [r for r in records if r["commit"] == commit and r["status"] == "keep"]
-    return found[-1] if found else {}
 
 
 @dataclass(frozen=True)
@@ -159,44 +105,6 @@ def compared(seen: Seen, runs: int, level: Level) -> str:
     errors = abs(seen.errors)
     far = f"about {errors:.1f}" if errors < 10 else "over 10"
     return f"{size} ({count}, {far} standard errors)"
-
-
-def displaced_by(record: dict, records: list[dict]) -> list[dict]:
-    """The kept changes that a record took off the branch when it became the best, newest first."""
-    if not record.get("displaced"):
-        return []
-    stands_on = lineage(record["commit"], records)
-    lost = [c for c in lineage(record["displaced"], records) if c not in stands_on]
-    found = [kept_as(commit, records) for commit in lost]
-    return [kept for kept in found if kept and kept["kind"] != "baseline"]
-
-
-def lineage(commit: str, records: list[dict]) -> list[str]:
-    """A commit and all that it stands on, newest first, down to the baseline."""
-    bases = {record["commit"]: record["base"] for record in records}
-    found = [commit]
-    while bases.get(found[-1], commit) not in found:
-        found.append(bases[found[-1]])
-    return found
-
-
-def calibration(records: list[dict], deviation: float | None) -> tuple[int, int, int]:
-    """(predictions, right in direction, right in size) of the experiments with `--expect`.
-
-    A size is right with the right sign, and within the noise or a factor of two; that nothing changes is
-    right within the noise. deviation: the noise.
-    """
-    predictions = direction = size = 0
-    for record in records:
-        expect, got = record.get("expect"), record.get("got")
-        if expect is None or got is None or record.get("slow"):
-            continue
-        predictions += 1
-        near = abs(got - expect) <= (deviation or 0)
-        same_sign = got * expect > 0 or (expect == 0 and near)
-        direction += same_sign
-        size += same_sign and (near or 0.5 <= got / expect <= 2)
-    return predictions, direction, size
 
 
 # -------------------------------------------------------------------------------- what happens next

@@ -8,7 +8,7 @@ import textwrap
 from pathlib import Path
 
 from autoresearch.common import cut, printable
-from autoresearch.night import rules
+from autoresearch.night import journal, rules
 from autoresearch.night.experiment import Experiment
 from autoresearch.night.settings import TARGET
 from autoresearch.night.status import (
@@ -82,9 +82,9 @@ def loss_lines(night: Night, record: dict, curve: list[tuple[float, float]]) -> 
     """The losses at each 10% of the budget; in brackets the best's, or what the best was based on."""
     if not curve:
         return []
-    name, beside_it = "the best's", rules.best_of(night.records())
+    name, beside_it = "the best's", journal.best_of(night.records())
     if beside_it and beside_it["n"] == record["n"]:
-        name, beside_it = "its base's", rules.kept_as(record["base"], night.records())
+        name, beside_it = "its base's", journal.kept_as(record["base"], night.records())
     other = losses(log_of(night, beside_it, "progress", "jsonl")) if beside_it else []
     other = [] if beside_it and beside_it["n"] == record["n"] else other  # the baseline itself
     cells = []

@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import fmean
 
 from autoresearch.common import cut, one_line, seconds_between, stamp
-from autoresearch.night import failures, rules
+from autoresearch.night import failures, journal, rules
 from autoresearch.night import lines as second_lines
 from autoresearch.night.agent import agent_lines
 from autoresearch.night.doubts import FEW_STEPS, rate, too_good
@@ -107,7 +107,7 @@ def losses(path: Path) -> list[tuple[float, float]]:
 
 
 def best_losses(night: Night, records: list[dict]) -> list[tuple[float, float]]:
-    best = rules.best_of(records)
+    best = journal.best_of(records)
     return losses(log_of(night, best, "progress", "jsonl")) if best else []
 
 
@@ -164,11 +164,11 @@ def open_lines(night: Night) -> list[str]:
 
 def best_lines(records: list[dict], repeats: list[dict]) -> list[str]:
     """The best, the baseline, how many experiments ended, the noise, the predictions."""
-    best = rules.best_of(records)
+    best = journal.best_of(records)
     if not best:
         return []
-    noise = rules.noise([*records, *repeats])
-    scores = rules.scores_of_commit(best["commit"], records, repeats)
+    noise = journal.noise([*records, *repeats])
+    scores = journal.scores_of_commit(best["commit"], records, repeats)
     kept = [record for record in records if record["status"] == "keep"]
     tried = [record for record in records if record["kind"] != "baseline"]
     scored = sum(record["score"] is not None for record in tried)
@@ -186,12 +186,12 @@ def best_lines(records: list[dict], repeats: list[dict]) -> list[str]:
         n, size = kept[i]["n"], abs(kept[i]["score"] - kept[i - 1]["score"])
         look = f"look at the diff before you believe it: uv run night.py show {n} --diff"
         lines.append(f"     {n} is too good ({size:.6f} at once): {look}")
-    for lost in rules.displaced_by(best, records):
+    for lost in journal.displaced_by(best, records):
         again = f"uv run night.py show {lost['n']}, make that change again on top, and try"
         lines.append(
             f"     it displaced {lost['n']}, {lost['commit'][:7]} ({title_of(lost)}): {again}"
         )
-    predictions, direction, size = rules.calibration(records, noise)
+    predictions, direction, size = journal.calibration(records, noise)
     if predictions:
         right = f"{direction} of {predictions} right in direction, {size} in size"
         lines.append(f"     predictions: {right} (within a factor of two, or the noise)")
@@ -231,7 +231,7 @@ def what_next(night: Night) -> str:
         return "the night was stopped: whoever stopped it continues with uv run night.py begin"
     if failures.given_up(night):
         return "mend what ended the supervisor (see above), then uv run night.py begin"
-    if rules.best_of(records) is None and not any(e.is_baseline for e in experiments):
+    if journal.best_of(records) is None and not any(e.is_baseline for e in experiments):
         return "the baseline gave no score (see above): tell the human, or fix it and run begin"
     waiting = [e for e in experiments if e.asked["kind"] == "try" and e.state() == "waiting"]
     edited = night.edits() is not None

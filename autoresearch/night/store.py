@@ -33,8 +33,8 @@ from autoresearch.common import (
     write_atomically,
     write_json,
 )
+from autoresearch.night import journal, results, rules
 from autoresearch.night import lines as second_lines
-from autoresearch.night import results, rules
 from autoresearch.night.doubts import FELL_BACK, rate
 from autoresearch.night.experiment import Experiment
 from autoresearch.night.repo import Contents, Repository
@@ -203,7 +203,7 @@ class Night:
             return any(e.state() in ("running", "cut off") or e.dropped() for e in experiments)
         if any(e.state() != "waiting" or e.is_baseline or e.dropped() for e in experiments):
             return True
-        return bool(experiments) and rules.best_of(self.records()) is not None
+        return bool(experiments) and journal.best_of(self.records()) is not None
 
     # writing
 
@@ -235,7 +235,7 @@ class Night:
         scored = step.status != "crash" and scores and None not in scores
         score = statistics.fmean(scores) if scored else None
         records = second_lines.records_of(asked, self.records())
-        base = {} if experiment.has_no_row else rules.kept_as(run.get("base", ""), records)
+        base = {} if experiment.has_no_row else journal.kept_as(run.get("base", ""), records)
         verdict = step.verdict or rules.Verdict("", "")
         named = ("n", "kind", "seed", "message", "simpler", "expect", "change")
         changed = {key: asked[key] for key in ("lines", "parts", "line", "root") if asked.get(key)}
@@ -253,7 +253,7 @@ class Night:
             "got": self._change(score, verdict, base),
             "seen": verdict.seen and [verdict.seen.gain, verdict.seen.variance],
             "level": verdict.level
-            and [rules.gain(verdict.level.mean, 0), math.sqrt(verdict.level.variance)],
+            and [journal.gain(verdict.level.mean, 0), math.sqrt(verdict.level.variance)],
             "base_rate": rate(base),
             "slow": step.slow,
             "not_comparable": step.not_comparable,
@@ -280,7 +280,7 @@ class Night:
         if score is None:
             return None
         if verdict.seen:
-            return rules.gain(verdict.seen.gain, 0)
+            return journal.gain(verdict.seen.gain, 0)
         return score - base["score"] if base else None
 
     def archive(self, experiment: Experiment):
@@ -364,7 +364,7 @@ class Night:
         if not contents:
             return None  # deleted: the best is put in its place
         contents = {**self.repo.contents_at(tip), **contents}
-        best = rules.best_of(self.records())
+        best = journal.best_of(self.records())
         known = {tip, best["commit"] if best else tip, *(e.asked["commit"] for e in self.open())}
         return None if self.repo.are_of(contents, known) else self.repo.as_committed(contents)
 
@@ -391,7 +391,7 @@ class Night:
 
     def sync_branch(self):
         """Moves branch and files to the best, unless an edit is in progress."""
-        best = rules.best_of(self.records())
+        best = journal.best_of(self.records())
         tip = self.tip()
         if self.edits() is None:
             commit = best["commit"] if best else tip

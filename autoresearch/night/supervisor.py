@@ -14,7 +14,7 @@ import uuid
 from collections.abc import Callable
 
 from autoresearch.common import ROOT, Fail, inherited_environment, stamp, utc
-from autoresearch.night import failures, rules
+from autoresearch.night import failures, journal, rules
 from autoresearch.night import lines as second_lines
 from autoresearch.night.calm import Calm
 from autoresearch.night.experiment import Experiment
@@ -102,7 +102,7 @@ class Supervisor:
         else:
             self.night.record(experiment, step)
             if step.status == "keep" and not experiment.is_baseline:
-                best = rules.best_of(self.night.records())
+                best = journal.best_of(self.night.records())
                 words = f"new best {best['score']:.6f}: {best['n']}, {best['message']}"
                 notify(self.night, f"night {self.night.tag}: {words}")
 
@@ -150,7 +150,7 @@ class Supervisor:
                 slot = experiment.runs()[-1]["slot"]
                 free.remove(slot if slot in free else free[0])  # the setting may have changed
         waiting = [e for e in experiments if states[e.n] == "waiting"]
-        if not baseline_is_open and not rules.best_of(self.night.records()):
+        if not baseline_is_open and not journal.best_of(self.night.records()):
             waiting = []  # the baseline has no score: nothing can be compared
         # Then what runs again, the larger gain first: it moves the best, the others follow. What others
         # slowed goes behind, for later may be calmer.
@@ -170,7 +170,7 @@ class Supervisor:
 
     def queue_repeat(self, experiments: list[Experiment]) -> bool:
         """Queues one more run of the best where it has too few to be known well."""
-        best = rules.best_of(self.night.records())
+        best = journal.best_of(self.night.records())
         seed = best and rules.repeat_seed(best, self.night.history(), self.repeats)
         if not seed or any(experiment.is_repeat for experiment in experiments):
             return False
@@ -198,7 +198,7 @@ class Supervisor:
     def start(self, experiment: Experiment, slot: dict):
         """Puts the change on top of the best where that has moved, and starts the run."""
         records, line = self.night.records(), experiment.asked.get("line")
-        best = second_lines.tip_of(records, line) if line else rules.best_of(records)
+        best = second_lines.tip_of(records, line) if line else journal.best_of(records)
         base = experiment.asked["base"]
         if best and experiment.asked["kind"] in rules.TRIED:
             base = best["commit"]

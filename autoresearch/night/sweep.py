@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from autoresearch.common import Fail, one_line
-from autoresearch.night import failures, memory, rules
+from autoresearch.night import failures, journal, memory, rules
 from autoresearch.night.repo import Contents
 from autoresearch.night.settings import RUN_SEEDS, TARGET
 from autoresearch.night.store import Night
@@ -186,9 +186,9 @@ def told_of(night: Night, dims: list[Dimension], best: dict) -> list[tuple[dict,
             if rules.CONFLICT not in record["why"]:
                 failed.append(values)
         elif mine == now:
-            found.append((values, -rules.gain(record["score"], 0)))
+            found.append((values, -journal.gain(record["score"], 0)))
         elif record["got"] is not None:
-            found.append((values, -rules.gain(best["score"] + record["got"], 0)))
+            found.append((values, -journal.gain(best["score"] + record["got"], 0)))
     scores = sorted(bad for _, bad in found)
     worst = scores[int(0.9 * (len(scores) - 1))] if scores else 0.0
     return found + [(values, worst) for values in failed]
@@ -235,7 +235,7 @@ def propose_one(night: Night, names: list[str]) -> int | None:
     """Queues one proposal where a slot would stand idle; its number, or None."""
     with night.command():
         wake(night)
-        best = rules.best_of(night.records())
+        best = journal.best_of(night.records())
         states = [e.state() for e in night.open() if not e.is_repeat]
         slots = night.engine_state()["slots"]
         if best is None or "waiting" in states or "ended" in states or len(states) >= slots:

@@ -7,7 +7,7 @@ import pytest
 from lab import Code
 
 from autoresearch.common import Fail
-from autoresearch.night import confirm, failures, rules
+from autoresearch.night import confirm, failures, journal, rules
 from autoresearch.night.confirm import Confirmation, is_it_real, queue_confirmation, welch
 from autoresearch.night.store import Night
 
@@ -22,8 +22,8 @@ WELCH = [
 def test_the_interval_is_scipys_in_both_directions(monkeypatch, scores, others, low, high):
     gain = sum(others) / len(others) - sum(scores) / len(scores)
     assert welch(scores, others) == pytest.approx((gain, low, high), rel=1e-6)
-    higher = replace(rules.TARGET, lower_is_better=False)
-    monkeypatch.setattr(rules, "TARGET", higher)
+    higher = replace(journal.TARGET, lower_is_better=False)
+    monkeypatch.setattr(journal, "TARGET", higher)
     assert welch(scores, others) == pytest.approx((-gain, -high, -low), rel=1e-6)
 
 

@@ -7,7 +7,7 @@ from lab import Code
 from test_rules import BASELINE, kept, run
 
 from autoresearch.common import Fail
-from autoresearch.night import lines, rules
+from autoresearch.night import journal, lines, rules
 from autoresearch.night.picture import Picture
 from autoresearch.night.results import read_results
 from autoresearch.night.rules import History
@@ -104,11 +104,11 @@ JOINED = [
 
 
 def test_a_line_that_joined_displaces_what_it_does_not_stand_on():
-    assert [r["n"] for r in rules.displaced_by(JOINED[-1], JOINED)] == [6]  # 4 is below 5
-    assert rules.lineage("eight", JOINED) == ["eight", "seven", "five", "best", "base"]
+    assert [r["n"] for r in journal.displaced_by(JOINED[-1], JOINED)] == [6]  # 4 is below 5
+    assert journal.lineage("eight", JOINED) == ["eight", "seven", "five", "best", "base"]
     # and is displaced with all that was kept below and above its root
     back = {**kept(9, "nine", "base", 0.90), "displaced": "eight"}
-    assert [r["n"] for r in rules.displaced_by(back, [*JOINED, back])] == [8, 4]
+    assert [r["n"] for r in journal.displaced_by(back, [*JOINED, back])] == [8, 4]
     history = History(JOINED[:-1], [], {}, {})
     step = lines.next_step(asked(8, line=5), [run(0.92, "seven")], history)
     assert (step.status, step.displaced) == ("keep", "after")

@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 
-from autoresearch.night import rules
+from autoresearch.night import journal, rules
 from autoresearch.night.evidence import Ideas, Level
 from autoresearch.night.rules import History, Record, next_step
 
@@ -46,21 +46,21 @@ def test_noise_is_that_of_all_commits_that_ran_more_than_once():
     def ran(commit, *scores, **more):
         return {"commit": commit, "score": scores[0], "scores": [*scores], **more}
 
-    assert rules.noise([]) is None
-    assert rules.noise([ran("a", 1.0), ran("b", 2.0)]) is None  # says nothing of noise
+    assert journal.noise([]) is None
+    assert journal.noise([ran("a", 1.0), ran("b", 2.0)]) is None  # says nothing of noise
     draw = random.Random(0)
     pairs = [ran(str(i), draw.gauss(0, 0.01), draw.gauss(0, 0.01)) for i in range(2000)]
-    many = [rules.noise(pairs[i : i + 24]) for i in range(0, 2000, 24)]
+    many = [journal.noise(pairs[i : i + 24]) for i in range(0, 2000, 24)]
     assert statistics.fmean(many) == pytest.approx(0.01, rel=0.1)
     pairs = pairs[:24]
     slow = [ran("a", 1.5, slow=0.4), ran("a", 1.0), ran("b", 9.0, 9.1, not_comparable="x")]
-    assert rules.noise([*pairs, *slow]) == rules.noise(pairs)
+    assert journal.noise([*pairs, *slow]) == journal.noise(pairs)
     outlier = [ran("b", 1.0), ran("b", 1.001), ran("b", 3.0)]  # one busy baseline
-    assert rules.noise([*outlier, *pairs[:9]]) == pytest.approx(rules.noise(pairs[:9]), rel=0.3)
+    assert journal.noise([*outlier, *pairs[:9]]) == pytest.approx(journal.noise(pairs[:9]), rel=0.3)
     louder = [ran(f"l{i}", draw.gauss(0, 0.1), draw.gauss(0, 0.1)) for i in range(24)]
-    assert rules.noise([*pairs, *louder]) == rules.noise(louder)  # noise as it is now
+    assert journal.noise([*pairs, *louder]) == journal.noise(louder)  # noise as it is now
     slow_code = [ran("s", 100.0, 110.0), ran("best", 1.0, 1.01, status="keep")]
-    assert rules.noise(slow_code) == pytest.approx(0.01 / 0.954)
+    assert journal.noise(slow_code) == pytest.approx(0.01 / 0.954)
 
 
 FAST_HALF = [[i, 100 * i] for i in range(1, 11)]
